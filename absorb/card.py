@@ -1,0 +1,71 @@
+"""Report → model card. Pure."""
+
+from absorb.report import Report, Row, finding_rows, score_rows
+
+_CARD = """\
+---
+{metadata}
+---
+
+# {title}
+
+[{model}](https://huggingface.co/{model}) with its outliers absorbed into parameters by
+[absorb](https://pypi.org/project/absorb-llm/) {version}: the attention sink is a logit for each
+head, the values it carried are biases, and the outlier channels of the residual stream have scales.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
+```
+
+`trust_remote_code=True` runs `modeling_absorb.py` of this folder. Do not put a BOS or another
+prefix before the text: the sinks stand for {prefix}.
+
+## Before and after
+
+{scores}
+
+Held-out text: {text}. The teacher is the original model with the prefix {prefix}. W8A8 is
+symmetric INT8, per tensor with fixed ranges for activations and per channel for weights.
+
+## What was found, and what was done
+
+{findings}
+
+Fine-tune: {recipe}; step {kept} was kept.
+
+All figures, arguments and versions are in `absorb.json`.
+"""
+
+
+def card(report: Report) -> str:
+    """The README.md of a checkpoint."""
+    inspection = report.inspection
+    return _CARD.format(
+        metadata=_metadata(report),
+        title=f"{inspection.model.rpartition('/')[2]}, absorbed",
+        model=inspection.model,
+        version=inspection.versions["absorb"],
+        prefix=f"`{inspection.prefix_text!r}`",
+        scores=markdown(score_rows(report)),
+        text=inspection.text_origin,
+        findings=markdown([("", ""), *finding_rows(inspection)]),
+        recipe=report.recipe,
+        kept=report.losses.kept,
+    )
+
+
+def _metadata(report: Report) -> str:
+    lines = [f"base_model: {report.inspection.model}", "library_name: transformers"]
+    if report.inspection.license is not None:
+        lines.append(f"license: {report.inspection.license}")
+    return "\n".join([*lines, "pipeline_tag: text-generation", "tags:", "- absorb"])
+
+
+def markdown(rows: list[Row]) -> str:
+    """Rows, the first of them the head, as a Markdown table."""
+    head, *body = rows
+    rule = tuple("---" if column == 0 else "---:" for column in range(len(head)))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))

@@ -1,0 +1,163 @@
+"""The command line. Results on stdout, progress on stderr; exit code 1 for a refusal, 2 for misuse.
+
+torch takes seconds to import, so everything that needs it is imported inside the commands.
+"""
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from absorb import __version__
+from absorb.errors import AbsorbError
+from absorb.settings import Calibration, Distillation, Job, ModelRef, Thresholds
+
+_THRESHOLDS = {
+    "sink_weight": "Mean attention weight above which a token is a sink.",
+    "massive_value": "Magnitude above which an activation is massive.",
+    "massive_ratio": "Multiple of the median above which it is.",
+    "token_ratio": "Multiple of the median token's peak above which a token is an outlier.",
+    "channel_ratio": "Multiple of the median channel's mean above which a channel is.",
+    "divergence": "KL in nats per token that removing spike neurons may cost.",
+}
+
+
+def _model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that convert and inspect share."""
+    for field in reversed(fields(Thresholds)):
+        command = click.option(
+            f"--threshold-{field.name.replace('_', '-')}",
+            field.name,
+            type=click.FloatRange(min=0),
+            default=field.default,
+            show_default=True,
+            help=_THRESHOLDS[field.name],
+        )(command)
+    options = [
+        click.argument("model"),
+        click.option("--revision", help="Branch, tag or commit of a Hub repository."),
+        click.option(
+            "--trust-remote-code", is_flag=True, help="Run tokenizer code that the model brings."
+        ),
+        click.option(
+            "--text",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Text to calibrate and train on: plain, or .jsonl with a field `text`.  "
+            "[default: the model samples its own]",
+        ),
+        click.option("--prefix", help="Text that the sinks stand for.  [default: searched for]"),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of all randomness."),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ..."),
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+def main() -> None:
+    """Move the outliers of a language model into explicit parameters.
+
+    MODEL is a Hub id (owner/name), a folder, a .gguf file, or `demo` (SmolLM2-135M-Instruct).
+    """
+
+
+@main.command()
+@_model_options
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--force", is_flag=True, help="Replace the checkpoint that is in --out.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=0),
+    help="Of the fine-tune; 0 for none.  [default: 400 on a GPU, 24 on a CPU]",
+)
+@click.option(
+    "--train",
+    type=click.Choice(["sinks", "scales", "all"]),
+    help="What to train: sinks and their biases, residual scales too, or all weights.  "
+    "[default: all on a GPU, sinks on a CPU]",
+)
+def convert(out: Path, force: bool, as_json: bool, **options: Any) -> None:
+    """Convert MODEL and write a checkpoint that loads with trust_remote_code=True.
+
+    \b
+    absorb convert demo --out smollm2-absorbed
+    absorb convert Qwen/Qwen3-0.6B --out DIR --text corpus.jsonl --steps 400
+    """
+    job = _job(out, force, options)
+    with _refusals():
+        from absorb import pipeline, report
+
+        result = pipeline.convert(job, _say)
+        click.echo(report.to_json(result) if as_json else _story(result))
+    if not as_json:
+        click.echo(f"\nwritten to {out}; load it with from_pretrained(..., trust_remote_code=True)")
+
+
+@main.command()
+@_model_options
+def inspect(as_json: bool, **options: Any) -> None:
+    """Show the outliers of MODEL and how they would be absorbed; write nothing.
+
+    \b
+    absorb inspect demo
+    absorb inspect ./my-llama --text corpus.txt --json > findings.json
+    """
+    job = _job(Path(), False, options)
+    with _refusals():
+        from absorb import pipeline, report
+
+        result = pipeline.inspect(job, _say)
+        click.echo(report.to_json(result) if as_json else report.table(report.finding_rows(result)))
+
+
+def _job(out: Path, force: bool, options: dict[str, Any]) -> Job:
+    def chosen(names: type) -> dict[str, Any]:
+        return {f.name: options[f.name] for f in fields(names) if f.name in options}
+
+    return Job(
+        model=ModelRef(name=options["model"], **chosen(ModelRef)),
+        out=out,
+        calibration=Calibration(**chosen(Calibration)),
+        thresholds=Thresholds(**chosen(Thresholds)),
+        distillation=Distillation(**chosen(Distillation)),
+        device=options["device"],
+        force=force,
+    )
+
+
+def _say(sentence: str) -> None:
+    click.echo(sentence, err=True)
+
+
+def _story(result: Any) -> str:
+    from absorb import report
+
+    found, scores = report.finding_rows(result.inspection), report.score_rows(result)
+    return f"{report.table(found)}\n\n{report.table(scores)}"
+
+
+class _refusals:
+    """Turns an AbsorbError into one sentence and exit code 1, and a signal into an exit."""
+
+    def __enter__(self) -> None:
+        # Unlike the default of SIGTERM, an exception lets every `finally` clean up.
+        signal.signal(signal.SIGTERM, _terminated)
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, AbsorbError):
+            click.echo(f"absorb: {error}", err=True)
+            sys.exit(1)
+        if isinstance(error, KeyboardInterrupt):
+            click.echo("absorb: interrupted; nothing was written", err=True)
+            sys.exit(130)
+
+
+def _terminated(*_: Any) -> NoReturn:
+    sys.exit(143)

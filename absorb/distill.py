@@ -1,0 +1,220 @@
+"""The brief fine-tune: the student learns the teacher's next-token distribution."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from absorb.errors import AbsorbError
+from absorb.plan import kl
+from absorb.settings import Distillation, Train
+from absorb.text import LENGTH, Texts
+from absorb.watch import led
+
+# Learning rates by the last part of a parameter's name; what is not named is a weight.
+_RATES = {"sink": 1e-2, "bias": 1e-3, "input_scale": 1e-3}
+_WEIGHT_RATE = 5e-5
+_TRAINED: dict[Train, tuple[str, ...]] = {
+    "sinks": ("sink", "bias"),
+    "scales": ("sink", "bias", "input_scale"),
+    "all": ("sink", "bias", "input_scale", "weight"),
+}
+_TRAINING_ROWS: dict[Train, int] = {"sinks": 64, "scales": 64, "all": 1024}
+_WARM_UP = 0.1
+_CHECKS = 8  # how often the held-out divergence is looked at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What the fine-tune will do."""
+
+    steps: int
+    train: Train
+    rows: int  # of text in a step
+
+    @property
+    def training_rows(self) -> int:
+        """How much text to sample: after a few rounds over the same text, more helps little."""
+        return min(self.steps * self.rows, _TRAINING_ROWS[self.train])
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps of {self.rows} x {LENGTH} tokens, training {self.train}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """Divergence from the teacher in nats per token: (step, value), and the step that was kept."""
+
+    training: tuple[tuple[int, float], ...]
+    held_out: tuple[tuple[int, float], ...]
+    kept: int
+
+
+def recipe(wish: Distillation, device: torch.device) -> Recipe:
+    """What the user asked for, the rest chosen for a few minutes on this device.
+
+    On a GPU everything is trained. On a CPU there is time for the sinks and their biases only.
+    """
+    gpu = device.type == "cuda"
+    steps = wish.steps if wish.steps is not None else (400 if gpu else 24)
+    return Recipe(
+        steps=steps, train=wish.train or ("all" if gpu else "sinks"), rows=32 if gpu else 8
+    )
+
+
+def distill(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    prefix: Tensor,
+    texts: Texts,
+    plan: Recipe,
+    seed: int,
+) -> Losses:
+    """Train the student in place, and keep its best step by the divergence on validation text.
+
+    The teacher reads the tokens `prefix` (n,) first, the student never does.
+    """
+    parameters = _choose(student, plan.train)
+    check = _Check(teacher, student, prefix, texts.validation, parameters)
+    check(0)
+    losses = []
+    if plan.steps:
+        optimizer = _optimizer(student, parameters)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, plan.steps))
+        batches = _batches(texts.training, plan.rows, seed)
+        for step in tqdm(range(1, plan.steps + 1), desc="fine-tuning", unit="step"):
+            loss = _step(teacher, student, prefix, next(batches), optimizer, parameters)
+            losses.append((step, loss))
+            schedule.step()
+            if step % max(1, plan.steps // _CHECKS) == 0 or step == plan.steps:
+                check(step)
+    check.restore()
+    student.requires_grad_(False).eval()
+    return Losses(training=tuple(losses), held_out=tuple(check.seen), kept=check.kept)
+
+
+def _choose(student: PreTrainedModel, train: Train) -> list[nn.Parameter]:
+    chosen = []
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[2] in _TRAINED[train])
+        if parameter.requires_grad:
+            chosen.append(parameter)
+    return chosen
+
+
+def _optimizer(student: PreTrainedModel, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            rate = _RATES.get(name.rpartition(".")[2], _WEIGHT_RATE)
+            groups.setdefault(rate, []).append(parameter)
+    settings = [{"params": group, "lr": rate} for rate, group in groups.items()]
+    return torch.optim.AdamW(settings, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to zero."""
+    warm = max(1, round(_WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _batches(training: Tensor, rows: int, seed: int) -> Iterator[Tensor]:
+    """Batches (rows, length) without end, every row once before any comes again."""
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(order) < rows:
+            order = torch.cat([order, torch.randperm(len(training), generator=draw)])
+        yield training[order[:rows]]
+        order = order[rows:]
+
+
+def _step(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    prefix: Tensor,
+    batch: Tensor,
+    optimizer: torch.optim.AdamW,
+    parameters: list[nn.Parameter],
+) -> float:
+    student.train()
+    total = 0.0
+    for part in batch.split(_rows_at_once(student)):
+        loss = _divergence(teacher, student, prefix, part) * len(part) / len(batch)
+        loss.backward()
+        total += loss.item()
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    if not math.isfinite(total + norm.item()):
+        raise AbsorbError(
+            "the fine-tune diverged (its loss is not a number any more); "
+            "convert with --steps 0, or with --train sinks"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def _rows_at_once(student: PreTrainedModel) -> int:
+    """Rows whose logits, with what the loss makes of them, fit easily into memory."""
+    room = 16e9 if student.device.type == "cuda" else 0.8e9
+    return max(1, int(room // (LENGTH * student.config.vocab_size * 16)))
+
+
+def _divergence(
+    teacher: PreTrainedModel, student: PreTrainedModel, prefix: Tensor, tokens: Tensor
+) -> Tensor:
+    """Mean KL(teacher | student) in nats on text `tokens` (rows, length)."""
+    tokens = tokens.to(student.device)
+    with torch.no_grad():
+        rows = led(tokens, prefix)
+        target = teacher(rows, use_cache=False).logits[:, len(prefix) :].float().log_softmax(-1)
+    predicted = student(tokens, use_cache=False).logits.float().log_softmax(-1)
+    return kl(target, predicted).mean()
+
+
+@torch.no_grad()
+def divergence(
+    teacher: PreTrainedModel, student: PreTrainedModel, prefix: Tensor, tokens: Tensor
+) -> float:
+    """Mean KL(teacher | student) in nats on text `tokens` (rows, length), in parts that fit."""
+    total = 0.0
+    for part in tokens.split(_rows_at_once(student)):
+        total += _divergence(teacher, student, prefix, part).item() * len(part)
+    return total / len(tokens)
+
+
+class _Check:
+    """Measures the divergence on validation text, and keeps a copy of the best parameters."""
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        prefix: Tensor,
+        validation: Tensor,
+        parameters: list[nn.Parameter],
+    ) -> None:
+        self.teacher, self.student, self.prefix = teacher, student, prefix
+        self.validation, self.parameters = validation, parameters
+        self.seen: list[tuple[int, float]] = []
+        self.kept = 0
+        self.best: list[Tensor] = []
+
+    def __call__(self, step: int) -> None:
+        self.student.eval()
+        value = divergence(self.teacher, self.student, self.prefix, self.validation)
+        if value < min((before for _, before in self.seen), default=math.inf):
+            self.kept = step
+            self.best = [parameter.detach().clone() for parameter in self.parameters]
+        self.seen.append((step, value))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, best in zip(self.parameters, self.best, strict=True):
+            parameter.copy_(best)

@@ -1,0 +1,149 @@
+"""Models and held-out text → Scores, side by side in one pass over the same tokens."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from absorb.families import Family
+from absorb.plan import kl
+from absorb.quantize import input_peaks, int8_static
+from absorb.watch import each_layers, eager, layers_of, led, watching
+
+_ROWS = 4
+# A massive activation is above both (arXiv 2402.17762).
+_MASSIVE_VALUE, _MASSIVE_RATIO = 100.0, 1000.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model, and the tokens (n,) that it is to be given before every row of text."""
+
+    model: PreTrainedModel
+    lead: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """How a model does on held-out text, as stored and with INT8 arithmetic."""
+
+    perplexity: float
+    divergence: float  # KL(teacher | model), nats per token
+    stream_peak: float  # largest magnitude in the residual stream
+    stream_ratio: float  # and its multiple of the median of its layer
+    massive_tokens: int  # tokens with a massive activation in any layer
+    first_weight: float  # mean attention weight on the first token, over layers and heads
+    int8_perplexity: float  # W8A8, static, per tensor
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What one subject has shown so far."""
+
+    loss: float = 0.0
+    divergence: float = 0.0
+    tokens: int = 0
+    stream: dict[int, list[Tensor]] = field(default_factory=dict)
+    medians: dict[int, list[Tensor]] = field(default_factory=dict)
+    first: list[Tensor] = field(default_factory=list)
+
+    def see_stream(self, layer: int, stream: Tensor) -> None:
+        size = stream.float().abs()
+        self.stream.setdefault(layer, []).append(size.amax(-1))
+        self.medians.setdefault(layer, []).append(size.median())
+
+    def see_logits(self, logits: Tensor, teacher: Tensor, tokens: Tensor) -> None:
+        """logits and the teacher's log-probabilities are (rows, length, vocabulary)."""
+        student = logits.float().log_softmax(-1)
+        self.loss -= float(student[:, :-1].gather(-1, tokens[:, 1:, None]).sum(dtype=torch.float64))
+        self.divergence += float(kl(teacher, student)[:, :-1].sum(dtype=torch.float64))
+        self.tokens += tokens[:, 1:].numel()
+
+    def score(self, int8_perplexity: float) -> Score:
+        peaks = torch.stack([torch.cat(rows).flatten() for rows in self.stream.values()])
+        ratios = (
+            peaks / torch.stack([torch.stack(m).mean() for m in self.medians.values()])[:, None]
+        )
+        massive = (peaks > _MASSIVE_VALUE) & (ratios > _MASSIVE_RATIO)
+        return Score(
+            perplexity=math.exp(self.loss / self.tokens),
+            divergence=self.divergence / self.tokens,
+            stream_peak=float(peaks.max()),
+            stream_ratio=float(ratios.flatten()[peaks.argmax()]),
+            massive_tokens=int(massive.any(0).sum()),
+            first_weight=float(torch.stack(self.first).mean()),
+            int8_perplexity=int8_perplexity,
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    subjects: Sequence[Subject],
+    teacher: Subject,
+    family: Family,
+    held_out: Tensor,
+    calibration: Tensor,
+) -> list[Score]:
+    """Score every subject on `held_out` (rows, length).
+
+    Perplexity counts each row's tokens but the first, whatever lead a model is given. Static INT8
+    ranges come from `calibration` (rows, length).
+    """
+    tallies = [_Tally() for _ in subjects]
+    for batch in tqdm(held_out.split(_ROWS), desc="evaluating", unit="batch"):
+        tokens = batch.to(teacher.model.device)
+        target = _logits(teacher, tokens).float().log_softmax(-1)
+        for subject, tally in zip(subjects, tallies, strict=True):
+            tally.see_logits(_watched_logits(subject, family, tokens, tally), target, tokens)
+    int8 = [int8_perplexity(subject, family, held_out, calibration) for subject in subjects]
+    return [tally.score(perplexity) for tally, perplexity in zip(tallies, int8, strict=True)]
+
+
+def _logits(subject: Subject, tokens: Tensor) -> Tensor:
+    """Logits (rows, length, vocabulary) of the text, those of the lead left out."""
+    rows = led(tokens, subject.lead)
+    logits: Tensor = subject.model(rows, use_cache=False).logits
+    return logits[:, len(subject.lead) :]
+
+
+def _watched_logits(subject: Subject, family: Family, tokens: Tensor, tally: _Tally) -> Tensor:
+    model = subject.model
+
+    def see_weights(_: object, __: object, out: tuple[Tensor, Tensor]) -> None:
+        tally.first.append(out[1][:, :, 1:, 0].float().mean())
+
+    with ExitStack() as stack:
+        stack.enter_context(eager(model))
+        stack.enter_context(watching(layers_of(model, family), tally.see_stream))
+        for module in each_layers(model, family, family.attention):
+            stack.callback(module.register_forward_hook(see_weights).remove)
+        return _logits(subject, tokens)
+
+
+@torch.no_grad()
+def int8_perplexity(
+    subject: Subject, family: Family, held_out: Tensor, calibration: Tensor
+) -> float:
+    """Perplexity with static per-tensor INT8 activations and per-channel INT8 weights."""
+    peaks = input_peaks(subject.model, family, calibration, subject.lead)
+    with int8_static(subject.model, family, peaks):
+        return perplexity(lambda tokens: _logits(subject, tokens), held_out, subject.model.device)
+
+
+def perplexity(logits: Callable[[Tensor], Tensor], rows: Tensor, device: torch.device) -> float:
+    """exp of the mean loss of every token but the first of each row, for logits(tokens)."""
+    loss, count = 0.0, 0
+    for batch in tqdm(rows.split(_ROWS), desc="evaluating in INT8", unit="batch"):
+        tokens = batch.to(device)
+        predicted = logits(tokens)[:, :-1].float().flatten(0, 1)
+        part = nn_loss(predicted, tokens[:, 1:].flatten(), reduction="sum")
+        loss, count = loss + float(part), count + tokens[:, 1:].numel()
+    return math.exp(loss / count)
+
+
+nn_loss = torch.nn.functional.cross_entropy

@@ -1,0 +1,192 @@
+"""Which of the measured figures are outliers. Pure: Measurement and Thresholds in, Findings out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from absorb.measure import Measurement
+from absorb.settings import Thresholds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkHead:
+    """A head that gives the first token, on average, more weight than the threshold."""
+
+    layer: int
+    head: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkToken:
+    """A token that a layer's heads give, on average, more weight than the threshold."""
+
+    token: int
+    position: int
+    layers: tuple[int, ...]
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MassiveActivation:
+    """The largest massive activation of a token id at one channel of the stream."""
+
+    token: int
+    position: int
+    channel: int
+    layers: tuple[int, ...]
+    value: float
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpikeNeuron:
+    """An MLP neuron that alone adds a massive activation to the stream."""
+
+    layer: int
+    neuron: int
+    contribution: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutlierChannel:
+    """A channel that is large on nearly every token: a residual sink."""
+
+    channel: int
+    layers: tuple[int, ...]
+    ratio: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """The outliers of a model, largest first."""
+
+    sink_heads: tuple[SinkHead, ...]
+    sink_tokens: tuple[SinkToken, ...]
+    massive_activations: tuple[MassiveActivation, ...]
+    spike_neurons: tuple[SpikeNeuron, ...]
+    outlier_channels: tuple[OutlierChannel, ...]
+    outlier_tokens: int
+
+    def tokens(self) -> set[int]:
+        """The ids of all tokens that are named."""
+        named = (*self.sink_tokens, *self.massive_activations)
+        return {found.token for found in named if found.token >= 0}
+
+
+def find(measurement: Measurement, thresholds: Thresholds) -> Findings:
+    """What of a measurement lies above the thresholds."""
+    return Findings(
+        sink_heads=_sink_heads(measurement, thresholds),
+        sink_tokens=_sink_tokens(measurement, thresholds),
+        massive_activations=_massive_activations(measurement, thresholds),
+        spike_neurons=_spike_neurons(measurement, thresholds),
+        outlier_channels=_outlier_channels(measurement, thresholds),
+        outlier_tokens=int(outlier_tokens(measurement.token_peak, thresholds).any(0).sum()),
+    )
+
+
+def massive(measurement: Measurement, thresholds: Thresholds) -> Tensor:
+    """Where the stream holds a massive activation: (layers, rows, length), boolean."""
+    peak = measurement.token_peak
+    ratio = peak / measurement.median[:, None, None]
+    return (peak > thresholds.massive_value) & (ratio > thresholds.massive_ratio)
+
+
+def outlier_tokens(token_peak: Tensor, thresholds: Thresholds) -> Tensor:
+    """Tokens whose peak is far above the median token's, as in PrefixQuant.
+
+    token_peak is (layers, rows, length), and so is the boolean result.
+    """
+    usual = token_peak.flatten(1).median(1).values
+    return token_peak > thresholds.token_ratio * usual[:, None, None]
+
+
+def _sink_heads(measurement: Measurement, thresholds: Thresholds) -> tuple[SinkHead, ...]:
+    weight = measurement.first_weight
+    found = (weight > thresholds.sink_weight).nonzero().tolist()
+    heads = (SinkHead(layer=i, head=j, weight=float(weight[i, j])) for i, j in found)
+    return tuple(sorted(heads, key=lambda head: -head.weight))
+
+
+def _sink_tokens(measurement: Measurement, thresholds: Thresholds) -> tuple[SinkToken, ...]:
+    weight = measurement.token_weight
+    # The last tokens of a row are seen by so few others that their mean means nothing.
+    weight = weight[:, :, : -(weight.shape[2] // 4)]
+    found: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    for layer, row, position in (weight > thresholds.sink_weight).nonzero().tolist():
+        # A first token is a sink whatever it is; elsewhere its id is what makes it one.
+        token = -1 if position == 0 else int(measurement.tokens[row, position])
+        key = (token, 0 if position == 0 else -1)
+        found.setdefault(key, []).append((layer, float(weight[layer, row, position])))
+    tokens = (
+        SinkToken(
+            token=token,
+            position=position,
+            layers=tuple(sorted({layer for layer, _ in seen})),
+            weight=max(weight for _, weight in seen),
+        )
+        for (token, position), seen in found.items()
+    )
+    return tuple(sorted(tokens, key=lambda token: -token.weight))
+
+
+def _massive_activations(
+    measurement: Measurement, thresholds: Thresholds
+) -> tuple[MassiveActivation, ...]:
+    found: dict[tuple[int, int, int], list[tuple[float, int]]] = {}
+    for layer, row, position in massive(measurement, thresholds).nonzero().tolist():
+        token = -1 if position == 0 else int(measurement.tokens[row, position])
+        channel = int(measurement.token_channel[layer, row, position])
+        value = float(measurement.token_peak[layer, row, position])
+        found.setdefault((token, 0 if position == 0 else -1, channel), []).append((value, layer))
+    activations = []
+    for (token, position, channel), seen in found.items():
+        value, layer = max(seen)
+        activations.append(
+            MassiveActivation(
+                token=token,
+                position=position,
+                channel=channel,
+                layers=tuple(sorted({layer for _, layer in seen})),
+                value=value,
+                ratio=value / float(measurement.median[layer]),
+            )
+        )
+    return tuple(sorted(activations, key=lambda activation: -activation.value))
+
+
+def _spike_neurons(measurement: Measurement, thresholds: Thresholds) -> tuple[SpikeNeuron, ...]:
+    peak = measurement.neuron_peak
+    ratio = peak / measurement.median[:, None]
+    spikes = (peak > thresholds.massive_value) & (ratio > thresholds.massive_ratio)
+    neurons = (
+        SpikeNeuron(layer=i, neuron=j, contribution=float(peak[i, j]))
+        for i, j in spikes.nonzero().tolist()
+    )
+    return tuple(sorted(neurons, key=lambda neuron: -neuron.contribution))
+
+
+def _outlier_channels(
+    measurement: Measurement, thresholds: Thresholds
+) -> tuple[OutlierChannel, ...]:
+    ratio = channel_ratio(measurement)
+    layers = ratio > thresholds.channel_ratio
+    channels = (
+        OutlierChannel(
+            channel=channel,
+            layers=tuple(layers[:, channel].nonzero().flatten().tolist()),
+            ratio=float(ratio[:, channel].max()),
+            share=float(measurement.channel_share[:, channel].max()),
+        )
+        for channel in layers.any(0).nonzero().flatten().tolist()
+    )
+    return tuple(sorted(channels, key=lambda channel: -channel.ratio))
+
+
+def channel_ratio(measurement: Measurement) -> Tensor:
+    """Mean magnitude of each channel over that of the layer's median channel: (layers, hidden)."""
+    mean = measurement.channel_mean
+    return mean / torch.median(mean, 1, keepdim=True).values.clamp_min(1e-12)

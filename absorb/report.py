@@ -1,0 +1,209 @@
+"""What was found, done and measured: plain data, the source of absorb.json, tables and the card."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from absorb import __version__
+from absorb.distill import Losses, Recipe
+from absorb.evaluate import Score
+from absorb.findings import Findings
+from absorb.measure import Measurement
+from absorb.plan import Plan, Removal
+from absorb.prefix import Trial
+
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFigures:
+    """One layer of the original, and how well a sink stands for its prefix."""
+
+    median: float  # of the stream's magnitude
+    peak: float
+    first_weight: float
+    fit_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """Everything known before the fine-tune."""
+
+    model: str
+    commit: str | None
+    license: str | None
+    family: str
+    dtype: str
+    layers: tuple[LayerFigures, ...]
+    text_origin: str
+    text_sha256: str
+    prefix: tuple[int, ...]
+    prefix_text: str
+    prefix_trials: tuple[Trial, ...]
+    token_text: dict[int, str]
+    findings: Findings
+    removals: tuple[Removal, ...]
+    residual_scales: dict[int, float]
+    divergence: float
+    versions: dict[str, str]
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A conversion, complete."""
+
+    inspection: Inspection
+    recipe: Recipe
+    losses: Losses
+    original: Score
+    converted: Score
+
+
+def versions() -> dict[str, str]:
+    """Of everything that has a part in the figures."""
+    packages = ("torch", "transformers", "safetensors", "tokenizers")
+    return {
+        "absorb": __version__,
+        **{name: version(name) for name in packages},
+        "python": platform.python_version(),
+    }
+
+
+def layer_figures(measurement: Measurement, plan: Plan) -> tuple[LayerFigures, ...]:
+    """One line for every layer."""
+    columns = zip(
+        measurement.median.tolist(),
+        measurement.token_peak.flatten(1).amax(1).tolist(),
+        measurement.first_weight.mean(1).tolist(),
+        plan.sinks.error.tolist(),
+        strict=True,
+    )
+    return tuple(
+        LayerFigures(median=median, peak=peak, first_weight=weight, fit_error=error)
+        for median, peak, weight, error in columns
+    )
+
+
+def to_json(data: Inspection | Report) -> str:
+    """Readable JSON of a report."""
+    return json.dumps(asdict(data), indent=1, ensure_ascii=False, default=_plain) + "\n"
+
+
+def _plain(value: object) -> str:
+    assert isinstance(value, Path)
+    return str(value)
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as aligned text: the first column to the left, all others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def score_rows(report: Report) -> list[Row]:
+    """The before/after table."""
+    original, converted = report.original, report.converted
+    figures = (
+        ("perplexity", "perplexity", "{:.3f}"),
+        ("KL from the teacher, nats", "divergence", "{:.4f}"),
+        ("largest |x| in the stream", "stream_peak", "{:,.0f}"),
+        ("  as a multiple of the median", "stream_ratio", "{:,.0f} x"),
+        ("massive-activation tokens", "massive_tokens", "{:d}"),
+        ("mean weight on the first token", "first_weight", "{:.3f}"),
+        ("perplexity in W8A8, static per tensor", "int8_perplexity", "{:.3f}"),
+    )
+    rows = [
+        (label, form.format(getattr(original, name)), form.format(getattr(converted, name)))
+        for label, name, form in figures
+    ]
+    return [("", "original", "converted"), *rows]
+
+
+def finding_rows(inspection: Inspection) -> list[Row]:
+    """The findings and the plan, a line each."""
+    findings, layers = inspection.findings, len(inspection.layers)
+    return [
+        ("attention sinks", _sinks(inspection)),
+        ("massive activations", _massive(inspection)),
+        ("spike neurons", _neurons(inspection)),
+        ("outlier channels", _channels(findings, layers)),
+        ("outlier tokens", f"{findings.outlier_tokens}"),
+        ("prefix", f"{inspection.prefix_text!r}"),
+        ("residual scales", _scales(inspection)),
+        ("KL after the graft, nats", f"{inspection.divergence:.4f}"),
+    ]
+
+
+def _name(inspection: Inspection, token: int) -> str:
+    return "first token" if token < 0 else repr(inspection.token_text[token])
+
+
+def _sinks(inspection: Inspection) -> str:
+    found = inspection.findings
+    if not found.sink_heads:
+        return "none"
+    layers = sorted({head.layer for head in found.sink_heads})
+    tokens = ", ".join(_name(inspection, sink.token) for sink in found.sink_tokens[:3])
+    heads = f"{len(found.sink_heads)} heads in layers {_ranges(layers)}"
+    return f"{heads} (up to {found.sink_heads[0].weight:.2f})" + (
+        f", on {tokens}" if tokens else ""
+    )
+
+
+def _massive(inspection: Inspection) -> str:
+    shown = [
+        f"{_name(inspection, found.token)} channel {found.channel}: {found.value:,.0f} "
+        f"({found.ratio:,.0f} x the median, layers {_ranges(found.layers)})"
+        for found in inspection.findings.massive_activations[:3]
+    ]
+    return _listed(shown, len(inspection.findings.massive_activations))
+
+
+def _neurons(inspection: Inspection) -> str:
+    removed = {(r.spike.layer, r.spike.neuron) for r in inspection.removals}
+    shown = [
+        f"({found.layer}, {found.neuron}) adds {found.contribution:,.0f}"
+        + (", removed" if (found.layer, found.neuron) in removed else ", kept")
+        for found in inspection.findings.spike_neurons[:6]
+    ]
+    return _listed(shown, len(inspection.findings.spike_neurons))
+
+
+def _channels(findings: Findings, layers: int) -> str:
+    shown = [
+        f"{found.channel} (up to {found.ratio:.0f} x, {len(found.layers)} of {layers} layers, "
+        f"{found.share:.0%} of the norm)"
+        for found in findings.outlier_channels[:4]
+    ]
+    return _listed(shown, len(findings.outlier_channels))
+
+
+def _scales(inspection: Inspection) -> str:
+    shown = [f"{channel}: {scale:g}" for channel, scale in inspection.residual_scales.items()]
+    return _listed(shown[:8], len(shown))
+
+
+def _listed(shown: list[str], total: int) -> str:
+    more = f"; and {total - len(shown)} more" if total > len(shown) else ""
+    return "; ".join(shown) + more if shown else "none"
+
+
+def _ranges(numbers: list[int] | tuple[int, ...]) -> str:
+    """Sorted numbers with runs folded: 3-9, 12."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

@@ -1,0 +1,64 @@
+"""What a user may choose. Immutable, and cheap to import: no torch here."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Train = Literal["sinks", "scales", "all"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """Where the model to convert is: a Hub id, a folder, a .gguf file, or `demo`."""
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """The text that is measured. Without a file the model samples its own."""
+
+    text: Path | None = None
+    prefix: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """When a figure counts as an outlier, each as its source defines it."""
+
+    # Attention sink: mean weight that a token receives (Gu et al. 2024, arXiv 2410.10781).
+    sink_weight: float = 0.3
+    # Massive activation: magnitude, and multiple of the layer's median (Sun et al. 2024, arXiv 2402.17762).
+    massive_value: float = 100.0
+    massive_ratio: float = 1000.0
+    # Outlier token: multiple of the median of the token-wise maximum (PrefixQuant, arXiv 2410.05265).
+    token_ratio: float = 64.0
+    # Residual sink: mean magnitude of a channel over that of the median channel.
+    channel_ratio: float = 10.0
+    # How far, in nats per token, removing spike neurons may move the next-token distribution.
+    divergence: float = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distillation:
+    """The brief fine-tune. None lets the machine decide, and the choice is printed."""
+
+    steps: int | None = None
+    train: Train | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One conversion, complete."""
+
+    model: ModelRef
+    out: Path
+    calibration: Calibration = field(default_factory=Calibration)
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    distillation: Distillation = field(default_factory=Distillation)
+    device: str = "auto"
+    force: bool = False

@@ -1,0 +1,162 @@
+"""ModelRef → Source: the model to convert, checked, in float32, with its tokenizer.
+
+What can be refused from the configuration and the list of files is refused before any weight is
+downloaded or read.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as bars_and_warnings
+
+from absorb import download, gguf_file, vetting
+from absorb.errors import AbsorbError
+from absorb.families import Family
+from absorb.settings import ModelRef
+
+DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+# Up to this size a progress bar would be gone before it is read.
+QUIET_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A stock model, ready to be measured."""
+
+    name: str  # for people, and for `base_model` on a model card; never a path
+    model: PreTrainedModel  # float32, on the CPU, in eval mode
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+    dtype: torch.dtype  # that most weights were stored in; float32 for a quantised .gguf file
+    license: str | None
+    commit: str | None  # of the Hub repository
+
+
+def load(ref: ModelRef) -> Source:
+    """The model that `ref` names, or an AbsorbError that says why not."""
+    source = _read(ref)
+    vetting.refuse_non_finite(source.model, source.name)
+    source.model.config.name_or_path = source.name
+    source.tokenizer.name_or_path = source.name
+    return source
+
+
+def _read(ref: ModelRef) -> Source:
+    path = Path(ref.name).expanduser()
+    if ref.name != "demo" and not path.exists() and download.is_repository(ref.name):
+        return _from_hub(ref)
+    if ref.revision is not None:
+        raise AbsorbError(
+            f"{ref.name} is not a Hub repository and has no revisions; drop --revision"
+        )
+    if ref.name == "demo":
+        return _from_gguf(gguf_file.demo(), DEMO)
+    if path.is_dir():
+        return _from_folder(path, ref, path.resolve().name, commit=None)
+    if path.is_file():
+        return _from_gguf(path, path.name)
+    raise AbsorbError(
+        f"{ref.name} does not exist; name a Hub repository (owner/name), a folder, a .gguf file "
+        "or demo"
+    )
+
+
+def _from_hub(ref: ModelRef) -> Source:
+    folder = download.description(ref)
+    vetting.family_in(folder, ref.name)
+    commit = folder.name  # the cache keeps every commit in a folder of its name
+    return _from_folder(download.weights(ref, commit), ref, ref.name, commit)
+
+
+def _from_folder(folder: Path, ref: ModelRef, name: str, commit: str | None) -> Source:
+    family = vetting.family_in(folder, ref.name)
+    files = vetting.weight_files(folder, ref.name)
+    dtype = vetting.stored_dtype(vetting.stored_elements(files), ref.name)
+    with vetting.reading(ref.name), _quiet(files):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=ref.trust_remote_code
+        )
+        # Never the model's own code, trusted or not: a family describes the stock class.
+        loading: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are in `info`, and refused by name
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    model, info = loading
+    vetting.refuse_mismatch(info, model, ref.name)
+    return Source(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        family=family,
+        dtype=dtype,
+        license=_license(folder),
+        commit=commit,
+    )
+
+
+def _from_gguf(path: Path, name: str) -> Source:
+    # Linked into a folder of its own, lest transformers read tokenizer files that lie beside it.
+    with TemporaryDirectory() as folder, vetting.reading(name), _quiet([path]):
+        link = Path(folder, "model.gguf")
+        link.symlink_to(path.resolve())
+        with gguf_file.parsed_once():
+            header = gguf_file.header(link, name)
+            config = gguf_file.config(link, header, name)
+            family = vetting.family_of_config(config.to_dict(), name)
+            tokenizer = gguf_file.tokenizer(link, header, name)
+            model, info = gguf_file.model(link, config)
+        vetting.refuse_mismatch(info, model, name)
+        gguf_file.refuse_unread(header, model, name)
+    return Source(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        family=family,
+        dtype=gguf_file.stored_dtype(header),
+        license=gguf_file.text(header, "general.license"),
+        commit=None,
+    )
+
+
+def _license(folder: Path) -> str | None:
+    """The `license` in the front matter of a model card."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license:[ \t]*(\S+)", front[1], re.MULTILINE) if front else None
+    return found[1].strip("\"'") if found else None
+
+
+@contextmanager
+def _quiet(files: list[Path]) -> Iterator[None]:
+    """Silence transformers' warnings, which `vetting` makes errors, and the bars of small files."""
+    verbosity, bars = bars_and_warnings.get_verbosity(), bars_and_warnings.is_progress_bar_enabled()
+    small = sum(file.stat().st_size for file in files) < QUIET_BYTES
+    bars_and_warnings.set_verbosity(logging.ERROR)
+    if bars and small:
+        bars_and_warnings.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        bars_and_warnings.set_verbosity(verbosity)
+        if bars and small:
+            bars_and_warnings.enable_progress_bar()  # type: ignore[no-untyped-call]

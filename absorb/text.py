@@ -1,0 +1,154 @@
+"""Text to calibrate on, to train on, to choose the best step by, and to report on: all different."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from absorb.errors import AbsorbError
+from absorb.settings import Calibration
+from absorb.source import Source
+
+LENGTH = 256
+CALIBRATION_ROWS = 16
+VALIDATION_ROWS = 8
+HELD_OUT_ROWS = 24
+_FIXED_ROWS = (HELD_OUT_ROWS, VALIDATION_ROWS, CALIBRATION_ROWS)
+_SAMPLED_AT_ONCE = 64
+
+# Where sampled text starts when the tokenizer has no BOS: words that many texts start with.
+_FIRST_WORDS = ("The", "In", "I", "A", "This", "It", "We", "When", "For", "If", "As", "There")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """Token ids, each part (rows, LENGTH). No row starts with a BOS."""
+
+    held_out: Tensor
+    validation: Tensor
+    calibration: Tensor
+    training: Tensor
+    origin: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all token ids."""
+        parts = (self.held_out, self.validation, self.calibration, self.training)
+        return hashlib.sha256(torch.cat(parts).cpu().numpy().tobytes()).hexdigest()
+
+
+def gather(source: Source, calibration: Calibration, training_rows: int) -> Texts:
+    """Text from the file that the user names, else text that the model itself samples."""
+    if calibration.text is not None:
+        rows = _from_file(calibration.text, source.tokenizer, training_rows > 0)
+        origin = str(calibration.text.name)
+    else:
+        rows = _sampled(source, sum(_FIXED_ROWS) + training_rows, calibration.seed)
+        origin = f"sampled from the model with seed {calibration.seed}"
+    held_out, validation, calibrating, training = rows.split(
+        [*_FIXED_ROWS, len(rows) - sum(_FIXED_ROWS)]
+    )
+    return Texts(
+        held_out=held_out,
+        validation=validation,
+        calibration=calibrating,
+        training=training[:training_rows],
+        origin=origin,
+    )
+
+
+def _from_file(path: Path, tokenizer: PreTrainedTokenizerBase, training: bool) -> Tensor:
+    """The whole file as windows (rows, LENGTH); documents are divided by the end-of-text token."""
+    ids: list[int] = []
+    divider = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for document in tqdm(_documents(path), desc="reading text", unit="document"):
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + divider
+    rows = len(ids) // LENGTH
+    least = sum(_FIXED_ROWS) + (1 if training else 0)
+    if rows < least:
+        raise AbsorbError(
+            f"{path} holds {len(ids)} tokens and {least * LENGTH} are needed; give a longer text, "
+            "or no --text and the model samples its own"
+        )
+    return torch.tensor(ids[: rows * LENGTH]).view(rows, LENGTH)
+
+
+def _documents(path: Path) -> list[str]:
+    """The different documents of a file: one a line in .jsonl, else the whole file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AbsorbError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    if path.suffix != ".jsonl":
+        return [text]
+    lines = enumerate(text.splitlines(), 1)
+    # Without repeats, so that no document is in two parts.
+    return list(dict.fromkeys(_field(path, number, line) for number, line in lines if line.strip()))
+
+
+def _field(path: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise AbsorbError(f"{path}, line {number}: not a JSON object with a string field `text`")
+    return text
+
+
+@torch.inference_mode()
+def _sampled(source: Source, rows: int, seed: int) -> Tensor:
+    """Rows (rows, LENGTH) of the model's own text: what it thinks language looks like."""
+    batches = []
+    with tqdm(total=rows * LENGTH, desc="sampling text", unit="token", unit_scale=True) as bar:
+        for start in range(0, rows, _SAMPLED_AT_ONCE):
+            count = min(_SAMPLED_AT_ONCE, rows - start)
+            batches.append(_sample(source, count, seed * 1_000_003 + start, bar))
+    return torch.cat(batches)
+
+
+def _sample(source: Source, rows: int, seed: int, bar: tqdm) -> Tensor:
+    start, kept_from = _starts(source.tokenizer, rows)
+    device = source.model.device
+    torch.manual_seed(seed)
+    out = source.model.generate(
+        start.to(device),
+        attention_mask=torch.ones_like(start).to(device),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=0.95,
+        min_new_tokens=LENGTH,
+        max_new_tokens=LENGTH,
+        pad_token_id=source.tokenizer.pad_token_id or 0,
+        streamer=_Ticker(bar, rows),
+    )
+    return out[:, kept_from : kept_from + LENGTH].cpu()
+
+
+def _starts(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[Tensor, int]:
+    """The tokens (rows, 1) to sample from, and how many of them are not text."""
+    if tokenizer.bos_token_id is not None:
+        return torch.full((rows, 1), tokenizer.bos_token_id), 1
+    first = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in _FIRST_WORDS]
+    return torch.tensor([first[row % len(first)] for row in range(rows)])[:, None], 0
+
+
+class _Ticker:
+    """Moves a progress bar with every token that generate() hands over."""
+
+    def __init__(self, bar: tqdm, rows: int) -> None:
+        self.bar, self.rows, self.started = bar, rows, False
+
+    def put(self, _: Tensor) -> None:
+        # The first call hands over the prompt.
+        self.bar.update(self.rows * self.started)
+        self.started = True
+
+    def end(self) -> None:
+        pass

@@ -1,0 +1,171 @@
+"""What absorb refuses to convert, each with the sentence that says why and what to do."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from absorb.errors import AbsorbError
+from absorb.families import Family, family_of
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# What safetensors calls the types of weights that are not quantised.
+STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Make one sentence of whatever the libraries below raise for a damaged file."""
+    try:
+        yield
+    except AbsorbError:
+        raise
+    except Exception as error:
+        raise AbsorbError(
+            f"{name} could not be read ({_first_line(error)}); "
+            "check that its files are complete and belong together"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
+
+
+def family_in(folder: Path, name: str) -> Family:
+    """The family of the model in a folder, which has a sound configuration and a tokenizer."""
+    family = family_of_config(_read_json(folder / "config.json", name), name)
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise AbsorbError(
+            f"{name} has no tokenizer; save one beside the model, as {TOKENIZER_FILES[0]}"
+        )
+    return family
+
+
+def family_of_config(config: Mapping[str, Any], name: str) -> Family:
+    """The family of the model that a configuration describes, if absorb can convert it."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise AbsorbError(f"the config.json of {name} names no model_type; fetch it again")
+    if model_type.startswith("absorb_") or "absorb" in config:
+        raise AbsorbError(f"{name} is absorbed already; convert the model it was made from")
+    if _is_quantised(config):
+        raise AbsorbError(f"{name} is quantised; convert the model it was made from, then quantise")
+    if not _is_causal(config):
+        raise AbsorbError(
+            f"{name} is a {model_type} model that does not predict the next token from a decoder "
+            "alone; absorb converts decoder-only language models"
+        )
+    return family_of(model_type)
+
+
+def _is_quantised(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("quantization_config") or config.get("compression_config"))
+
+
+def _is_causal(config: Mapping[str, Any]) -> bool:
+    """Whether the named class is a causal language model, where one is named.
+
+    A model with a `text_config` has more parts than text, and no family: it is refused by its type.
+    """
+    if config.get("is_encoder_decoder"):
+        return False
+    classes = config.get("architectures") or []
+    endings = ("ForCausalLM", "LMHeadModel")
+    return not classes or "text_config" in config or any(name.endswith(endings) for name in classes)
+
+
+def _read_json(file: Path, name: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise AbsorbError(
+            f"{name} has no {file.name}, so it is not a transformers model; "
+            "name a folder or repository that holds one, or a .gguf file"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AbsorbError(
+            f"the {file.name} of {name} is not JSON ({error}); fetch it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise AbsorbError(f"the {file.name} of {name} is not a JSON object; fetch it again")
+    return content
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files that hold the model, all of them there."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise AbsorbError(
+            f"{name} has no weights in the safetensors format, and absorb reads no pickle files "
+            "(.bin, .pt), which can run any code; save the model again with save_pretrained"
+        )
+    shards = _read_json(folder / INDEX, name).get("weight_map", {}).values()
+    files = [folder / shard for shard in sorted(set(shards))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise AbsorbError(f"{name} lacks {', '.join(missing) or 'its weights'}; fetch it again")
+    return files
+
+
+def stored_elements(files: list[Path]) -> Counter[str]:
+    """How many elements the files hold of each type, from their headers."""
+    elements: Counter[str] = Counter()
+    for file in files:
+        with reading(str(file)), safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a mapping
+                part = tensors.get_slice(key)
+                elements[part.get_dtype()] += prod(part.get_shape())
+    return elements
+
+
+def stored_dtype(elements: Counter[str], name: str) -> torch.dtype:
+    """The type of most weights."""
+    strange = elements.keys() - STORED.keys()
+    if strange:
+        raise AbsorbError(
+            f"{name} stores weights as {', '.join(sorted(strange))}, so it is quantised; "
+            "convert the model it was made from"
+        )
+    if not elements:
+        raise AbsorbError(f"{name} holds no weights; fetch it again")
+    return STORED[elements.most_common(1)[0][0]]
+
+
+def refuse_mismatch(info: Mapping[str, Any], model: PreTrainedModel, name: str) -> None:
+    """Refuse weights of another model: transformers would draw what is missing at random."""
+    strange = (
+        [f"lacks {key}" for key in sorted(info["missing_keys"])]
+        + [f"holds {key} in another shape" for key, *_ in sorted(info["mismatched_keys"])]
+        + [f"holds {key} without a use for it" for key in sorted(info["unexpected_keys"])]
+    )
+    if strange:
+        raise AbsorbError(
+            f"{name} {strange[0]}: its weights are not those of the {type(model).__name__} that "
+            "its configuration describes; fetch both again"
+        )
+
+
+def refuse_non_finite(model: PreTrainedModel, name: str) -> None:
+    """Refuse NaN and infinity, naming the first tensor that has one."""
+    for key, parameter in model.named_parameters():
+        if not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
+            raise AbsorbError(
+                f"{name} has NaN or infinity in {key}; fetch it again or choose another model"
+            )

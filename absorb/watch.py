@@ -1,0 +1,109 @@
+"""Looking into a model while it runs, without leaving anything behind."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging as transformers_logging
+
+from absorb.families import Family
+
+See = Callable[[int, Tensor], None]
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def layers_of(model: PreTrainedModel, family: Family) -> list[Any]:
+    """The decoder layers, first to last."""
+    return list(model.get_submodule(family.layers).children())
+
+
+def each_layers(model: PreTrainedModel, family: Family, name: str) -> list[Any]:
+    """The submodule `name` of every decoder layer, first to last."""
+    return [layer.get_submodule(name) for layer in layers_of(model, family)]
+
+
+def each_name(model: PreTrainedModel, family: Family, name: str) -> list[str]:
+    """The name in the model of the submodule `name` of every decoder layer."""
+    return [f"{family.layers}.{index}.{name}" for index in range(len(layers_of(model, family)))]
+
+
+def linears_of(model: PreTrainedModel, family: Family) -> dict[str, nn.Linear]:
+    """Every Linear inside a decoder layer, under its name in the model."""
+    stem = f"{family.layers}."
+    modules = model.named_modules()
+    return {n: m for n, m in modules if n.startswith(stem) and isinstance(m, nn.Linear)}
+
+
+@contextmanager
+def watching(modules: Iterable[nn.Module], see: See, *, inputs: bool = False) -> Iterator[None]:
+    """Call see(index, tensor) with what each module gives, or with what it is given."""
+
+    def before(index: int) -> Callable[..., None]:
+        return lambda _, args: see(index, args[0].detach())
+
+    def after(index: int) -> Callable[..., None]:
+        return lambda _, args, out: see(index, (out if torch.is_tensor(out) else out[0]).detach())
+
+    handles = [
+        module.register_forward_pre_hook(before(index))
+        if inputs
+        else module.register_forward_hook(after(index))
+        for index, module in enumerate(modules)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def attending(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
+    """Let `attend` compute the attention of a stock model, under the masks of stock SDPA."""
+    name = "absorb_watch"
+    ALL_ATTENTION_FUNCTIONS.register(name, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        del ALL_ATTENTION_FUNCTIONS._global_mapping[name]
+        del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[name]
+
+
+@contextmanager
+def eager(model: PreTrainedModel) -> Iterator[None]:
+    """Let the attention modules of a model return their weights."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bars and warnings."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def led(tokens: Tensor, lead: Tensor) -> Tensor:
+    """Text `tokens` (batch, length), each row after the tokens `lead` (n,): (batch, n + length)."""
+    return torch.cat([lead.to(tokens.device).expand(len(tokens), -1), tokens], 1)

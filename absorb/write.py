@@ -1,0 +1,51 @@
+"""Absorbed model, tokenizer and report → the files of a checkpoint."""
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from absorb.card import card
+from absorb.checkpoint import REPORT
+from absorb.errors import AbsorbError
+from absorb.modeling_absorb import NEUTRAL
+from absorb.prefix import lead_of
+from absorb.report import Report, to_json
+from absorb.watch import quiet
+
+_SHARD = "5GB"
+
+
+def as_stored(student: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round the weights to the type they are saved in; sinks and scales stay float32."""
+    ours = set(NEUTRAL) - {"bias"}
+    for name, parameter in student.named_parameters():
+        if name.rpartition(".")[2] not in ours:
+            parameter.data = parameter.data.to(dtype)
+    student.config.dtype = dtype
+
+
+def write(
+    folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: Report
+) -> None:
+    """Fill a folder with everything that `from_pretrained` and a reader need."""
+    with quiet():
+        student.save_pretrained(folder, max_shard_size=_SHARD)
+        without_bos(tokenizer).save_pretrained(folder)
+    (folder / REPORT).write_text(to_json(report), encoding="utf-8")
+    (folder / "README.md").write_text(card(report), encoding="utf-8")
+
+
+def without_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that puts no BOS before the text: the sinks stand for what BOS did."""
+    if not len(lead_of(tokenizer)):
+        return tokenizer
+    plain = copy.deepcopy(tokenizer)
+    plain.add_bos_token = False
+    if len(lead_of(plain)):
+        raise AbsorbError(
+            f"the tokenizer {type(tokenizer).__name__} cannot be told to leave out the BOS that the "
+            "sinks stand for; save it with a fast tokenizer (tokenizer.json) and convert again"
+        )
+    return plain

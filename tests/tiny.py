@@ -1,0 +1,78 @@
+"""Tiny random models of every family: 28,000 parameters, none of them a trivial 0 or 1."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+LAYERS = 3
+HIDDEN = 32
+INTERMEDIATE = 48
+HEADS = 4
+KV_HEADS = 2
+HEAD_DIM = 8
+VOCABULARY = 64
+POSITIONS = 64
+
+COMMON = {
+    "num_hidden_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+# A window as long as the positions hides nothing: pass a smaller `sliding_window` to see it work.
+GEMMA = {
+    "head_dim": HEAD_DIM,
+    "query_pre_attn_scalar": HEAD_DIM,
+    "sliding_window": POSITIONS,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": HEAD_DIM},
+    "phi3": {"original_max_position_embeddings": POSITIONS},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+}
+
+
+def tiny(model_type: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> PreTrainedModel:
+    """A small causal language model in eval mode, the same at every call.
+
+    `overrides` go to the config. In another dtype the parameters are the float64 ones, rounded.
+    """
+    settings = {**COMMON, **SPECIAL.get(model_type, {}), **overrides}
+    config = AutoConfig.for_model(model_type, **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    randomise(model)
+    return model
+
+
+@torch.no_grad()
+def randomise(model: PreTrainedModel) -> None:
+    """Draw every matrix anew, and move every norm weight and bias off its 0 or 1."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if parameter.ndim == 1:
+            parameter.add_(0.3 * noise)
+        else:
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
