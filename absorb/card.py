@@ -49,7 +49,7 @@ def card(report: Report) -> str:
         model=inspection.model,
         version=inspection.versions["absorb"],
         prefix=f"`{inspection.prefix_text!r}`",
-        scores=markdown(score_rows(report)),
+        scores=markdown(score_rows(report.original, report.converted)),
         text=inspection.text_origin,
         findings=markdown([("", ""), *finding_rows(inspection)]),
         recipe=report.recipe,

@@ -91,7 +91,7 @@ def convert(out: Path, force: bool, as_json: bool, **options: Any) -> None:
     absorb convert Qwen/Qwen3-0.6B --out DIR --text corpus.jsonl --steps 400
     """
     job = _job(out, force, options)
-    with _refusals():
+    with _Refusals():
         from absorb import pipeline, report
 
         result = pipeline.convert(job, _say)
@@ -110,11 +110,13 @@ def inspect(as_json: bool, **options: Any) -> None:
     absorb inspect ./my-llama --text corpus.txt --json > findings.json
     """
     job = _job(Path(), False, options)
-    with _refusals():
+    with _Refusals():
         from absorb import pipeline, report
 
         result = pipeline.inspect(job, _say)
-        click.echo(report.to_json(result) if as_json else report.table(report.finding_rows(result)))
+        click.echo(
+            report.to_json(result) if as_json else report.listing(report.finding_rows(result))
+        )
 
 
 def _job(out: Path, force: bool, options: dict[str, Any]) -> Job:
@@ -139,11 +141,12 @@ def _say(sentence: str) -> None:
 def _story(result: Any) -> str:
     from absorb import report
 
-    found, scores = report.finding_rows(result.inspection), report.score_rows(result)
-    return f"{report.table(found)}\n\n{report.table(scores)}"
+    found = report.finding_rows(result.inspection)
+    scores = report.score_rows(result.original, result.converted)
+    return f"{report.listing(found)}\n\n{report.table(scores)}"
 
 
-class _refusals:
+class _Refusals:
     """Turns an AbsorbError into one sentence and exit code 1, and a signal into an exit."""
 
     def __enter__(self) -> None:

@@ -1,7 +1,7 @@
 """The story of a conversion, from a model's name to a folder."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -39,9 +39,14 @@ class Draft:
 def convert(job: Job, say: Say) -> Report:
     """Convert a model and write the checkpoint to job.out; `say` is told what is being done."""
     with staged(job.out, job.force) as folder:
-        plan = recipe(job.distillation, _device(job.device))
+        plan = recipe(job.distillation, device_of(job.device))
         draft = prepare(job, say, plan.training_rows)
         source, student = draft.source, draft.student
+        smooth(
+            student,
+            source.family,
+            smoothing_scales(student, source.family, draft.texts.calibration),
+        )
         prefix = torch.tensor(draft.plan.prefix)
         say(f"fine-tune: {plan}")
         losses = distill(source.model, student, prefix, draft.texts, plan, job.distillation.seed)
@@ -74,19 +79,17 @@ def inspect(job: Job, say: Say) -> Inspection:
 
 def prepare(job: Job, say: Say, training_rows: int) -> Draft:
     """Measure the model, plan its conversion and graft the plan onto a copy of it."""
-    device = _device(job.device)
+    device = device_of(job.device)
     say(f"loading {job.model.name}")
     source = load(job.model)
     model, family = source.model.to(device), source.family
     texts = gather(source, job.calibration, training_rows)
     measurement = measure(model, family, texts.calibration, lead_of(source.tokenizer))
     findings = find(measurement, job.thresholds)
-    trials = find_prefix(source, job.calibration.prefix, texts.calibration, job.thresholds)
+    trials = find_prefix(source, job.calibration.prefix, texts.calibration)
     budget = job.thresholds.divergence
     plan = make_plan(model, family, findings, trials[-1].prefix, texts.calibration, budget)
     student = graft(model, family, plan)
-    plan = replace(plan, smoothing=smoothing_scales(student, family, texts.calibration))
-    smooth(student, family, plan.smoothing)
     gap = divergence(model, student, torch.tensor(plan.prefix), texts.validation)
     say(f"KL from the teacher after the graft, untrained: {gap:.4f} nats per token")
     inspection = Inspection(
@@ -112,7 +115,8 @@ def prepare(job: Job, say: Say, training_rows: int) -> Draft:
     return Draft(source=source, texts=texts, plan=plan, student=student, inspection=inspection)
 
 
-def _device(wish: str) -> torch.device:
+def device_of(wish: str) -> torch.device:
+    """The device that is meant by `auto`, cpu, cuda, cuda:1, ..."""
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -9,64 +9,59 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
-from absorb.findings import outlier_tokens
-from absorb.settings import Thresholds
 from absorb.source import Source
 from absorb.watch import layers_of, led, watching
 
+# Candidates are told apart on the beginnings of a few rows; an extension must prove itself on more.
 _ROWS = 8
-_LENGTH = 64
+_BEGINNING = 64
 _EXTENSIONS = 2
-# What fewer outlier tokens may cost in loss, as a share.
+# An extension that does not lower the loss must halve the largest outlier, and cost next to nothing.
 _TOLERANCE = 0.001
 
 # Tokens that models make sinks of when no BOS was trained (arXiv 2402.17762, 2410.05265).
-_CANDIDATES = ("\n", ".", ",", " the", " and", " of", "The", "In", "I", "\n\n", " ")
+_CANDIDATES = ("\n", ".", ",", " the", " and", " of", "The", "In", "I")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A prefix that was tried: its loss in nats per token, and how many outlier tokens remain."""
+    """A prefix that was tried.
+
+    loss is in nats per token; outlier is the largest peak of a token's stream behind the prefix, as
+    a multiple of the median token's in that layer.
+    """
 
     prefix: tuple[int, ...]
     loss: float
-    outliers: int
+    outlier: float
 
 
 @torch.no_grad()
-def find_prefix(
-    source: Source, text: str | None, tokens: Tensor, thresholds: Thresholds
-) -> list[Trial]:
+def find_prefix(source: Source, text: str | None, tokens: Tensor) -> list[Trial]:
     """The prefixes that were tried on calibration text `tokens` (rows, length); the last one won.
 
     `text`, if given, is the prefix; otherwise it is BOS where the tokenizer adds one, else the
     candidate with the lowest loss, and after it the outlier tokens that it pays to add.
     """
+    tokens = tokens[:_ROWS].to(source.model.device)
     if text is not None:
-        return [_try(source, _encoded(source.tokenizer, text), tokens, thresholds)]
-    trials = [
-        _try(source, (candidate,), tokens, thresholds)
-        for candidate in tqdm(
-            _candidates(source.tokenizer), desc="choosing the prefix", unit="token"
-        )
-    ]
+        return [_try(source, _encoded(source.tokenizer, text), tokens)[0]]
+    candidates = tqdm(_candidates(source.tokenizer), desc="choosing the prefix", unit="token")
+    trials = [_try(source, (token,), tokens[:, :_BEGINNING])[0] for token in candidates]
     trials.sort(key=lambda trial: -trial.loss)
+    best, outlier = _try(source, trials[-1].prefix, tokens)
     for _ in range(_EXTENSIONS):
-        best = trials[-1]
-        token = _worst_outlier(source, best.prefix, tokens, thresholds)
-        if token is None or token in best.prefix:
-            break
-        longer = _try(source, (*best.prefix, token), tokens, thresholds)
-        if not _better(longer, best):
-            trials.insert(0, longer)
-            break
+        longer, next_outlier = _try(source, (*best.prefix, outlier), tokens)
         trials.append(longer)
-    return trials
+        if not _better(longer, best):
+            break
+        best, outlier = longer, next_outlier
+    return [*(trial for trial in trials if trial.prefix != best.prefix), best]
 
 
 def _better(longer: Trial, best: Trial) -> bool:
-    cheap = longer.loss <= best.loss * (1 + _TOLERANCE)
-    return longer.loss < best.loss or (cheap and longer.outliers < best.outliers)
+    halves = longer.outlier < 0.5 * best.outlier and longer.loss < best.loss * (1 + _TOLERANCE)
+    return longer.loss < best.loss or halves
 
 
 def lead_of(tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -91,30 +86,16 @@ def _candidates(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys([*tokenizer.all_special_ids, *single]))
 
 
-def _try(source: Source, prefix: tuple[int, ...], tokens: Tensor, thresholds: Thresholds) -> Trial:
-    text = tokens[:_ROWS, :_LENGTH].to(source.model.device)
-    peaks, logits = _peaks(source, prefix, text)
-    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), text[:, 1:].flatten())
-    outliers = int(outlier_tokens(peaks, thresholds)[:, :, len(prefix) :].any(0).sum())
-    return Trial(prefix=prefix, loss=loss.item(), outliers=outliers)
-
-
-def _peaks(source: Source, prefix: tuple[int, ...], text: Tensor) -> tuple[Tensor, Tensor]:
-    """Peaks (layers, rows, prefix + length) of the stream, and the logits of the text."""
+def _try(source: Source, prefix: tuple[int, ...], text: Tensor) -> tuple[Trial, int]:
+    """How text (rows, length) does behind a prefix, and the token that is most often its outlier."""
     peaks: list[Tensor] = []
     layers = layers_of(source.model, source.family)
     with watching(layers, lambda _, stream: peaks.append(stream.float().abs().amax(-1))):
         rows = led(text, torch.tensor(prefix))
         logits = source.model(rows, use_cache=False).logits[:, len(prefix) :]
-    return torch.stack(peaks), logits
-
-
-def _worst_outlier(
-    source: Source, prefix: tuple[int, ...], tokens: Tensor, thresholds: Thresholds
-) -> int | None:
-    """The token that is most often an outlier behind the prefix."""
-    text = tokens[:_ROWS].to(source.model.device)
-    peaks, _ = _peaks(source, prefix, text)
-    outliers = outlier_tokens(peaks, thresholds)[:, :, len(prefix) :].any(0)
-    counts = Counter(text[outliers].tolist())
-    return counts.most_common(1)[0][0] if counts else None
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), text[:, 1:].flatten())
+    peak = torch.stack(peaks)[:, :, len(prefix) :]
+    ratio = (peak / peak.flatten(1).median(1).values[:, None, None]).amax(0)
+    worst = text.gather(1, ratio.argmax(1, keepdim=True))[:, 0].tolist()
+    trial = Trial(prefix=prefix, loss=loss.item(), outlier=ratio.max().item())
+    return trial, Counter(worst).most_common(1)[0][0]

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import textwrap
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from absorb.plan import Plan, Removal
 from absorb.prefix import Trial
 
 Row = tuple[str, ...]
+_WIDTH = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +112,23 @@ def table(rows: list[Row]) -> str:
     )
 
 
-def score_rows(report: Report) -> list[Row]:
+def listing(rows: list[Row]) -> str:
+    """Rows of a label and a text as lines, the texts folded under themselves."""
+    indent = max(len(label) for label, _ in rows) + 2
+    return "\n".join(
+        textwrap.fill(
+            label.ljust(indent) + text,
+            _WIDTH,
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for label, text in rows
+    )
+
+
+def score_rows(original: Score, converted: Score) -> list[Row]:
     """The before/after table."""
-    original, converted = report.original, report.converted
     figures = (
         ("perplexity", "perplexity", "{:.3f}"),
         ("KL from the teacher, nats", "divergence", "{:.4f}"),

@@ -11,7 +11,7 @@ exact shift, but on the slowly turning channels a bias on k_proj comes close to 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from absorb.watch import attending, each_layers
 # The grid of starting logits reaches from "no sink" to "a sink that takes everything".
 _GRID = (-15.0, 25.0, 80)
 _STEPS = 60
-_ROWS = 4
-_RATE = 0.05
+_QUERIES = 64
+_RATE = 0.1
 _SEED = 0
 
 
@@ -121,10 +121,10 @@ class _Scene:
             self.value
         )
 
-    def rows(self, index: Tensor) -> "_Scene":
-        blocked = self.blocked if len(self.blocked) == 1 else self.blocked[index]
-        parts = (self.query[index], self.key[index], self.value[index], blocked)
-        return _Scene(*parts, self.scaling, self.softcap, self.rotate)
+    def asked(self, index: Tensor) -> "_Scene":
+        """The same scene with only the queries at the positions `index`."""
+        query, blocked = self.query[:, :, index], self.blocked[:, :, index]
+        return replace(self, query=query, blocked=blocked)
 
 
 class _Rotate:
@@ -286,9 +286,9 @@ def _descend(
     unit = (alone - target).square().mean().clamp_min(1e-30)
     draw = torch.Generator().manual_seed(_SEED)
     for _ in range(_STEPS):
-        index = torch.randperm(len(target), generator=draw)[:_ROWS].to(target.device)
-        out = scene.rows(index).with_sink(logit, value, key_bias)
-        loss = (out - target[index]).square().mean() / unit
+        index = torch.randperm(target.shape[2], generator=draw)[:_QUERIES].to(target.device)
+        out = scene.asked(index).with_sink(logit, value, key_bias)
+        loss = (out - target[:, :, index]).square().mean() / unit
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -20,6 +20,11 @@ VALIDATION_ROWS = 8
 HELD_OUT_ROWS = 24
 _FIXED_ROWS = (HELD_OUT_ROWS, VALIDATION_ROWS, CALIBRATION_ROWS)
 _SAMPLED_AT_ONCE = 64
+# Without it a small model soon rambles, and top-p costs a sort of the vocabulary at every step.
+_TOP_K = 100
+# Rows of sampled text start up to this many tokens into a text, as windows of a file do: sinks
+# fitted to beginnings alone do badly in the middle of a sentence.
+_LATEST_START = 32
 
 # Where sampled text starts when the tokenizer has no BOS: words that many texts start with.
 _FIRST_WORDS = ("The", "In", "I", "A", "This", "It", "We", "When", "For", "If", "As", "There")
@@ -66,7 +71,7 @@ def _from_file(path: Path, tokenizer: PreTrainedTokenizerBase, training: bool) -
     """The whole file as windows (rows, LENGTH); documents are divided by the end-of-text token."""
     ids: list[int] = []
     divider = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for document in tqdm(_documents(path), desc="reading text", unit="document"):
+    for document in tqdm(documents(path), desc="reading text", unit="document"):
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + divider
     rows = len(ids) // LENGTH
     least = sum(_FIXED_ROWS) + (1 if training else 0)
@@ -78,7 +83,7 @@ def _from_file(path: Path, tokenizer: PreTrainedTokenizerBase, training: bool) -
     return torch.tensor(ids[: rows * LENGTH]).view(rows, LENGTH)
 
 
-def _documents(path: Path) -> list[str]:
+def documents(path: Path) -> list[str]:
     """The different documents of a file: one a line in .jsonl, else the whole file."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -101,19 +106,20 @@ def _field(path: Path, number: int, line: str) -> str:
     return text
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _sampled(source: Source, rows: int, seed: int) -> Tensor:
     """Rows (rows, LENGTH) of the model's own text: what it thinks language looks like."""
-    batches = []
-    with tqdm(total=rows * LENGTH, desc="sampling text", unit="token", unit_scale=True) as bar:
+    parts = []
+    total = rows * (LENGTH + _LATEST_START)
+    with tqdm(total=total, desc="sampling text", unit="token", unit_scale=True) as bar:
         for start in range(0, rows, _SAMPLED_AT_ONCE):
             count = min(_SAMPLED_AT_ONCE, rows - start)
-            batches.append(_sample(source, count, seed * 1_000_003 + start, bar))
-    return torch.cat(batches)
+            parts.append(_sample(source, count, seed * 1_000_003 + start, bar))
+    return torch.cat(parts)
 
 
 def _sample(source: Source, rows: int, seed: int, bar: tqdm) -> Tensor:
-    start, kept_from = _starts(source.tokenizer, rows)
+    start, not_text = _starts(source.tokenizer, rows)
     device = source.model.device
     torch.manual_seed(seed)
     out = source.model.generate(
@@ -121,14 +127,14 @@ def _sample(source: Source, rows: int, seed: int, bar: tqdm) -> Tensor:
         attention_mask=torch.ones_like(start).to(device),
         do_sample=True,
         temperature=1.0,
-        top_k=0,
-        top_p=0.95,
-        min_new_tokens=LENGTH,
-        max_new_tokens=LENGTH,
+        top_k=_TOP_K,
+        min_new_tokens=LENGTH + _LATEST_START,
+        max_new_tokens=LENGTH + _LATEST_START,
         pad_token_id=source.tokenizer.pad_token_id or 0,
         streamer=_Ticker(bar, rows),
     )
-    return out[:, kept_from : kept_from + LENGTH].cpu()
+    first = not_text + torch.arange(rows) % (_LATEST_START + 1)
+    return out.cpu().gather(1, first[:, None] + torch.arange(LENGTH))
 
 
 def _starts(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[Tensor, int]:
