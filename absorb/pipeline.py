@@ -86,7 +86,7 @@ def prepare(job: Job, say: Say, training_rows: int) -> Draft:
     texts = gather(source, job.calibration, training_rows)
     measurement = measure(model, family, texts.calibration, lead_of(source.tokenizer))
     findings = find(measurement, job.thresholds)
-    trials = find_prefix(source, job.calibration.prefix, texts.calibration)
+    trials = find_prefix(source, job.calibration.prefix, texts.calibration, job.thresholds)
     budget = job.thresholds.divergence
     plan = make_plan(model, family, findings, trials[-1].prefix, texts.calibration, budget)
     student = graft(model, family, plan)

@@ -1,6 +1,5 @@
 """Which tokens the sinks will stand for."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -9,15 +8,19 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
+from absorb.findings import find
+from absorb.measure import measure
+from absorb.settings import Thresholds
 from absorb.source import Source
-from absorb.watch import layers_of, led, watching
+from absorb.watch import led
 
 # Candidates are told apart on the beginnings of a few rows; an extension must prove itself on more.
 _ROWS = 8
 _BEGINNING = 64
 _EXTENSIONS = 2
-# An extension that does not lower the loss must halve the largest outlier, and cost next to nothing.
-_TOLERANCE = 0.001
+# What absorbing one more sink token may cost in loss, as a share. Left in the text, a second sink
+# makes the fit depend on where it happens to stand.
+_TOLERANCE = 0.002
 
 # Tokens that models make sinks of when no BOS was trained (arXiv 2402.17762, 2410.05265).
 _CANDIDATES = ("\n", ".", ",", " the", " and", " of", "The", "In", "I")
@@ -25,43 +28,49 @@ _CANDIDATES = ("\n", ".", ",", " the", " and", " of", "The", "In", "I")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A prefix that was tried.
-
-    loss is in nats per token; outlier is the largest peak of a token's stream behind the prefix, as
-    a multiple of the median token's in that layer.
-    """
+    """A prefix that was tried, and the mean loss of calibration text behind it in nats."""
 
     prefix: tuple[int, ...]
     loss: float
-    outlier: float
 
 
 @torch.no_grad()
-def find_prefix(source: Source, text: str | None, tokens: Tensor) -> list[Trial]:
+def find_prefix(
+    source: Source, text: str | None, tokens: Tensor, thresholds: Thresholds
+) -> list[Trial]:
     """The prefixes that were tried on calibration text `tokens` (rows, length); the last one won.
 
     `text`, if given, is the prefix; otherwise it is BOS where the tokenizer adds one, else the
-    candidate with the lowest loss, and after it the outlier tokens that it pays to add.
+    candidate with the lowest loss, and then the tokens that are attention sinks even behind it.
     """
-    tokens = tokens[:_ROWS].to(source.model.device)
+    tokens = tokens[:_ROWS]
     if text is not None:
-        return [_try(source, _encoded(source.tokenizer, text), tokens)[0]]
+        return [_try(source, _encoded(source.tokenizer, text), tokens)]
     candidates = tqdm(_candidates(source.tokenizer), desc="choosing the prefix", unit="token")
-    trials = [_try(source, (token,), tokens[:, :_BEGINNING])[0] for token in candidates]
+    trials = [_try(source, (token,), tokens[:, :_BEGINNING]) for token in candidates]
     trials.sort(key=lambda trial: -trial.loss)
-    best, outlier = _try(source, trials[-1].prefix, tokens)
+    best = _try(source, trials.pop().prefix, tokens)
     for _ in range(_EXTENSIONS):
-        longer, next_outlier = _try(source, (*best.prefix, outlier), tokens)
-        trials.append(longer)
-        if not _better(longer, best):
+        token = _next_sink(source, best.prefix, tokens, thresholds)
+        if token is None:
             break
-        best, outlier = longer, next_outlier
-    return [*(trial for trial in trials if trial.prefix != best.prefix), best]
+        longer = _try(source, (*best.prefix, token), tokens)
+        if longer.loss > best.loss * (1 + _TOLERANCE):
+            trials.append(longer)
+            break
+        trials.append(best)
+        best = longer
+    return [*trials, best]
 
 
-def _better(longer: Trial, best: Trial) -> bool:
-    halves = longer.outlier < 0.5 * best.outlier and longer.loss < best.loss * (1 + _TOLERANCE)
-    return longer.loss < best.loss or halves
+def _next_sink(
+    source: Source, prefix: tuple[int, ...], tokens: Tensor, thresholds: Thresholds
+) -> int | None:
+    """The token that is a sink in most layers although the prefix stands before the text."""
+    measurement = measure(source.model, source.family, tokens, torch.tensor(prefix))
+    sinks = find(measurement, thresholds).sink_tokens
+    left = [sink for sink in sinks if sink.token >= 0 and sink.token not in prefix]
+    return max(left, key=lambda sink: len(sink.layers)).token if left else None
 
 
 def lead_of(tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -86,16 +95,9 @@ def _candidates(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys([*tokenizer.all_special_ids, *single]))
 
 
-def _try(source: Source, prefix: tuple[int, ...], text: Tensor) -> tuple[Trial, int]:
-    """How text (rows, length) does behind a prefix, and the token that is most often its outlier."""
-    peaks: list[Tensor] = []
-    layers = layers_of(source.model, source.family)
-    with watching(layers, lambda _, stream: peaks.append(stream.float().abs().amax(-1))):
-        rows = led(text, torch.tensor(prefix))
-        logits = source.model(rows, use_cache=False).logits[:, len(prefix) :]
-    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), text[:, 1:].flatten())
-    peak = torch.stack(peaks)[:, :, len(prefix) :]
-    ratio = (peak / peak.flatten(1).median(1).values[:, None, None]).amax(0)
-    worst = text.gather(1, ratio.argmax(1, keepdim=True))[:, 0].tolist()
-    trial = Trial(prefix=prefix, loss=loss.item(), outlier=ratio.max().item())
-    return trial, Counter(worst).most_common(1)[0][0]
+def _try(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> Trial:
+    tokens = tokens.to(source.model.device)
+    logits = source.model(led(tokens, torch.tensor(prefix)), use_cache=False).logits
+    predicted = logits[:, len(prefix) : -1].flatten(0, 1).float()
+    loss = nn.functional.cross_entropy(predicted, tokens[:, 1:].flatten())
+    return Trial(prefix=prefix, loss=loss.item())
