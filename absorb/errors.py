@@ -2,4 +2,4 @@
 
 
 class AbsorbError(ValueError):
-    """What was refused, which one it was, and what to do: the message is one sentence for people."""
+    """One sentence for people: what was refused, which one it was, and what to do."""

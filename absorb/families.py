@@ -51,8 +51,9 @@ class Family:
     value: str = "self_attn.v_proj"
     output: str = "self_attn.o_proj"
 
-    # The Linear whose bias is added to the keys just before RoPE, or None where a norm stands between
-    # the two. The rows of the keys are the key_block-th block of kv_heads * head_dim from its end.
+    # The Linear whose bias is added to the keys just before RoPE, or None where a norm stands
+    # between the two. The rows of the keys are its key_block-th block of kv_heads * head_dim rows
+    # from the end.
     key: str | None = "self_attn.k_proj"
     key_block: int = 1
 

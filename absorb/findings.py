@@ -72,8 +72,9 @@ class Findings:
 
     def tokens(self) -> set[int]:
         """The ids of all tokens that are named."""
-        named = (*self.sink_tokens, *self.massive_activations)
-        return {found.token for found in named if found.token >= 0}
+        named = {sink.token for sink in self.sink_tokens}
+        named |= {activation.token for activation in self.massive_activations}
+        return {token for token in named if token >= 0}
 
 
 def find(measurement: Measurement, thresholds: Thresholds) -> Findings:

@@ -15,7 +15,7 @@ from absorb.watch import each_layers, layers_of, quiet
 
 @torch.no_grad()
 def graft(model: PreTrainedModel, family: Family, plan: Plan) -> PreTrainedModel:
-    """A new absorbed model that does, without a prefix, what `model` does with the plan's prefix."""
+    """A new absorbed model that does without a prefix what `model` does with the plan's."""
     student = twin(model, family)
     _place_sinks(student, family, plan)
     _remove_neurons(student, family, plan)
@@ -43,7 +43,9 @@ def twin(model: PreTrainedModel, family: Family) -> PreTrainedModel:
             None, config=config, state_dict=weights, dtype=model.dtype
         )
     student.generation_config = copy.deepcopy(model.generation_config)
-    return student.to(model.device).eval()
+    module: nn.Module = student
+    module.to(model.device).eval()
+    return student
 
 
 def sites(model: PreTrainedModel, family: Family) -> dict[str, list[str]]:

@@ -118,7 +118,7 @@ def _weights(modules: list[nn.Module], tally: _Tally) -> Iterator[None]:
 
 @torch.inference_mode()
 def measure(model: PreTrainedModel, family: Family, tokens: Tensor, lead: Tensor) -> Measurement:
-    """Measure a model on text `tokens` (rows, length), each row read after the tokens `lead` (n,)."""
+    """Measure a model on text `tokens` (rows, length), read after the tokens `lead` (n,)."""
     tally = _Tally(model, family)
     rows = led(tokens, lead)
     with _counting(model, family, tally):

@@ -34,7 +34,7 @@ NEUTRAL = {"sink": -100.0, "input_scale": 1.0, "output_scale": 1.0, "bias": 0.0}
 
 
 def eager_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -47,8 +47,8 @@ def eager_attention(
     """Attention in which a head may also attend to nothing, with weight exp(sink).
 
     query is (batch, heads, queries, head_dim), key and value are (batch, kv_heads, keys, head_dim).
-    Gives the output (batch, queries, heads, head_dim) and the weights (batch, heads, queries, keys),
-    which sum to less than one: the rest went to the sink.
+    Gives the output (batch, queries, heads, head_dim) and weights (batch, heads, queries, keys)
+    that sum to less than one: the rest went to the sink.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -56,7 +56,7 @@ def eager_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + _additive(attention_mask, scores)
-    sink = module.sink.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)  # type: ignore[operator]
+    sink = module.sink.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
     weights = torch.cat([scores, sink], -1).softmax(-1, dtype=torch.float32)[..., :-1]
     weights = nn.functional.dropout(weights.to(value.dtype), dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
@@ -85,7 +85,7 @@ class _Flash(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         query: Tensor,
         key: Tensor,
@@ -93,16 +93,17 @@ class _Flash(torch.autograd.Function):
         sink: Tensor,
         mask: Tensor | None,
         scaling: float,
-    ) -> Tensor:
+    ) -> Any:
         causal = mask is None and query.shape[2] > 1
         if query.device.type == "cpu":
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, 0.0, causal, attn_mask=mask, scale=scaling
             )
-            ctx.random = ()
         else:
-            out, lse, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(
-                query, key, value, 0.0, causal, False, scale=scaling
+            out, lse, *ctx.lengths, seed, offset, _ = (
+                torch.ops.aten._scaled_dot_product_flash_attention(
+                    query, key, value, 0.0, causal, False, scale=scaling
+                )
             )
             ctx.random = (seed, offset)
         out = out * torch.sigmoid(lse - sink.view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
@@ -111,7 +112,7 @@ class _Flash(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         query, key, value, out, lse, sink, mask = ctx.saved_tensors
         logit = sink.view(1, -1, 1)
         total = torch.logaddexp(lse, logit)
@@ -121,9 +122,8 @@ class _Flash(torch.autograd.Function):
                 *tensors, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scaling
             )
         else:
-            lengths = (None, None, query.shape[2], key.shape[2])
             grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-                *tensors, *lengths, 0.0, ctx.causal, *ctx.random, scale=ctx.scaling
+                *tensors, *ctx.lengths, 0.0, ctx.causal, *ctx.random, scale=ctx.scaling
             )
         share = torch.sigmoid(logit - lse)
         grad_sink = -(share * (gradient.float() * out.float()).sum(-1)).sum((0, 2))
@@ -140,7 +140,7 @@ def _flash_can(query: Tensor, mask: Tensor | None, dropout: float, softcap: floa
 
 
 def sink_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -157,8 +157,8 @@ def sink_attention(
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if attention_mask is not None:
         attention_mask = _additive(attention_mask, query)
-    sink = module.sink.float()  # type: ignore[operator]
-    out: Tensor = _Flash.apply(query, key, value, sink, attention_mask, scaling)  # type: ignore[no-untyped-call]
+    sink = module.sink.float()
+    out = _Flash.apply(query, key, value, sink, attention_mask, scaling)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -169,8 +169,8 @@ for _name in ("absorb", "absorb_eager"):
     ALL_MASK_ATTENTION_FUNCTIONS.register(_name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def _require_sinks(module: nn.Module, _: tuple[Any, ...]) -> None:
-    name = module.config._attn_implementation  # type: ignore[union-attr]
+def _require_sinks(module: Any, _: tuple[Any, ...]) -> None:
+    name = module.config._attn_implementation
     if name not in IMPLEMENTATIONS.values():
         raise ValueError(
             f"attention {name!r} was put in place of absorb's and would drop the sinks; "
@@ -178,12 +178,12 @@ def _require_sinks(module: nn.Module, _: tuple[Any, ...]) -> None:
         )
 
 
-def _scale_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (args[0] * module.input_scale.to(args[0].dtype), *args[1:])  # type: ignore[operator]
+def _scale_input(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0] * module.input_scale.to(args[0].dtype), *args[1:])
 
 
-def _scale_output(module: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    return out * module.output_scale.to(out.dtype)  # type: ignore[operator,no-any-return]
+def _scale_output(module: Any, _: tuple[Tensor, ...], out: Tensor) -> Any:
+    return out * module.output_scale.to(out.dtype)
 
 
 class Absorbed(PreTrainedModel):
@@ -233,7 +233,7 @@ def _add(module: nn.Module, name: str, size: int) -> None:
 def auto_map(config: PretrainedConfig) -> dict[str, str]:
     """What config.json says of the classes in this file, for AutoConfig and the AutoModels."""
     stock = type(config).__mro__[1]
-    classes = {
+    classes: dict[str, Any] = {
         "AutoConfig": stock,
         "AutoModel": transformers.MODEL_MAPPING[stock],
         "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING[stock],
@@ -242,7 +242,7 @@ def auto_map(config: PretrainedConfig) -> dict[str, str]:
     return {auto: f"{module}.{PREFIX}{cls.__name__}" for auto, cls in classes.items()}
 
 
-def absorbed(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def absorbed(base: Any) -> type[PreTrainedModel]:
     """The absorbed twin of a stock class: Qwen3ForCausalLM gives AbsorbQwen3ForCausalLM."""
     twins = vars(sys.modules[__name__])
     name = PREFIX + base.__name__
@@ -264,7 +264,7 @@ def _absorbed_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
     twins = vars(sys.modules[__name__])
     name = PREFIX + stock.__name__
     if name not in twins:
-        # Under the stock model_type a load without trust_remote_code would succeed and drop the sinks.
+        # Under the stock model_type a load without trust_remote_code would just drop the sinks.
         body = {"__module__": __name__, "model_type": f"absorb_{stock.model_type}"}
         twin: Any = type(name, (stock,), body)
         twin.register_for_auto_class()

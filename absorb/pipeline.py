@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from absorb.checkpoint import staged
@@ -82,7 +84,8 @@ def prepare(job: Job, say: Say, training_rows: int) -> Draft:
     device = device_of(job.device)
     say(f"loading {job.model.name}")
     source = load(job.model)
-    model, family = source.model.to(device), source.family
+    model, family = source.model, source.family
+    nn.Module.to(model, device)
     texts = gather(source, job.calibration, training_rows)
     measurement = measure(model, family, texts.calibration, lead_of(source.tokenizer))
     findings = find(measurement, job.thresholds)
@@ -92,6 +95,7 @@ def prepare(job: Job, say: Say, training_rows: int) -> Draft:
     student = graft(model, family, plan)
     gap = divergence(model, student, torch.tensor(plan.prefix), texts.validation)
     say(f"KL from the teacher after the graft, untrained: {gap:.4f} nats per token")
+    decode: Callable[[list[int]], Any] = source.tokenizer.decode
     inspection = Inspection(
         model=source.name,
         commit=source.commit,
@@ -102,9 +106,9 @@ def prepare(job: Job, say: Say, training_rows: int) -> Draft:
         text_origin=texts.origin,
         text_sha256=texts.fingerprint,
         prefix=plan.prefix,
-        prefix_text=source.tokenizer.decode(plan.prefix),
+        prefix_text=decode(list(plan.prefix)),
         prefix_trials=tuple(trials),
-        token_text={i: source.tokenizer.decode([i]) for i in sorted(findings.tokens())},
+        token_text={token: decode([token]) for token in sorted(findings.tokens())},
         findings=findings,
         removals=plan.removals,
         residual_scales={i: s for i, s in enumerate(plan.residual.tolist()) if s != 1},

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from absorb.families import Family
 from absorb.findings import Findings, SpikeNeuron
-from absorb.sinks import Prefix, Sinks, fit_sinks, prefix_of, prefixed
 from absorb.quantize import input_peaks
+from absorb.sinks import Prefix, Sinks, fit_sinks, prefix_of, prefixed
 from absorb.watch import each_layers, each_name, led
 
 _ROWS = 4
@@ -128,9 +128,10 @@ def residual_scales(findings: Findings, hidden: int) -> Tensor:
 
 
 def smoothing_scales(student: PreTrainedModel, family: Family, tokens: Tensor) -> dict[str, Tensor]:
-    """SmoothQuant scales for norm → Linears, value → output and up → down: name → (layers, channels).
+    """SmoothQuant scales (layers, channels) by the name of the module whose output they divide.
 
-    Each is `max|x|^α / max|W|^(1-α)`, with the inputs x seen on calibration text (rows, length).
+    Links are norm → Linears, value → output and up → down. Each scale is
+    `max|x|^α / max|W|^(1-α)`, with the inputs x seen on calibration text (rows, length).
     """
     peaks = input_peaks(student, family, tokens)
     links = {**dict(family.feeds), family.value: (family.output,), family.up: (family.down,)}

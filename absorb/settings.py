@@ -29,12 +29,12 @@ class Calibration:
 class Thresholds:
     """When a figure counts as an outlier, each as its source defines it."""
 
-    # Attention sink: mean weight that a token receives (Gu et al. 2024, arXiv 2410.10781).
+    # Attention sink: mean weight that a token receives (arXiv 2410.10781).
     sink_weight: float = 0.3
-    # Massive activation: magnitude, and multiple of the layer's median (Sun et al. 2024, arXiv 2402.17762).
+    # Massive activation: magnitude, and multiple of the layer's median (arXiv 2402.17762).
     massive_value: float = 100.0
     massive_ratio: float = 1000.0
-    # Outlier token: multiple of the median of the token-wise maximum (PrefixQuant, arXiv 2410.05265).
+    # Outlier token: multiple of the median token's peak (PrefixQuant, arXiv 2410.05265).
     token_ratio: float = 64.0
     # Residual sink: mean magnitude of a channel over that of the median channel.
     channel_ratio: float = 10.0

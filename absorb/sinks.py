@@ -53,10 +53,11 @@ def prefix_of(model: PreTrainedModel, tokens: Tensor) -> Prefix:
     """The keys and values that the prefix `tokens` (n,) has in every layer."""
     cache = DynamicCache(config=model.config)
     model.base_model(tokens[None].to(model.device), past_key_values=cache, use_cache=True)
+    layers: list[Any] = cache.layers
     return Prefix(
         tokens=tokens,
-        keys=[layer.keys[0].clone() for layer in cache.layers],
-        values=[layer.values[0].clone() for layer in cache.layers],
+        keys=[layer.keys[0].clone() for layer in layers],
+        values=[layer.values[0].clone() for layer in layers],
     )
 
 
@@ -240,12 +241,12 @@ def _fit(
 def _start(
     scene: _Scene, keys: Tensor, values: Tensor, alone: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The best constant logit (heads,) on a grid, and the mean prefix value (kv_heads, head_dim)."""
+    """The best constant logit (heads,) of a grid; the mean prefix value (kv_heads, head_dim)."""
     lse = scene.text_scores().logsumexp(-1)
     scores = scene.scores(keys[None])
     weight = torch.sigmoid(scores.logsumexp(-1) - lse)[..., None]
     prefix_out = scores.softmax(-1) @ scene.spread(values)
-    rows, heads, length, head_dim = alone.shape
+    rows, heads, length, _ = alone.shape
     grouped = (rows, heads // scene.groups, scene.groups, length, -1)
     total = (weight * prefix_out).view(grouped).sum((0, 2, 3))
     value = total / weight.view(grouped).sum((0, 2, 3)).clamp_min(1e-12)

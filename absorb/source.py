@@ -153,10 +153,10 @@ def _quiet(files: list[Path]) -> Iterator[None]:
     small = sum(file.stat().st_size for file in files) < QUIET_BYTES
     bars_and_warnings.set_verbosity(logging.ERROR)
     if bars and small:
-        bars_and_warnings.disable_progress_bar()  # type: ignore[no-untyped-call]
+        bars_and_warnings.disable_progress_bar()
     try:
         yield
     finally:
         bars_and_warnings.set_verbosity(verbosity)
         if bars and small:
-            bars_and_warnings.enable_progress_bar()  # type: ignore[no-untyped-call]
+            bars_and_warnings.enable_progress_bar()

@@ -1,9 +1,10 @@
-"""Text to calibrate on, to train on, to choose the best step by, and to report on: all different."""
+"""Text to calibrate on, to train on, to choose a step by and to report on: all different."""
 
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +123,8 @@ def _sample(source: Source, rows: int, seed: int, bar: tqdm) -> Tensor:
     start, not_text = _starts(source.tokenizer, rows)
     device = source.model.device
     torch.manual_seed(seed)
-    out = source.model.generate(
+    model: Any = source.model
+    out: Tensor = model.generate(
         start.to(device),
         attention_mask=torch.ones_like(start).to(device),
         do_sample=True,

@@ -45,7 +45,7 @@ def without_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     plain.add_bos_token = False
     if len(lead_of(plain)):
         raise AbsorbError(
-            f"the tokenizer {type(tokenizer).__name__} cannot be told to leave out the BOS that the "
-            "sinks stand for; save it with a fast tokenizer (tokenizer.json) and convert again"
+            f"the tokenizer {type(tokenizer).__name__} cannot be told to leave out the BOS that "
+            "the sinks stand for; save it with a fast tokenizer (tokenizer.json) and convert again"
         )
     return plain
