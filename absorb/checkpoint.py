@@ -18,13 +18,6 @@ from absorb.errors import AbsorbError
 REPORT = "absorb.json"
 
 
-def check_writable(out: Path, force: bool) -> None:
-    """Refuse, before the long work, a folder that a checkpoint could not be written to."""
-    out = _real(out)
-    with _locked(out):
-        _prepare(out, force)
-
-
 @contextmanager
 def staged(out: Path, force: bool) -> Iterator[Path]:
     """An empty folder to fill. It becomes `out` when the block ends, or is gone if that raises.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -141,9 +142,6 @@ def perplexity(logits: Callable[[Tensor], Tensor], rows: Tensor, device: torch.d
     for batch in tqdm(rows.split(_ROWS), desc="evaluating in INT8", unit="batch"):
         tokens = batch.to(device)
         predicted = logits(tokens)[:, :-1].float().flatten(0, 1)
-        part = nn_loss(predicted, tokens[:, 1:].flatten(), reduction="sum")
+        part = functional.cross_entropy(predicted, tokens[:, 1:].flatten(), reduction="sum")
         loss, count = loss + float(part), count + tokens[:, 1:].numel()
     return math.exp(loss / count)
-
-
-nn_loss = torch.nn.functional.cross_entropy

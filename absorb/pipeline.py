@@ -76,10 +76,10 @@ def convert(job: Job, say: Say) -> Report:
 
 def inspect(job: Job, say: Say) -> Inspection:
     """Everything that convert finds out before the fine-tune; writes nothing."""
-    return prepare(job, say, training_rows=0).inspection
+    return prepare(job, say, training_rows=None).inspection
 
 
-def prepare(job: Job, say: Say, training_rows: int) -> Draft:
+def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
     """Measure the model, plan its conversion and graft the plan onto a copy of it."""
     device = device_of(job.device)
     say(f"loading {job.model.name}")

@@ -94,12 +94,23 @@ class _Scene:
 
     def scores(self, keys: Tensor) -> Tensor:
         """Logits (rows, heads, length, keys) for keys (rows or 1, kv_heads, keys, head_dim)."""
-        scores = self.query @ keys.repeat_interleave(self.groups, 1).mT * self.scaling
+        # Grouped, not repeated: each key head meets all of its query heads in one product.
+        scores = (self._grouped(self.query) @ keys.mT).view(*self.query.shape[:3], -1)
+        scores = scores * self.scaling
         return scores if self.softcap is None else self.softcap * (scores / self.softcap).tanh()
 
     def text_scores(self, key_bias: Tensor | None = None) -> Tensor:
         keys = self.key if key_bias is None else self.key + self.rotate(key_bias)
         return self.scores(keys).masked_fill(self.blocked, -torch.inf)
+
+    def mix(self, weights: Tensor, values: Tensor) -> Tensor:
+        """Outputs (rows, heads, length, head_dim) for weights (rows, heads, length, keys)."""
+        out = self._grouped(weights) @ values
+        return out.view(*weights.shape[:3], -1)
+
+    def _grouped(self, heads: Tensor) -> Tensor:
+        """(rows, heads, length, n) as (rows, kv_heads, groups * length, n)."""
+        return heads.reshape(len(heads), self.key.shape[1], -1, heads.shape[-1])
 
     def spread(self, values: Tensor) -> Tensor:
         """Values (..., kv_heads, n, head_dim), once for each query head."""
@@ -109,17 +120,15 @@ class _Scene:
         """The teacher's output (rows, heads, length, head_dim)."""
         weights = torch.cat([self.scores(keys[None]), self.text_scores()], -1).softmax(-1)
         split = keys.shape[1]
-        return weights[..., :split] @ self.spread(values) + weights[..., split:] @ self.spread(
-            self.value
-        )
+        return self.mix(weights[..., :split], values) + self.mix(weights[..., split:], self.value)
 
     def with_sink(self, logit: Tensor, value: Tensor, key_bias: Tensor) -> Tensor:
         """The student's output for logit (heads,), value and key_bias (kv_heads, head_dim)."""
         text = self.text_scores(key_bias)
         sink = logit[:, None, None].expand(len(text), -1, text.shape[2], 1)
         weights = torch.cat([sink, text], -1).softmax(-1)
-        return weights[..., :1] * self.spread(value[:, None]) + weights[..., 1:] @ self.spread(
-            self.value
+        return weights[..., :1] * self.spread(value[:, None]) + self.mix(
+            weights[..., 1:], self.value
         )
 
     def asked(self, index: Tensor) -> "_Scene":
@@ -229,7 +238,7 @@ def _fit(
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The fit (logit, value, key bias, error) of one layer and the output it gives."""
     target = scene.with_prefix(keys, values)
-    alone = scene.text_scores().softmax(-1) @ scene.spread(scene.value)
+    alone = scene.mix(scene.text_scores().softmax(-1), scene.value)
     logit, value = _start(scene, keys, values, alone, target)
     key_bias = torch.zeros_like(value)
     logit, value, key_bias = _descend(scene, target, alone, (logit, value, key_bias), with_key_bias)
@@ -245,7 +254,7 @@ def _start(
     lse = scene.text_scores().logsumexp(-1)
     scores = scene.scores(keys[None])
     weight = torch.sigmoid(scores.logsumexp(-1) - lse)[..., None]
-    prefix_out = scores.softmax(-1) @ scene.spread(values)
+    prefix_out = scene.mix(scores.softmax(-1), values)
     rows, heads, length, _ = alone.shape
     grouped = (rows, heads // scene.groups, scene.groups, length, -1)
     total = (weight * prefix_out).view(grouped).sum((0, 2, 3))

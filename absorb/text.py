@@ -19,7 +19,6 @@ LENGTH = 256
 CALIBRATION_ROWS = 16
 VALIDATION_ROWS = 8
 HELD_OUT_ROWS = 24
-_FIXED_ROWS = (HELD_OUT_ROWS, VALIDATION_ROWS, CALIBRATION_ROWS)
 _SAMPLED_AT_ONCE = 64
 # Without it a small model soon rambles, and top-p costs a sort of the vocabulary at every step.
 _TOP_K = 100
@@ -35,53 +34,60 @@ _FIRST_WORDS = ("The", "In", "I", "A", "This", "It", "We", "When", "For", "If", 
 class Texts:
     """Token ids, each part (rows, LENGTH). No row starts with a BOS."""
 
-    held_out: Tensor
-    validation: Tensor
     calibration: Tensor
+    validation: Tensor
+    held_out: Tensor
     training: Tensor
     origin: str
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all token ids."""
-        parts = (self.held_out, self.validation, self.calibration, self.training)
+        parts = (self.calibration, self.validation, self.held_out, self.training)
         return hashlib.sha256(torch.cat(parts).cpu().numpy().tobytes()).hexdigest()
 
 
-def gather(source: Source, calibration: Calibration, training_rows: int) -> Texts:
-    """Text from the file that the user names, else text that the model itself samples."""
+def gather(source: Source, calibration: Calibration, training_rows: int | None) -> Texts:
+    """Text from the file that the user names, else text that the model itself samples.
+
+    With None for `training_rows` there is no text to train on and none to report on.
+    """
+    held_out = 0 if training_rows is None else HELD_OUT_ROWS
+    sizes = [CALIBRATION_ROWS, VALIDATION_ROWS, held_out, training_rows or 0]
     if calibration.text is not None:
-        rows = _from_file(calibration.text, source.tokenizer, training_rows > 0)
-        origin = str(calibration.text.name)
+        parts = _from_file(calibration.text, source.tokenizer, sizes)
+        origin = calibration.text.name
     else:
-        rows = _sampled(source, sum(_FIXED_ROWS) + training_rows, calibration.seed)
+        parts = _sampled(source, sizes, calibration.seed)
         origin = f"sampled from the model with seed {calibration.seed}"
-    held_out, validation, calibrating, training = rows.split(
-        [*_FIXED_ROWS, len(rows) - sum(_FIXED_ROWS)]
-    )
     return Texts(
-        held_out=held_out,
-        validation=validation,
-        calibration=calibrating,
-        training=training[:training_rows],
+        calibration=parts[0],
+        validation=parts[1],
+        held_out=parts[2],
+        training=parts[3],
         origin=origin,
     )
 
 
-def _from_file(path: Path, tokenizer: PreTrainedTokenizerBase, training: bool) -> Tensor:
-    """The whole file as windows (rows, LENGTH); documents are divided by the end-of-text token."""
+def _from_file(path: Path, tokenizer: PreTrainedTokenizerBase, sizes: list[int]) -> list[Tensor]:
+    """The file as windows (rows, LENGTH), divided; there may be less to train on than wished for.
+
+    Documents are divided by the end-of-text token.
+    """
     ids: list[int] = []
     divider = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in tqdm(documents(path), desc="reading text", unit="document"):
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + divider
-    rows = len(ids) // LENGTH
-    least = sum(_FIXED_ROWS) + (1 if training else 0)
+    rows, fixed = len(ids) // LENGTH, sum(sizes[:-1])
+    least = fixed + min(sizes[-1], 1)
     if rows < least:
         raise AbsorbError(
             f"{path} holds {len(ids)} tokens and {least * LENGTH} are needed; give a longer text, "
             "or no --text and the model samples its own"
         )
-    return torch.tensor(ids[: rows * LENGTH]).view(rows, LENGTH)
+    training = min(sizes[-1], rows - fixed)
+    used = torch.tensor(ids[: (fixed + training) * LENGTH]).view(-1, LENGTH)
+    return list(used.split([*sizes[:-1], training]))
 
 
 def documents(path: Path) -> list[str]:
@@ -108,15 +114,22 @@ def _field(path: Path, number: int, line: str) -> str:
 
 
 @torch.no_grad()
-def _sampled(source: Source, rows: int, seed: int) -> Tensor:
-    """Rows (rows, LENGTH) of the model's own text: what it thinks language looks like."""
-    parts = []
-    total = rows * (LENGTH + _LATEST_START)
+def _sampled(source: Source, sizes: list[int], seed: int) -> list[Tensor]:
+    """The model's own text, what it thinks language looks like, in parts of `sizes` rows."""
+    total = sum(sizes) * (LENGTH + _LATEST_START)
     with tqdm(total=total, desc="sampling text", unit="token", unit_scale=True) as bar:
-        for start in range(0, rows, _SAMPLED_AT_ONCE):
-            count = min(_SAMPLED_AT_ONCE, rows - start)
-            parts.append(_sample(source, count, seed * 1_000_003 + start, bar))
-    return torch.cat(parts)
+        # First what everything is fitted to, by itself: it is the same whatever else is wanted.
+        first = _sample(source, sum(sizes[:2]), seed * 1_000_003, bar)
+        others = [
+            _sample(source, rows, seed * 1_000_003 + 1 + number, bar)
+            for number, rows in enumerate(_batches(sum(sizes[2:])))
+        ]
+    return list(torch.cat([first, *others]).split(sizes))
+
+
+def _batches(rows: int) -> list[int]:
+    full, rest = divmod(rows, _SAMPLED_AT_ONCE)
+    return [_SAMPLED_AT_ONCE] * full + [rest] * (rest > 0)
 
 
 def _sample(source: Source, rows: int, seed: int, bar: tqdm) -> Tensor:
