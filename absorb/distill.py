@@ -23,9 +23,9 @@ _TRAINED: dict[Train, tuple[str, ...]] = {
     "scales": ("sink", "bias", "input_scale"),
     "all": ("sink", "bias", "input_scale", "weight"),
 }
-_TRAINING_ROWS: dict[Train, int] = {"sinks": 64, "scales": 64, "all": 1024}
+_TRAINING_ROWS: dict[Train, int] = {"sinks": 32, "scales": 32, "all": 1024}
 _WARM_UP = 0.1
-_CHECKS = 8  # how often the held-out divergence is looked at
+_CHECKS = 4  # how often the held-out divergence is looked at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ def recipe(wish: Distillation, device: torch.device) -> Recipe:
     On a GPU everything is trained. On a CPU there is time for the sinks and their biases only.
     """
     gpu = device.type == "cuda"
-    steps = wish.steps if wish.steps is not None else (400 if gpu else 24)
+    steps = wish.steps if wish.steps is not None else (400 if gpu else 12)
     return Recipe(
         steps=steps, train=wish.train or ("all" if gpu else "sinks"), rows=32 if gpu else 8
     )
