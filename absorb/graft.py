@@ -81,7 +81,7 @@ def _place_sinks(student: PreTrainedModel, family: Family, plan: Plan) -> None:
     width = plan.sinks.values[0].numel()
     for index, layer in enumerate(layers_of(student, family)):
         value, output = layer.get_submodule(family.value), layer.get_submodule(family.output)
-        sink_value = plan.sinks.values[index].to(student.device)
+        sink_value = plan.sinks.values[index].to(output.weight)
         layer.get_submodule(family.attention).sink.copy_(plan.sinks.logits[index])
         value.bias[-width:] -= sink_value.flatten()
         groups = output.in_features // width
@@ -89,7 +89,7 @@ def _place_sinks(student: PreTrainedModel, family: Family, plan: Plan) -> None:
         if family.key is not None:
             key = layer.get_submodule(family.key)
             rows = slice(-family.key_block * width, (1 - family.key_block) * width or None)
-            key.bias[rows] += plan.sinks.key_biases[index].to(student.device).flatten()
+            key.bias[rows] += plan.sinks.key_biases[index].to(key.bias).flatten()
 
 
 def _remove_neurons(student: PreTrainedModel, family: Family, plan: Plan) -> None:

@@ -44,7 +44,8 @@ def find_prefix(
     """The prefixes that were tried on calibration text `tokens` (rows, length); the last one won.
 
     `text`, if given, is the prefix; otherwise it is BOS where the tokenizer adds one, else the
-    candidate with the lowest loss (BOS by preference), and then the tokens that are attention sinks even behind it.
+    candidate with the lowest loss (BOS by preference), and then the tokens that are attention
+    sinks even behind it.
     """
     tokens = tokens[:_ROWS]
     if text is not None:

@@ -35,14 +35,14 @@ def write(out: Path, content: str, force: bool = False) -> None:
         (partial / "absorb.json").write_text(content)
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Stands for whatever ends a conversion early."""
 
 
 def check_writable(out: Path, force: bool) -> None:
     """Enter the block, and leave it as a conversion does that fails."""
-    with suppress(Stopped), staged(out, force):
-        raise Stopped
+    with suppress(StoppedError), staged(out, force):
+        raise StoppedError
 
 
 def names(folder: Path) -> list[str]:

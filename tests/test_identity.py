@@ -1,0 +1,155 @@
+"""What claims to be exact is exact, in every family.
+
+The tiny models are float64, but stock norms and the eager softmax compute in float32 inside, so
+logits agree to a few 1e-7 at best. The mistakes these tests are for move them by 0.01 and more.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, tiny
+from torch import Tensor
+
+from absorb.families import FAMILIES, Family
+from absorb.findings import SpikeNeuron
+from absorb.graft import graft, smooth, twin
+from absorb.plan import Plan, Removal, smoothing_scales
+from absorb.sinks import Sinks, fit_sinks, prefix_of, prefixed
+from absorb.watch import attending, each_layers, led
+from absorb.write import as_stored
+
+EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+TOLERANCE = 1e-5
+
+
+def drift(after: Tensor, before: Tensor) -> float:
+    """The largest difference, relative to the largest logit."""
+    return float((after - before).abs().max() / before.abs().max())
+
+
+def neutral_plan(**changes: object) -> Plan:
+    nothing = torch.zeros(LAYERS, KV_HEADS, HEAD_DIM, dtype=torch.float64)
+    sinks = Sinks(
+        logits=torch.full((LAYERS, HEADS), -100.0),
+        values=nothing,
+        key_biases=nothing,
+        error=torch.zeros(LAYERS),
+    )
+    plan = Plan(prefix=(1,), sinks=sinks, removals=(), residual=torch.ones(HIDDEN), smoothing={})
+    return replace(plan, **changes)
+
+
+def powers_of_two() -> Tensor:
+    draw = torch.Generator().manual_seed(1)
+    return 2.0 ** torch.randint(-3, 6, (HIDDEN,), generator=draw)
+
+
+@EVERY
+@torch.no_grad()
+def test_a_neutral_twin_is_the_stock_model(family: Family, tokens: Tensor) -> None:
+    model = tiny(family.model_type)
+    assert drift(twin(model, family)(tokens).logits, model(tokens).logits) < TOLERANCE
+
+
+@EVERY
+@torch.no_grad()
+def test_residual_scales_change_nothing(family: Family, tokens: Tensor) -> None:
+    model = tiny(family.model_type)
+    student = graft(model, family, neutral_plan(residual=powers_of_two()))
+    assert drift(student(tokens).logits, model(tokens).logits) < TOLERANCE
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_residual_scales_are_exact_to_the_bit(
+    family: Family, dtype: torch.dtype, tokens: Tensor
+) -> None:
+    model = tiny(family.model_type, torch.float32)
+    plain, scaled = (
+        twin(model, family),
+        graft(model, family, neutral_plan(residual=powers_of_two())),
+    )
+    as_stored(plain, dtype)
+    as_stored(scaled, dtype)
+    assert torch.equal(scaled(tokens).logits, plain(tokens).logits)
+
+
+@EVERY
+@torch.no_grad()
+def test_a_forgotten_reader_of_the_scaled_stream_is_noticed(family: Family, tokens: Tensor) -> None:
+    model = tiny(family.model_type)
+    wrong = replace(family, reads=family.reads[1:])
+    student = graft(model, wrong, neutral_plan(residual=powers_of_two()))
+    assert drift(student(tokens).logits, model(tokens).logits) > 0.01
+
+
+@EVERY
+@torch.no_grad()
+def test_smoothing_changes_nothing(family: Family, tokens: Tensor) -> None:
+    model = tiny(family.model_type)
+    student = twin(model, family)
+    scales = smoothing_scales(student, family, tokens)
+    assert max(float(scale.max() / scale.min()) for scale in scales.values()) > 2
+    smooth(student, family, scales)
+    assert drift(student(tokens).logits, model(tokens).logits) < TOLERANCE
+
+
+@EVERY
+@torch.no_grad()
+def test_constant_keys_and_values_are_the_prefix(family: Family, tokens: Tensor) -> None:
+    model = tiny(family.model_type)
+    prefix = prefix_of(model, torch.tensor([1, 9]))
+    with prefixed(model, family, prefix):
+        positions = prefix.positions(tokens.shape[1])
+        absorbed = model(tokens, position_ids=positions, use_cache=False).logits
+    read = model(led(tokens, prefix.tokens)).logits[:, 2:]
+    assert drift(absorbed, read) < TOLERANCE
+    assert drift(model(tokens).logits, read) > 0.01
+
+
+@EVERY
+@torch.no_grad()
+def test_the_grafted_model_does_what_the_fit_did(family: Family, tokens: Tensor) -> None:
+    """Logits, values and key biases land in the right rows of the right modules."""
+    model = tiny(family.model_type)
+    prefix = prefix_of(model, torch.tensor([1, 9]))
+    outputs: list[Tensor] = []
+    last = each_layers(model, family, family.output)[-1]
+    handle = last.register_forward_hook(lambda _, args, out: outputs.append(out))
+    sinks = fit_sinks(model, family, prefix, tokens)
+    handle.remove()
+    assert (sinks.error < 1).all()
+    assert bool(sinks.key_biases.any()) == (family.key is not None)
+    student = graft(model, family, neutral_plan(prefix=(1, 9), sinks=sinks))
+    handle = each_layers(student, family, family.output)[-1].register_forward_hook(
+        lambda _, args, out: outputs.append(out)
+    )
+    student(tokens)
+    handle.remove()
+    # Sinks are float32 in the student, and float64 in the fit.
+    assert drift(outputs[1], outputs[0]) < 1e-4
+
+
+@EVERY
+@torch.no_grad()
+def test_a_graft_leaves_the_stock_model_alone(family: Family) -> None:
+    model = tiny(family.model_type)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    spike = SpikeNeuron(layer=1, neuron=7, contribution=1.0)
+    removal = Removal(spike=spike, divergence=0.0)
+    student = graft(model, family, neutral_plan(removals=(removal,), residual=powers_of_two()))
+    down = each_layers(student, family, family.down)
+    assert not down[1].weight[:, 7].any()
+    assert down[1].weight[:, 6].any()
+    assert down[0].weight[:, 7].any()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_watching_attention_leaves_no_trace(tokens: Tensor) -> None:
+    model = tiny("llama")
+    before = model.config._attn_implementation
+    with attending(model, lambda *args, **kwargs: None):
+        assert model.config._attn_implementation != before
+    assert model.config._attn_implementation == before
