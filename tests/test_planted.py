@@ -1,0 +1,126 @@
+"""Planted truth: a sink, a spike neuron and an outlier channel that were put there are found.
+
+The plant works as in real models. A channel that is large on every token makes all queries alike. A
+neuron that fires on BOS alone writes a massive activation; keys read it, so that every head of the
+layers above gives BOS most of its weight.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import HEAD_DIM, HEADS, LAYERS, tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from absorb.families import family_of
+from absorb.findings import Findings, find
+from absorb.graft import graft
+from absorb.measure import measure
+from absorb.plan import make_plan
+from absorb.settings import Thresholds
+from absorb.watch import led
+
+BOS, DETECTOR, MASSIVE, OUTLIER, NEURON = 1, 3, 5, 7, 11
+LARGE = 40.0
+NOTHING = torch.tensor([], dtype=torch.long)
+FAMILIES = pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+
+
+@pytest.fixture
+def text() -> Tensor:
+    draw = torch.Generator().manual_seed(2)
+    return torch.randint(3, 64, (16, 24), generator=draw)
+
+
+@torch.no_grad()
+def planted(model_type: str) -> PreTrainedModel:
+    model = tiny(model_type, torch.float32)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1)
+        elif name.endswith(("q_proj.bias", "k_proj.bias")):
+            parameter.zero_()
+    embedding = model.get_input_embeddings().weight
+    embedding[:, [DETECTOR, MASSIVE]] = 0
+    embedding[:, OUTLIER] = LARGE
+    embedding[BOS, DETECTOR] = LARGE
+    for layer in model.model.layers:
+        for write in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            write.weight[[DETECTOR, MASSIVE, OUTLIER]] = 0
+        plant_sink(layer.self_attn)
+    mlp = model.model.layers[0].mlp
+    for reader in (mlp.gate_proj, mlp.up_proj):
+        reader.weight[NEURON] = 0
+        reader.weight[NEURON, DETECTOR] = 10
+    mlp.down_proj.weight[:, NEURON] = 0
+    mlp.down_proj.weight[MASSIVE, NEURON] = 20
+    return model
+
+
+def plant_sink(attention: torch.nn.Module) -> None:
+    """Queries read the outlier channel alone, keys the massive one, where RoPE hardly turns."""
+    slow = torch.arange(HEAD_DIM // 2 - 1, attention.q_proj.out_features, HEAD_DIM)
+    attention.q_proj.weight.zero_()
+    attention.q_proj.weight[slow, OUTLIER] = 0.7
+    slow = slow[: attention.k_proj.out_features // HEAD_DIM]
+    attention.k_proj.weight[:, [OUTLIER, DETECTOR, MASSIVE]] = 0
+    attention.k_proj.weight[slow, MASSIVE] = 0.7
+    attention.v_proj.weight[:, OUTLIER] = 0
+
+
+def found_in(model: PreTrainedModel, text: Tensor, lead: Tensor, **changes: float) -> Findings:
+    family = family_of(model.config.model_type.removeprefix("absorb_"))
+    return find(measure(model, family, text, lead), replace(Thresholds(), **changes))
+
+
+@FAMILIES
+def test_what_was_planted_is_found(model_type: str, text: Tensor) -> None:
+    found = found_in(planted(model_type), text, torch.tensor([BOS]))
+    assert [(spike.layer, spike.neuron) for spike in found.spike_neurons] == [(0, NEURON)]
+    [massive] = found.massive_activations
+    assert (massive.position, massive.channel) == (0, MASSIVE)
+    assert massive.layers == tuple(range(LAYERS))
+    heads = {(head.layer, head.head) for head in found.sink_heads}
+    assert heads == {(layer, head) for layer in range(1, LAYERS) for head in range(HEADS)}
+    assert [channel.channel for channel in found.outlier_channels] == [OUTLIER]
+
+
+@FAMILIES
+def test_nothing_is_found_where_nothing_was_planted(model_type: str, text: Tensor) -> None:
+    found = found_in(tiny(model_type, torch.float32), text, torch.tensor([BOS]))
+    assert not found.massive_activations
+    assert not found.spike_neurons
+    assert not found.outlier_channels
+
+
+def test_thresholds_decide(text: Tensor) -> None:
+    model, lead = planted("llama"), torch.tensor([BOS])
+    assert not found_in(model, text, lead, massive_value=1e6).massive_activations
+    assert not found_in(model, text, lead, sink_weight=0.999).sink_heads
+    assert not found_in(model, text, lead, channel_ratio=1e4).outlier_channels
+
+
+@FAMILIES
+@torch.no_grad()
+def test_what_was_planted_is_absorbed(model_type: str, text: Tensor) -> None:
+    model, family = planted(model_type), family_of(model_type)
+    findings = found_in(model, text, torch.tensor([BOS]))
+    plan = make_plan(model, family, findings, (BOS,), text, budget=1e-6)
+    assert [removal.spike.neuron for removal in plan.removals] == [NEURON]
+    assert plan.residual[OUTLIER] in (32, 64)
+    assert plan.residual.sum() == plan.residual[OUTLIER] + len(plan.residual) - 1
+
+    student = graft(model, family, plan)
+    left = found_in(student, text, NOTHING)
+    assert not left.massive_activations
+    assert not left.spike_neurons
+    assert not left.outlier_channels
+
+    teacher = model(led(text, torch.tensor([BOS]))).logits[:, 1:].log_softmax(-1)
+    alone = model(text).logits.log_softmax(-1)
+    gap = (student(text).logits.log_softmax(-1) - teacher).abs().max()
+    # The planted logit is as constant as the norm of a token: it varies by a few parts in a
+    # thousand, and so does what a constant in its place gives.
+    assert gap < 0.02
+    assert (alone - teacher).abs().max() > 10 * gap
