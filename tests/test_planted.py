@@ -108,8 +108,8 @@ def test_what_was_planted_is_absorbed(model_type: str, text: Tensor) -> None:
     findings = found_in(model, text, torch.tensor([BOS]))
     plan = make_plan(model, family, findings, (BOS,), text, budget=1e-6)
     assert [removal.spike.neuron for removal in plan.removals] == [NEURON]
-    assert plan.residual[OUTLIER] in (32, 64)
-    assert plan.residual.sum() == plan.residual[OUTLIER] + len(plan.residual) - 1
+    assert plan.residual[OUTLIER] in (16, 32, 64, 128)
+    assert (plan.residual != 1).nonzero().tolist() == [[OUTLIER]]
 
     student = graft(model, family, plan)
     left = found_in(student, text, NOTHING)

@@ -128,7 +128,7 @@ def test_a_converted_model_is_refused(converted: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", str(converted)])
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert "already absorbed" in result.stderr
+    assert "is absorbed already" in result.stderr
     assert "Traceback" not in result.stderr
 
 
