@@ -66,6 +66,6 @@ def _metadata(report: Report) -> str:
 
 def markdown(rows: list[Row]) -> str:
     """Rows, the first of them the head, as a Markdown table."""
-    head, *body = rows
+    head, *body = [tuple(cell.strip().replace("|", r"\|") for cell in row) for row in rows]
     rule = tuple("---" if column == 0 else "---:" for column in range(len(head)))
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
