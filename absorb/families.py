@@ -7,20 +7,22 @@ it and proves that every name in the entry is right and that none is missing.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from absorb.errors import AbsorbError
 
 
 class UnsupportedFamilyError(AbsorbError):
-    """The model's architecture has no entry in FAMILIES."""
+    """The model's architecture has no entry in FAMILIES, or its entry does not hold for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One architecture, with Llama's names as the defaults.
 
-    `embedding`, `layers` and `final_norm` are relative to the model with its language model head,
-    all other names to a decoder layer.
+    `embedding`, `positions`, `layers` and `final_norm` are relative to the model with its language
+    model head, all other names to a decoder layer. A name is that of a module or, in a mixture of
+    experts, of the parameter (experts, outputs, inputs) that holds one weight for every expert.
     """
 
     model_type: str
@@ -28,10 +30,15 @@ class Family:
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     attention: str = "self_attn"
-    mlp: str = "mlp"
 
-    # Every module whose input is the residual stream, and every one whose output is added to it.
-    # Where a norm writes (Gemma, OLMo 2), zeroing a column of `down` rescales all that is written.
+    # A table of learned positions that is added to the embedding, where keys are not rotated
+    # (RoPE). Text starts at its row `position_offset`; padding uses the rows before that.
+    positions: str | None = None
+    position_offset: int = 0
+
+    # Every module whose input is the residual stream, and every one whose output is added to it,
+    # the embedding, the positions and the final norm aside. Where a norm writes (Gemma, OLMo 2),
+    # zeroing a column of `down` rescales all that is written.
     reads: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     writes: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
 
@@ -39,7 +46,7 @@ class Family:
     # -1, where bfloat16 keeps few digits of the sum (at a factor of 64, 4 % off): use float32.
     norm_offset: float = 0.0
 
-    # A norm, and the Linears that are the only readers of its output.
+    # A norm, and the only readers of its output. A router that shares it comes last.
     feeds: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
@@ -52,15 +59,33 @@ class Family:
     output: str = "self_attn.o_proj"
 
     # The Linear whose bias is added to the keys just before RoPE, or None where a norm stands
-    # between the two. The rows of the keys are its key_block-th block of kv_heads * head_dim rows
-    # from the end.
+    # between the two; it also does where the setting `key_norm` of the configuration is true. The
+    # rows of the keys are its key_block-th block of kv_heads * head_dim rows from the end.
     key: str | None = "self_attn.k_proj"
     key_block: int = 1
+    key_norm: str | None = None
 
-    # The last intermediate_size rows of `up` multiply the activated gate, and only the columns of
-    # `down` read the product: row n and column n belong to neuron n.
-    up: str = "mlp.up_proj"
+    # Whether a fused projection holds query, key and value of one head, then those of the next
+    # (GPT-NeoX), so that "the last block" means the last block of head_dim rows of every head.
+    interleaved: bool = False
+
+    # Row n of the last rows of `up` makes neuron n larger by the factor that it is multiplied by,
+    # because it multiplies an activated gate or passes a ReLU; None where it passes another
+    # activation. Only column n of `down` reads neuron n. Of experts, each has neurons of its own.
+    up: str | None = "mlp.up_proj"
     down: str = "mlp.down_proj"
+
+    # What config.json must say for this entry to be true: a setting, and the values that it may
+    # have, its default first. The width of the embedding, where it is a setting, must be that of
+    # the stream, so that nothing stands between the two.
+    requires: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    embedding_width: str | None = None
+
+    @property
+    def links(self) -> dict[str, tuple[str, ...]]:
+        """Every module whose output may be divided, and the readers that make up for it."""
+        neurons = {self.up: (self.down,)} if self.up else {}
+        return {**dict(self.feeds), self.value: (self.output,), **neurons}
 
 
 _LLAMA = Family(model_type="llama")
@@ -74,6 +99,7 @@ _GEMMA = Family(
         ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     ),
+    requires=(("use_bidirectional_attention", (False, None)),),
 )
 
 _PHI3 = replace(
@@ -104,11 +130,76 @@ _OLMO2 = Family(
     key=None,
 )
 
+# LayerNorm without a weight leaves nothing to divide, so no smoothing of what it feeds.
+_OLMO = replace(_LLAMA, model_type="olmo", feeds=(), requires=(("clip_qkv", (None,)),))
+
+_GLM4 = replace(
+    _LLAMA,
+    model_type="glm4",
+    writes=("post_self_attn_layernorm", "post_mlp_layernorm"),
+    feeds=(
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    ),
+    up="mlp.gate_up_proj",
+)
+
+_STARCODER2 = replace(
+    _LLAMA,
+    model_type="starcoder2",
+    writes=("self_attn.o_proj", "mlp.c_proj"),
+    feeds=(
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.c_fc",)),
+    ),
+    up=None,
+    down="mlp.c_proj",
+)
+
+# In Cohere and Phi, attention and MLP stand side by side behind one norm.
+_COHERE = replace(
+    _LLAMA,
+    model_type="cohere",
+    reads=("input_layernorm",),
+    feeds=(
+        (
+            "input_layernorm",
+            (
+                "self_attn.q_proj",
+                "self_attn.k_proj",
+                "self_attn.v_proj",
+                "mlp.gate_proj",
+                "mlp.up_proj",
+            ),
+        ),
+    ),
+    key_norm="use_qk_norm",
+)
+
+_PHI = replace(
+    _LLAMA,
+    model_type="phi",
+    final_norm="model.final_layernorm",
+    reads=("input_layernorm",),
+    writes=("self_attn.dense", "mlp.fc2"),
+    feeds=(
+        (
+            "input_layernorm",
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"),
+        ),
+    ),
+    output="self_attn.dense",
+    key_norm="qk_layernorm",
+    up=None,
+    down="mlp.fc2",
+)
+
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
         _LLAMA,
         replace(_LLAMA, model_type="mistral"),
+        replace(_LLAMA, model_type="ministral"),
         replace(_LLAMA, model_type="qwen2"),
         replace(_LLAMA, model_type="qwen3", key=None),
         replace(_LLAMA, model_type="smollm3"),
@@ -117,7 +208,13 @@ FAMILIES: Mapping[str, Family] = {
         _PHI3,
         _GEMMA,
         replace(_GEMMA, model_type="gemma3_text", key=None),
+        _OLMO,
         _OLMO2,
+        replace(_OLMO2, model_type="olmo3"),
+        _GLM4,
+        _STARCODER2,
+        _COHERE,
+        _PHI,
     )
 }
 
@@ -130,3 +227,20 @@ def family_of(model_type: str) -> Family:
             f"knows ({', '.join(sorted(FAMILIES))}) or add an entry to absorb/families.py"
         )
     return FAMILIES[model_type]
+
+
+def suited(family: Family, settings: Mapping[str, Any]) -> Family:
+    """The entry as it holds for a model with these settings in its config.json."""
+    demands = list(family.requires)
+    if family.embedding_width is not None:
+        demands.append((family.embedding_width, (settings.get("hidden_size"), None)))
+    for setting, values in demands:
+        value = settings.get(setting, values[0])
+        if value not in values:
+            raise UnsupportedFamilyError(
+                f"absorb knows {family.model_type} only with {setting} {values[0]!r}, and this "
+                f"model has {value!r}; choose another model"
+            )
+    if family.key_norm is not None and settings.get(family.key_norm):
+        return replace(family, key=None)
+    return family

@@ -42,7 +42,10 @@ class MassiveActivation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpikeNeuron:
-    """An MLP neuron that alone adds a massive activation to the stream."""
+    """An MLP neuron that alone adds a massive activation to the stream.
+
+    Neurons of experts are counted one expert after the other.
+    """
 
     layer: int
     neuron: int

@@ -10,13 +10,15 @@ from transformers import PreTrainedModel
 from absorb import modeling_absorb
 from absorb.families import Family
 from absorb.plan import Plan
-from absorb.watch import each_layers, layers_of, quiet
+from absorb.watch import layers_of, quiet
+from absorb.weights import bias_at, column, fused_rows, heads_of, is_norm, place_at, weight_at
 
 
 @torch.no_grad()
 def graft(model: PreTrainedModel, family: Family, plan: Plan) -> PreTrainedModel:
     """A new absorbed model that does without a prefix what `model` does with the plan's."""
     student = twin(model, family)
+    _shift_positions(student, family, len(plan.prefix))
     _place_sinks(student, family, plan)
     _remove_neurons(student, family, plan)
     _rescale_stream(student, family, plan.residual.to(student.device))
@@ -56,9 +58,9 @@ def sites(model: PreTrainedModel, family: Family) -> dict[str, list[str]]:
 
     def kept_apart(name: str) -> bool:
         # (1 + w) / c - 1 would lie near -1, where bfloat16 keeps few digits of the sum.
-        return family.norm_offset != 0 and not isinstance(layer.get_submodule(name), nn.Linear)
+        return family.norm_offset != 0 and is_norm(layer, name)
 
-    read_by_norms = [n for n in family.reads if not isinstance(layer.get_submodule(n), nn.Linear)]
+    read_by_norms = [name for name in family.reads if is_norm(layer, name)]
     outputs = (*family.writes, *(norm for norm, _ in family.feeds))
     biased = {family.value, family.output, family.key} - {None}
     return {
@@ -72,80 +74,114 @@ def sites(model: PreTrainedModel, family: Family) -> dict[str, list[str]]:
     }
 
 
+def _shift_positions(student: PreTrainedModel, family: Family, count: int) -> None:
+    """Let text start at the learned position where it stood behind a prefix of `count` tokens."""
+    if family.positions is None:
+        return
+    table: Any = student.get_submodule(family.positions)
+    start = family.position_offset
+    table.weight = nn.Parameter(torch.cat([table.weight[:start], table.weight[start + count :]]))
+    table.num_embeddings -= count
+    student.config.max_position_embeddings -= count
+
+
 def _place_sinks(student: PreTrainedModel, family: Family, plan: Plan) -> None:
     """Sink logits, and the sink values and key biases as biases of the stock Linears.
 
     `Σ p_j v_j + p v = Σ p_j (v_j - v) + v` for `p + Σ p_j = 1`: v goes from the value bias to the
     output bias, and costs nothing at run time.
     """
-    width = plan.sinks.values[0].numel()
     for index, layer in enumerate(layers_of(student, family)):
         value, output = layer.get_submodule(family.value), layer.get_submodule(family.output)
         sink_value = plan.sinks.values[index].to(output.weight)
         layer.get_submodule(family.attention).sink.copy_(plan.sinks.logits[index])
-        value.bias[-width:] -= sink_value.flatten()
-        groups = output.in_features // width
-        output.bias += output.weight @ sink_value.repeat_interleave(groups, 0).flatten()
+        value.bias[_rows(student, family, value, sink_value)] -= sink_value.flatten()
+        heads, kv_heads = heads_of(student.config)
+        spread = sink_value.repeat_interleave(heads // kv_heads, 0).flatten()
+        output.bias += weight_at(layer, family.output) @ spread
         if family.key is not None:
             key = layer.get_submodule(family.key)
-            rows = slice(-family.key_block * width, (1 - family.key_block) * width or None)
-            key.bias[rows] += plan.sinks.key_biases[index].to(key.bias).flatten()
+            key_bias = plan.sinks.key_biases[index].to(key.bias)
+            key.bias[_rows(student, family, key, key_bias, family.key_block)] += key_bias.flatten()
+
+
+def _rows(
+    student: PreTrainedModel, family: Family, module: Any, vectors: Tensor, block: int = 1
+) -> Tensor:
+    """The rows of a projection that give a vector for every KV head: (kv_heads, head_dim)."""
+    return fused_rows(family, len(module.bias), block, *vectors.shape).to(student.device)
 
 
 def _remove_neurons(student: PreTrainedModel, family: Family, plan: Plan) -> None:
-    down = each_layers(student, family, family.down)
+    layers = layers_of(student, family)
     for removal in plan.removals:
-        down[removal.spike.layer].weight[:, removal.spike.neuron] = 0
+        weight = weight_at(layers[removal.spike.layer], family.down)
+        column(weight, removal.spike.neuron).zero_()
 
 
 def _rescale_stream(student: PreTrainedModel, family: Family, scale: Tensor) -> None:
     """Write the stream divided by `scale` (hidden,), and read it multiplied: the same function."""
-    _divide_output(student.get_submodule(family.embedding), scale)
-    _multiply_input(student.get_submodule(family.final_norm), scale)
+    # A table of tokens may be tied to the language model head, one of positions is tied to nothing.
+    place_at(student, family.embedding).output_scale /= scale
+    if family.positions is not None:
+        place_at(student, family.positions).weight /= scale
+    _multiply_input(student, family.final_norm, scale)
     for layer in layers_of(student, family):
         for name in family.writes:
-            _divide_output(layer.get_submodule(name), scale)
+            _divide_output(layer, name, scale)
         for name in family.reads:
-            _multiply_input(layer.get_submodule(name), scale)
+            _multiply_input(layer, name, scale)
 
 
 @torch.no_grad()
 def smooth(student: PreTrainedModel, family: Family, smoothing: dict[str, Tensor]) -> None:
-    """Divide outputs that few Linears read, and multiply the columns of those Linears.
+    """Divide outputs that few matrices read, and multiply the columns of those matrices.
 
-    smoothing holds the divisors (layers, channels) under the name of the module that is divided.
+    smoothing holds the divisors (layers, channels), for experts (layers, experts, channels), under
+    the name of what is divided.
     """
-    readers = {**dict(family.feeds), family.value: (family.output,), family.up: (family.down,)}
     for name, scales in smoothing.items():
         for layer, scale in zip(layers_of(student, family), scales.to(student.device), strict=True):
-            _divide_output(layer.get_submodule(name), scale)
-            columns = _per_query_head(scale, student) if name == family.value else scale
-            for reader in readers[name]:
-                _multiply_input(layer.get_submodule(reader), columns)
+            if name == family.value:
+                columns = _smooth_values(student, family, layer, scale)
+            else:
+                _divide_output(layer, name, scale)
+                columns = scale
+            for reader in family.links[name]:
+                _multiply_input(layer, reader, columns)
 
 
-def _divide_output(module: Any, scale: Tensor) -> None:
-    """Divide the last channels that a module gives by `scale`: all, or those of a fused Linear."""
-    width = len(scale)
+def _smooth_values(
+    student: PreTrainedModel, family: Family, layer: nn.Module, scale: Tensor
+) -> Tensor:
+    """Divide values by `scale` (kv_heads * head_dim,); what columns are to be multiplied by."""
+    heads, kv_heads = heads_of(student.config)
+    vectors = scale.view(kv_heads, -1)
+    value = layer.get_submodule(family.value)
+    _divide_output(layer, family.value, scale, _rows(student, family, value, vectors))
+    return vectors.repeat_interleave(heads // kv_heads, 0).flatten()
+
+
+def _divide_output(
+    layer: nn.Module, name: str, scale: Tensor, rows: Tensor | slice | None = None
+) -> None:
+    """Divide what a norm or matrix gives by `scale`: in the rows given, or its last ones."""
+    module = place_at(layer, name)
     if hasattr(module, "output_scale"):
         module.output_scale /= scale
-    elif isinstance(module, nn.Linear):
-        module.weight[-width:] /= scale[:, None]
-        if module.bias is not None:
-            module.bias[-width:] /= scale
-    else:
+        return
+    rows = slice(-scale.shape[-1], None) if rows is None else rows
+    if is_norm(layer, name):
         module.weight /= scale
-
-
-def _multiply_input(module: Any, scale: Tensor) -> None:
-    if isinstance(module, nn.Linear):
-        module.weight *= scale
     else:
-        module.input_scale *= scale
+        weight_at(layer, name)[..., rows, :] /= scale[..., None]
+    bias = bias_at(layer, name)
+    if bias is not None:
+        bias[rows] /= scale
 
 
-def _per_query_head(scale: Tensor, student: PreTrainedModel) -> Tensor:
-    """A scale (kv_heads * head_dim,) of values, once for each query head: (heads * head_dim,)."""
-    kv_heads = student.config.num_key_value_heads
-    groups = student.config.num_attention_heads // kv_heads
-    return scale.view(kv_heads, -1).repeat_interleave(groups, 0).flatten()
+def _multiply_input(layer: nn.Module, name: str, scale: Tensor) -> None:
+    if is_norm(layer, name):
+        place_at(layer, name).input_scale *= scale
+    else:
+        weight_at(layer, name).mul_(scale[..., None, :])

@@ -14,7 +14,8 @@ from absorb.families import Family
 from absorb.findings import Findings, SpikeNeuron
 from absorb.quantize import input_peaks
 from absorb.sinks import Prefix, Sinks, fit_sinks, prefix_of, prefixed
-from absorb.watch import each_layers, each_name, led
+from absorb.watch import each_name, layers_of, led
+from absorb.weights import column, heads_of, weight_at
 
 _ROWS = 4
 _ALPHA = 0.5  # SmoothQuant's exponent (arXiv 2211.10438): activations and weights share the range
@@ -33,7 +34,8 @@ class Plan:
     """Everything that the graft changes.
 
     residual holds λ, one power of two for each channel of the stream: (hidden,). smoothing holds,
-    for the name of each module whose output is divided, the divisors: (layers, channels).
+    for the name of all that is divided, the divisors: (layers, channels), with experts
+    (layers, experts, channels).
     """
 
     prefix: tuple[int, ...]
@@ -73,17 +75,17 @@ def make_plan(
 def without(
     model: PreTrainedModel, family: Family, neurons: tuple[SpikeNeuron, ...]
 ) -> Iterator[None]:
-    """The model with the down_proj columns of `neurons` at zero, for a while."""
-    down = each_layers(model, family, family.down)
-    with torch.no_grad():
-        before = [down[spike.layer].weight[:, spike.neuron].clone() for spike in neurons]
-        for spike in neurons:
-            down[spike.layer].weight[:, spike.neuron] = 0
-        try:
-            yield
-        finally:
-            for spike, column in zip(neurons, before, strict=True):
-                down[spike.layer].weight[:, spike.neuron] = column
+    """The model with what reads `neurons` at zero, for a while."""
+    down = [weight_at(layer, family.down) for layer in layers_of(model, family)]
+    columns = [column(down[spike.layer].detach(), spike.neuron) for spike in neurons]
+    before = [part.clone() for part in columns]
+    for part in columns:
+        part.zero_()
+    try:
+        yield
+    finally:
+        for part, kept in zip(columns, before, strict=True):
+            part.copy_(kept)
 
 
 @torch.no_grad()
@@ -128,33 +130,36 @@ def residual_scales(findings: Findings, hidden: int) -> Tensor:
 
 
 def smoothing_scales(student: PreTrainedModel, family: Family, tokens: Tensor) -> dict[str, Tensor]:
-    """SmoothQuant scales (layers, channels) by the name of the module whose output they divide.
+    """SmoothQuant scales by the name of what they divide, as `smooth` takes them.
 
-    Links are norm → Linears, value → output and up → down. Each scale is
+    Links are norm → matrices, value → output and up → down. Each scale is
     `max|x|^α / max|W|^(1-α)`, with the inputs x seen on calibration text (rows, length).
     """
     peaks = input_peaks(student, family, tokens)
-    links = {**dict(family.feeds), family.value: (family.output,), family.up: (family.down,)}
     scales = {}
-    for name, linears in links.items():
-        peak = torch.stack([peaks[linear] for linear in each_name(student, family, linears[0])])
-        weight = torch.stack([_reach(student, family, linear) for linear in linears]).amax(0)
+    for name, readers in family.links.items():
+        peak = torch.stack([peaks[reader] for reader in each_name(student, family, readers[0])])
+        weight = torch.stack([_reach(student, family, r, peak[0]) for r in readers]).amax(0)
         if name == family.value:
             peak, weight = (_shared(part, student) for part in (peak, weight))
         scale = peak.clamp_min(1e-5) ** _ALPHA / weight.clamp_min(1e-5) ** (1 - _ALPHA)
-        scales[name] = scale.clamp(1e-3, 1e3).cpu()
+        # Of an expert that calibration never reached, nothing is known.
+        scales[name] = torch.where(peak > 0, scale.clamp(1e-3, 1e3), 1.0).cpu()
     return scales
 
 
-def _reach(student: PreTrainedModel, family: Family, name: str) -> Tensor:
-    """The largest weight of every input channel of a Linear: (layers, channels)."""
-    return torch.stack(
-        [m.weight.detach().abs().amax(0) for m in each_layers(student, family, name)]
-    )
+def _reach(student: PreTrainedModel, family: Family, name: str, peak: Tensor) -> Tensor:
+    """The largest weight of every input channel, in the shape (layers, ...) of the inputs' peak.
+
+    Experts that read the same channels share it.
+    """
+    layers = layers_of(student, family)
+    reaches = [weight_at(layer, name).detach().abs().amax(-2) for layer in layers]
+    return torch.stack([reach.view(-1, *peak.shape).amax(0) for reach in reaches])
 
 
 def _shared(channels: Tensor, student: PreTrainedModel) -> Tensor:
     """The largest over the query heads (layers, heads * head_dim) that read one value channel."""
-    heads, kv_heads = student.config.num_attention_heads, student.config.num_key_value_heads
+    heads, kv_heads = heads_of(student.config)
     grouped = channels.view(len(channels), kv_heads, heads // kv_heads, -1)
     return grouped.amax(2).flatten(1)

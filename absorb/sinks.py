@@ -5,7 +5,8 @@ prefix value, and `p = sigmoid(l - lse)` with l the log-sum-exp of the prefix lo
 of the text. A sink logit s replaces l, which depends on the query, by a constant. What of the
 query-dependence is lost can be had back: subtracting the prefix key k from every key leaves all
 ratios of weights alone and makes l zero. RoPE turns a key with its position and so forbids the
-exact shift, but on the slowly turning channels a bias on k_proj comes close to it.
+exact shift, but on the slowly turning channels a bias on k_proj comes close to it. Without RoPE
+nothing is lost.
 """
 
 import sys
@@ -140,15 +141,21 @@ class _Scene:
 class _Rotate:
     """Turns a key bias (kv_heads, head_dim) as RoPE turns keys: (1, kv_heads, length, head_dim)."""
 
-    def __init__(self, module: nn.Module, cos_sin: tuple[Tensor, Tensor], length: int) -> None:
+    def __init__(
+        self, module: nn.Module, cos_sin: tuple[Tensor, Tensor] | None, length: int
+    ) -> None:
         # SmolLM3 has layers without RoPE, with this flag.
-        self.still = not getattr(module, "use_rope", True)
-        self.apply = sys.modules[type(module).__module__].apply_rotary_pos_emb
-        self.cos_sin, self.length = cos_sin, length
+        self.cos_sin = cos_sin if getattr(module, "use_rope", True) else None
+        self.module, self.length = module, length
 
     def __call__(self, key_bias: Tensor) -> Tensor:
         keys = key_bias[None, :, None].expand(-1, -1, self.length, -1)
-        return keys if self.still else self.apply(keys, keys, *self.cos_sin)[1]
+        if self.cos_sin is None:
+            return keys
+        apply = sys.modules[type(self.module).__module__].apply_rotary_pos_emb
+        # RoPE may turn the first channels only.
+        turned, rest = keys.tensor_split([self.cos_sin[0].shape[-1]], -1)
+        return torch.cat([apply(turned, turned, *self.cos_sin)[1], rest], -1)
 
 
 @contextmanager
@@ -196,14 +203,15 @@ def fit_sinks(model: PreTrainedModel, family: Family, prefix: Prefix, tokens: Te
     bar = tqdm(total=len(modules), desc="fitting sinks", unit="layer")
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        scene = _scene(module, rotations[module], *args, **kwargs)
+        scene = _scene(module, rotations.get(module), *args, **kwargs)
         layer = len(fits)
         fit, out = _fit(scene, prefix.keys[layer], prefix.values[layer], family.key is not None)
         fits.append(fit)
         bar.update()
         return _heads_last(out), None
 
-    with bar, attending(model, attend), _cos_sin(modules) as rotations:
+    turned = modules if family.positions is None else []
+    with bar, attending(model, attend), _cos_sin(turned) as rotations:
         positions = prefix.positions(tokens.shape[1])
         model.base_model(tokens.to(model.device), position_ids=positions, use_cache=False)
     logits, values, key_biases, errors = (torch.stack(part) for part in zip(*fits, strict=True))

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
-from absorb.families import Family, family_of
+from absorb.families import Family, family_of, suited
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 WEIGHTS = "model.safetensors"
@@ -71,7 +71,7 @@ def family_of_config(config: Mapping[str, Any], name: str) -> Family:
             f"{name} is a {model_type} model that does not predict the next token from a decoder "
             "alone; absorb converts decoder-only language models"
         )
-    return family_of(model_type)
+    return suited(family_of(model_type), config)
 
 
 def _is_quantised(config: Mapping[str, Any]) -> bool:

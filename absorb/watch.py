@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from absorb.families import Family
@@ -32,11 +33,11 @@ def each_name(model: PreTrainedModel, family: Family, name: str) -> list[str]:
     return [f"{family.layers}.{index}.{name}" for index in range(len(layers_of(model, family)))]
 
 
-def linears_of(model: PreTrainedModel, family: Family) -> dict[str, nn.Linear]:
-    """Every Linear inside a decoder layer, under its name in the model."""
+def linears_of(model: PreTrainedModel, family: Family) -> dict[str, Any]:
+    """Every Linear or Conv1D inside a decoder layer, under its name in the model."""
     stem = f"{family.layers}."
     modules = model.named_modules()
-    return {n: m for n, m in modules if n.startswith(stem) and isinstance(m, nn.Linear)}
+    return {n: m for n, m in modules if n.startswith(stem) and isinstance(m, nn.Linear | Conv1D)}
 
 
 @contextmanager

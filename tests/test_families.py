@@ -7,15 +7,30 @@ drift by some 1e-6 of the largest logit; a wrong one drifts by more than 0.01.
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from tiny import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, tiny
+from edits import (
+    Edit,
+    by_turns,
+    decoder_layers,
+    first_rows,
+    fold_values,
+    is_norm,
+    place_of,
+    rescale_stream,
+    shift_keys,
+    smooth_neurons,
+    smooth_norms,
+    smooth_values,
+    weight_of,
+)
+from tiny import HEADS, HIDDEN, kv_heads, tiny
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
 from absorb.families import FAMILIES, Family, UnsupportedFamilyError, family_of
@@ -23,141 +38,41 @@ from absorb.families import FAMILIES, Family, UnsupportedFamilyError, family_of
 UNCHANGED = 1e-5
 CHANGED = 1e-2
 
-Edit = Callable[[PreTrainedModel, Family], None]
-Rows = Callable[[int], slice]
+# Where `up` is None, the Linear whose output passes an activation that is not homogeneous.
+BENT = {"starcoder2": "mlp.c_fc", "phi": "mlp.fc1"}
+
+# Settings that change which modules there are or how they are joined, and that an entry admits.
+ADMITTED: list[tuple[str, dict[str, Any]]] = [
+    ("cohere", {"use_qk_norm": True}),
+    ("phi", {"qk_layernorm": True}),
+    ("starcoder2", {"use_bias": False}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+]
 
 
-def for_each(families: Iterable[Family]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("family", list(families), ids=lambda family: family.model_type)
+def for_each(admits: Callable[[Family], Any]) -> pytest.MarkDecorator:
+    families = [family for family in FAMILIES.values() if admits(family)]
+    return pytest.mark.parametrize("family", families, ids=lambda family: family.model_type)
 
 
-every_family = for_each(FAMILIES.values())
-families_that_feed = for_each(family for family in FAMILIES.values() if family.feeds)
-families_with_a_value_projection = for_each(
-    family for family in FAMILIES.values() if family.value == "self_attn.v_proj"
-)
-
-# Which value channel each column of the output reads: the right order, in which a group of
-# neighbouring query heads shares a KV head, and the wrong one, in which the KV heads take turns.
-COLUMN = torch.arange(HEADS * HEAD_DIM)
-BY_GROUPS = COLUMN // HEAD_DIM // (HEADS // KV_HEADS) * HEAD_DIM + COLUMN % HEAD_DIM
-BY_TURNS = COLUMN // HEAD_DIM % KV_HEADS * HEAD_DIM + COLUMN % HEAD_DIM
-
-
-def last(count: int) -> slice:
-    return slice(-count, None)
-
-
-def first(count: int) -> slice:
-    return slice(count)
+every_family = for_each(lambda family: True)
+families_that_feed = for_each(lambda family: family.feeds)
+families_that_smooth_neurons = for_each(lambda family: family.up)
+families_with_learned_positions = for_each(lambda family: family.positions)
+families_with_groups = for_each(lambda family: kv_heads(family.model_type) < HEADS)
+families_with_a_fused_projection = for_each(lambda family: family.value == family.key)
+families_with_fused_gate_and_up = for_each(lambda family: "gate_up" in (family.up or ""))
 
 
 @torch.no_grad()
-def drift(family: Family, tokens: Tensor, edit: Edit) -> float:
+def drift(family: Family, tokens: Tensor, edit: Edit, **settings: Any) -> float:
     """How far an edit moves the logits of the family's tiny model, relative to the largest one."""
-    model = tiny(family.model_type)
+    model = tiny(family.model_type, **settings)
     before = model(tokens).logits
     torch.manual_seed(0)
     edit(model, family)
     after = model(tokens).logits
     return ((after - before).abs().max() / before.abs().max()).item()
-
-
-def decoder_layers(model: PreTrainedModel, family: Family) -> Iterator[nn.Module]:
-    return model.get_submodule(family.layers).children()
-
-
-def is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and module.weight.shape == (HIDDEN,)
-
-
-def random_factors(count: int) -> Tensor:
-    return torch.rand(count, dtype=torch.float64) * 4 + 0.25
-
-
-# The smallest edits
-
-
-def divide_rows(linear: nn.Linear, factors: Tensor, rows: slice) -> None:
-    linear.weight[rows] /= factors[:, None]
-    if linear.bias is not None:
-        linear.bias[rows] /= factors
-
-
-def divide_output(module: nn.Module, factors: Tensor, norm_offset: float) -> None:
-    if isinstance(module, nn.Linear):
-        divide_rows(module, factors, slice(None))
-    elif isinstance(module, nn.Embedding):
-        module.weight /= factors
-    else:
-        module.weight.copy_((module.weight + norm_offset) / factors - norm_offset)
-
-
-def multiply_input(module: nn.Module, factors: Tensor) -> None:
-    if isinstance(module, nn.Linear):
-        module.weight *= factors
-    else:
-        module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factors, *inputs[1:]))
-
-
-def add_bias(linear: nn.Linear, bias: Tensor, rows: slice) -> None:
-    if linear.bias is None:
-        linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
-    linear.bias[rows] += bias
-
-
-# One edit for each claim that an entry makes
-
-
-def rescale_stream(model: PreTrainedModel, family: Family) -> None:
-    """Divide channel i of the stream by a factor wherever it is written; undo it at every read."""
-    factors = random_factors(HIDDEN)
-    divide_output(model.get_submodule(family.embedding), factors, family.norm_offset)
-    multiply_input(model.get_submodule(family.final_norm), factors)
-    for layer in decoder_layers(model, family):
-        for name in family.writes:
-            divide_output(layer.get_submodule(name), factors, family.norm_offset)
-        for name in family.reads:
-            multiply_input(layer.get_submodule(name), factors)
-
-
-def smooth_norms(model: PreTrainedModel, family: Family) -> None:
-    """Move a factor for each channel from every norm into the Linears that it feeds."""
-    for layer in decoder_layers(model, family):
-        for norm, linears in family.feeds:
-            factors = random_factors(HIDDEN)
-            divide_output(layer.get_submodule(norm), factors, family.norm_offset)
-            for name in linears:
-                multiply_input(layer.get_submodule(name), factors)
-
-
-def smooth_values(
-    model: PreTrainedModel, family: Family, rows: Rows = last, columns: Tensor = BY_GROUPS
-) -> None:
-    """Move a factor for each value channel into the columns that read it."""
-    for layer in decoder_layers(model, family):
-        factors = random_factors(KV_HEADS * HEAD_DIM)
-        divide_rows(layer.get_submodule(family.value), factors, rows(len(factors)))
-        multiply_input(layer.get_submodule(family.output), factors[columns])
-
-
-def smooth_neurons(model: PreTrainedModel, family: Family, rows: Rows = last) -> None:
-    """Move a factor for each neuron into the column that reads it."""
-    for layer in decoder_layers(model, family):
-        factors = random_factors(INTERMEDIATE)
-        divide_rows(layer.get_submodule(family.up), factors, rows(len(factors)))
-        multiply_input(layer.get_submodule(family.down), factors)
-
-
-def fold_values(
-    model: PreTrainedModel, family: Family, rows: Rows = last, columns: Tensor = BY_GROUPS
-) -> None:
-    """Add a constant to every value; take what it becomes out of the output's bias."""
-    for layer in decoder_layers(model, family):
-        constant = torch.randn(KV_HEADS * HEAD_DIM, dtype=torch.float64)
-        output = layer.get_submodule(family.output)
-        add_bias(layer.get_submodule(family.value), constant, rows(len(constant)))
-        add_bias(output, -output.weight @ constant[columns], slice(None))
 
 
 # Entries with one mistake
@@ -169,11 +84,11 @@ def without_each(family: Family, field: str) -> Iterator[Family]:
         yield replace(family, **{field: tuple(other for other in names if other != name)})
 
 
-def without_each_fed_linear(family: Family) -> Iterator[Family]:
-    for position, (norm, linears) in enumerate(family.feeds):
-        for name in linears:
+def without_each_fed(family: Family) -> Iterator[Family]:
+    for position, (norm, readers) in enumerate(family.feeds):
+        for name in readers:
             feeds = list(family.feeds)
-            feeds[position] = (norm, tuple(other for other in linears if other != name))
+            feeds[position] = (norm, tuple(other for other in readers if other != name))
             yield replace(family, feeds=tuple(feeds))
 
 
@@ -194,7 +109,16 @@ def test_leaving_out_any_read_or_write_shows(family: Family, field: str, tokens:
         assert drift(wrong, tokens, rescale_stream) > CHANGED, getattr(wrong, field)
 
 
-@every_family
+@families_with_learned_positions
+def test_leaving_out_the_table_of_positions_shows(family: Family, tokens: Tensor) -> None:
+    assert drift(replace(family, positions=None), tokens, rescale_stream) > CHANGED
+
+
+def scales_a_norm(family: Family) -> bool:
+    return bool(family.feeds) or any("norm" in name for name in family.writes)
+
+
+@for_each(scales_a_norm)
 def test_the_wrong_norm_offset_shows(family: Family, tokens: Tensor) -> None:
     wrong = replace(family, norm_offset=1.0 - family.norm_offset)
     # OLMo 2 has no norm that feeds a Linear, but its norms write the stream.
@@ -202,11 +126,12 @@ def test_the_wrong_norm_offset_shows(family: Family, tokens: Tensor) -> None:
     assert drift(wrong, tokens, edit) > CHANGED
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
-def test_llamas_names_all_exist_in_gemma_and_are_wrong_there(
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "glm4"])
+def test_llamas_names_of_the_stream_all_exist_elsewhere_and_are_wrong_there(
     model_type: str, tokens: Tensor
 ) -> None:
-    wrong = replace(FAMILIES["llama"], model_type=model_type, norm_offset=1.0)
+    llama, right = FAMILIES["llama"], FAMILIES[model_type]
+    wrong = replace(right, reads=llama.reads, writes=llama.writes)
     assert drift(wrong, tokens, rescale_stream) > CHANGED
 
 
@@ -214,61 +139,84 @@ def test_llamas_names_all_exist_in_gemma_and_are_wrong_there(
 
 
 @families_that_feed
-def test_a_norm_feeds_the_named_linears_and_nothing_else(family: Family, tokens: Tensor) -> None:
+def test_a_norm_feeds_what_is_named_and_nothing_else(family: Family, tokens: Tensor) -> None:
     assert drift(family, tokens, smooth_norms) < UNCHANGED
 
 
 @families_that_feed
-def test_leaving_out_any_fed_linear_shows(family: Family, tokens: Tensor) -> None:
-    for wrong in without_each_fed_linear(family):
+def test_leaving_out_any_reader_of_a_norm_shows(family: Family, tokens: Tensor) -> None:
+    for wrong in without_each_fed(family):
         assert drift(wrong, tokens, smooth_norms) > CHANGED, wrong.feeds
 
 
 @every_family
-def test_every_norm_that_reads_the_stream_has_its_linears_named(family: Family) -> None:
-    layer = next(decoder_layers(tiny(family.model_type), family))
-    norms = {name for name in family.reads if is_norm(layer.get_submodule(name))}
-    assert norms == {norm for norm, _ in family.feeds}
-
-
-@every_family
-@pytest.mark.parametrize("edit", [smooth_values, smooth_neurons])
-def test_a_factor_moves_along_the_link_and_changes_nothing(
-    family: Family, edit: Edit, tokens: Tensor
+def test_every_norm_with_a_weight_that_reads_the_stream_has_its_readers_named(
+    family: Family,
 ) -> None:
-    assert drift(family, tokens, edit) < UNCHANGED
+    layer = next(decoder_layers(tiny(family.model_type), family))
+    norms = {name for name in family.reads if is_norm(place_of(layer, name))}
+    weighted = {name for name in norms if hasattr(place_of(layer, name), "weight")}
+    assert weighted == {norm for norm, _ in family.feeds}
 
 
 @every_family
+def test_a_factor_moves_from_values_to_the_output(family: Family, tokens: Tensor) -> None:
+    assert drift(family, tokens, smooth_values) < UNCHANGED
+
+
+@families_that_smooth_neurons
+def test_a_factor_moves_from_a_neuron_to_its_column(family: Family, tokens: Tensor) -> None:
+    assert drift(family, tokens, smooth_neurons) < UNCHANGED
+
+
+@pytest.mark.parametrize("model_type", BENT)
+def test_no_factor_moves_through_an_activation_that_is_not_homogeneous(
+    model_type: str, tokens: Tensor
+) -> None:
+    wrong = replace(FAMILIES[model_type], up=BENT[model_type])
+    assert drift(wrong, tokens, smooth_neurons) > CHANGED
+
+
+@families_with_groups
 @pytest.mark.parametrize("edit", [smooth_values, fold_values])
 def test_the_wrong_order_of_heads_shows(family: Family, edit: Edit, tokens: Tensor) -> None:
-    assert drift(family, tokens, partial(edit, columns=BY_TURNS)) > CHANGED
+    assert drift(family, tokens, partial(edit, columns=by_turns)) > CHANGED
 
 
-@families_with_a_value_projection
-@pytest.mark.parametrize(
-    ("mistake", "edit"),
-    [
-        ({"value": "self_attn.k_proj"}, smooth_values),
-        ({"value": "self_attn.k_proj"}, fold_values),
-        ({"up": "mlp.gate_proj"}, smooth_neurons),
-    ],
-    ids=["smooth keys", "fold keys", "smooth gate"],
-)
-def test_keys_in_place_of_values_or_the_gate_in_place_of_up_show(
-    family: Family, mistake: dict[str, str], edit: Edit, tokens: Tensor
+@for_each(lambda family: family.value == "self_attn.v_proj")
+@pytest.mark.parametrize("edit", [smooth_values, fold_values])
+def test_keys_in_place_of_values_show(family: Family, edit: Edit, tokens: Tensor) -> None:
+    assert drift(replace(family, value="self_attn.k_proj"), tokens, edit) > CHANGED
+
+
+@for_each(lambda family: family.up == "mlp.up_proj")
+def test_the_gate_in_place_of_up_shows(family: Family, tokens: Tensor) -> None:
+    assert drift(replace(family, up="mlp.gate_proj"), tokens, smooth_neurons) > CHANGED
+
+
+@families_with_a_fused_projection
+@pytest.mark.parametrize("edit", [smooth_values, fold_values])
+def test_the_first_rows_of_a_fused_projection_are_not_values(
+    family: Family, edit: Edit, tokens: Tensor
 ) -> None:
-    assert drift(replace(family, **mistake), tokens, edit) > CHANGED
+    assert drift(family, tokens, partial(edit, rows=first_rows)) > CHANGED
 
 
-@pytest.mark.parametrize("edit", [smooth_values, fold_values, smooth_neurons])
-def test_the_first_rows_of_a_fused_projection_are_neither_values_nor_up(
-    edit: Edit, tokens: Tensor
+@families_with_a_fused_projection
+@pytest.mark.parametrize("edit", [smooth_values, fold_values])
+def test_the_wrong_layout_of_a_fused_projection_shows(
+    family: Family, edit: Edit, tokens: Tensor
 ) -> None:
-    assert drift(FAMILIES["phi3"], tokens, partial(edit, rows=first)) > CHANGED
+    wrong = replace(family, interleaved=not family.interleaved)
+    assert drift(wrong, tokens, edit) > CHANGED
 
 
-# The bias that stands for the sink's value
+@families_with_fused_gate_and_up
+def test_the_first_rows_of_gate_and_up_are_the_gate(family: Family, tokens: Tensor) -> None:
+    assert drift(family, tokens, partial(smooth_neurons, rows=first_rows)) > CHANGED
+
+
+# The biases that stand for the sink's value and key
 
 
 @every_family
@@ -278,34 +226,57 @@ def test_attention_weights_sum_to_one_so_a_constant_value_folds_into_the_output_
     assert drift(family, tokens, fold_values) < UNCHANGED
 
 
+@families_with_learned_positions
+def test_a_constant_key_changes_nothing_where_nothing_rotates(
+    family: Family, tokens: Tensor
+) -> None:
+    assert drift(family, tokens, shift_keys) < UNCHANGED
+
+
+@families_with_learned_positions
+def test_rows_that_are_not_keys_show(family: Family, tokens: Tensor) -> None:
+    wrong = replace(family, key=family.value, key_block=1)
+    assert drift(wrong, tokens, shift_keys) > CHANGED
+
+
 # Names, and what they name
 
 
 @every_family
-def test_every_name_resolves_to_a_module_of_the_right_kind(family: Family) -> None:
+def test_every_name_resolves_to_a_place_of_the_right_kind(family: Family) -> None:
     model = tiny(family.model_type)
-    assert isinstance(model.get_submodule(family.embedding), nn.Embedding)
-    assert is_norm(model.get_submodule(family.final_norm))
+    assert isinstance(place_of(model, family.embedding), nn.Embedding)
+    assert family.positions is None or isinstance(place_of(model, family.positions), nn.Embedding)
+    assert is_norm(place_of(model, family.final_norm))
     for layer in decoder_layers(model, family):
-        for norm, linears in family.feeds:
-            assert is_norm(layer.get_submodule(norm)), norm
-            assert all(isinstance(layer.get_submodule(name), nn.Linear) for name in linears)
-        for name in (family.value, family.output, family.up, family.down):
-            assert isinstance(layer.get_submodule(name), nn.Linear), name
-        for name in (*family.reads, *family.writes):
-            module = layer.get_submodule(name)
-            assert is_norm(module) or isinstance(module, nn.Linear), name
+        norms = [name for name in family.reads + family.writes if is_norm(place_of(layer, name))]
+        assert {norm for norm, _ in family.feeds} <= {*norms}
+        matrices = {name for readers in family.links.values() for name in readers}
+        matrices |= {family.value, family.output, family.up or family.down, family.down}
+        matrices |= {name for name in family.reads + family.writes if name not in norms}
+        assert all(weight_of(layer, name).ndim >= 2 for name in matrices)
+        assert all(
+            weight_of(layer, name).shape[-2] == HIDDEN for name in matrices & {*family.writes}
+        )
 
 
 @every_family
-def test_attention_holds_value_and_output_and_the_mlp_up_and_down(family: Family) -> None:
+def test_attention_holds_value_and_output(family: Family) -> None:
     layer = next(decoder_layers(tiny(family.model_type), family))
-    for block, names in (
-        (family.attention, (family.value, family.output)),
-        (family.mlp, (family.up, family.down)),
-    ):
-        children = {*layer.get_submodule(block).children()}
-        assert {layer.get_submodule(name) for name in names} <= children
+    children = {*place_of(layer, family.attention).children()}
+    assert {place_of(layer, family.value), place_of(layer, family.output)} <= children
+
+
+# Settings
+
+
+@pytest.mark.parametrize(("model_type", "settings"), ADMITTED)
+def test_an_entry_holds_for_the_settings_that_it_admits(
+    model_type: str, settings: dict[str, Any], tokens: Tensor
+) -> None:
+    family = FAMILIES[model_type]
+    for edit in (rescale_stream, smooth_norms, smooth_values, fold_values):
+        assert drift(family, tokens, edit, **settings) < UNCHANGED, edit.__name__
 
 
 @every_family

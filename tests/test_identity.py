@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, tiny
+from tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, kv_heads, tiny
 from torch import Tensor
 
 from absorb.families import FAMILIES, Family
@@ -28,15 +28,15 @@ def drift(after: Tensor, before: Tensor) -> float:
     return float((after - before).abs().max() / before.abs().max())
 
 
-def neutral_plan(**changes: object) -> Plan:
-    nothing = torch.zeros(LAYERS, KV_HEADS, HEAD_DIM, dtype=torch.float64)
+def neutral_plan(family: Family, **changes: object) -> Plan:
+    nothing = torch.zeros(LAYERS, kv_heads(family.model_type), HEAD_DIM, dtype=torch.float64)
     sinks = Sinks(
         logits=torch.full((LAYERS, HEADS), -100.0),
         values=nothing,
         key_biases=nothing,
         error=torch.zeros(LAYERS),
     )
-    plan = Plan(prefix=(1,), sinks=sinks, removals=(), residual=torch.ones(HIDDEN), smoothing={})
+    plan = Plan(prefix=(), sinks=sinks, removals=(), residual=torch.ones(HIDDEN), smoothing={})
     return replace(plan, **changes)
 
 
@@ -56,7 +56,7 @@ def test_a_neutral_twin_is_the_stock_model(family: Family, tokens: Tensor) -> No
 @torch.no_grad()
 def test_residual_scales_change_nothing(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
-    student = graft(model, family, neutral_plan(residual=powers_of_two()))
+    student = graft(model, family, neutral_plan(family, residual=powers_of_two()))
     assert drift(student(tokens).logits, model(tokens).logits) < TOLERANCE
 
 
@@ -69,7 +69,7 @@ def test_residual_scales_are_exact_to_the_bit(
     model = tiny(family.model_type, torch.float32)
     plain, scaled = (
         twin(model, family),
-        graft(model, family, neutral_plan(residual=powers_of_two())),
+        graft(model, family, neutral_plan(family, residual=powers_of_two())),
     )
     as_stored(plain, dtype)
     as_stored(scaled, dtype)
@@ -81,7 +81,7 @@ def test_residual_scales_are_exact_to_the_bit(
 def test_a_forgotten_reader_of_the_scaled_stream_is_noticed(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
     wrong = replace(family, reads=family.reads[1:])
-    student = graft(model, wrong, neutral_plan(residual=powers_of_two()))
+    student = graft(model, wrong, neutral_plan(family, residual=powers_of_two()))
     assert drift(student(tokens).logits, model(tokens).logits) > 0.01
 
 
@@ -122,7 +122,7 @@ def test_the_grafted_model_does_what_the_fit_did(family: Family, tokens: Tensor)
     handle.remove()
     assert (sinks.error < 1).all()
     assert bool(sinks.key_biases.any()) == (family.key is not None)
-    student = graft(model, family, neutral_plan(prefix=(1, 9), sinks=sinks))
+    student = graft(model, family, neutral_plan(family, prefix=(1, 9), sinks=sinks))
     handle = each_layers(student, family, family.output)[-1].register_forward_hook(
         lambda _, args, out: outputs.append(out)
     )
@@ -139,7 +139,9 @@ def test_a_graft_leaves_the_stock_model_alone(family: Family) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     spike = SpikeNeuron(layer=1, neuron=7, contribution=1.0)
     removal = Removal(spike=spike, divergence=0.0)
-    student = graft(model, family, neutral_plan(removals=(removal,), residual=powers_of_two()))
+    student = graft(
+        model, family, neutral_plan(family, removals=(removal,), residual=powers_of_two())
+    )
     down = each_layers(student, family, family.down)
     assert not down[1].weight[:, 7].any()
     assert down[1].weight[:, 6].any()

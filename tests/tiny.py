@@ -38,6 +38,10 @@ GEMMA = {
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
+    "ministral": {"head_dim": HEAD_DIM, "sliding_window": POSITIONS},
+    "olmo3": {"sliding_window": POSITIONS},
+    "glm4": {"head_dim": HEAD_DIM, "attention_bias": True},
+    "cohere": {"logit_scale": 0.5},
     "qwen3": {"head_dim": HEAD_DIM},
     "phi3": {"original_max_position_embeddings": POSITIONS},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
@@ -52,6 +56,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
 }
+
+
+# Families in which every query head has a key and value head of its own.
+ONE_TO_ONE = {"gpt2", "gpt_neox", "opt"}
+
+
+def kv_heads(model_type: str) -> int:
+    return HEADS if model_type in ONE_TO_ONE else KV_HEADS
 
 
 def tiny(model_type: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> PreTrainedModel:
