@@ -194,6 +194,36 @@ _PHI = replace(
     down="mlp.fc2",
 )
 
+# A mixture of experts, whose router reads what the experts read.
+_QWEN3_MOE = replace(
+    _LLAMA,
+    model_type="qwen3_moe",
+    writes=("self_attn.o_proj", "mlp.experts.down_proj"),
+    feeds=(
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.experts.gate_up_proj", "mlp.gate")),
+    ),
+    key=None,
+    up="mlp.experts.gate_up_proj",
+    down="mlp.experts.down_proj",
+    requires=(("mlp_only_layers", ([], None)), ("decoder_sparse_step", (1,))),
+)
+
+_GRANITE_MOE = replace(
+    _LLAMA,
+    model_type="granitemoe",
+    writes=("self_attn.o_proj", "block_sparse_moe.experts.down_proj"),
+    feeds=(
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        (
+            "post_attention_layernorm",
+            ("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.router"),
+        ),
+    ),
+    up="block_sparse_moe.experts.gate_up_proj",
+    down="block_sparse_moe.experts.down_proj",
+)
+
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
@@ -215,6 +245,9 @@ FAMILIES: Mapping[str, Family] = {
         _STARCODER2,
         _COHERE,
         _PHI,
+        _QWEN3_MOE,
+        replace(_QWEN3_MOE, model_type="mixtral", key=_LLAMA.key, requires=()),
+        _GRANITE_MOE,
     )
 }
 

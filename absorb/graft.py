@@ -33,6 +33,7 @@ def twin(model: PreTrainedModel, family: Family) -> PreTrainedModel:
     for ours in ("model_type", "architectures", "auto_map", "transformers_version"):
         settings.pop(ours, None)
     config = cls.config_class(**settings, absorb=sites(model, family))
+    config._experts_implementation = model.config._experts_implementation
     with torch.device("meta"):
         neutral = cls(config)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from absorb.experts import watching_neurons
 from absorb.families import Family
 from absorb.watch import each_layers, eager, layers_of, led, watching
+from absorb.weights import module_at, weight_at
 
 _ROWS = 4
 # A token is ordinary unless its peak is this many times the median token's: a channel that is
@@ -50,8 +52,8 @@ class _Tally:
         self.received: list[list[Tensor]] = [[] for _ in range(layers)]
         self.neuron: list[list[Tensor]] = [[] for _ in range(layers)]
         self.columns = [
-            module.weight.detach().abs().amax(0)
-            for module in each_layers(model, family, family.down)
+            weight_at(layer, family.down).detach().abs().amax(-2).flatten()
+            for layer in layers_of(model, family)
         ]
         self.fired: dict[int, Tensor] = {}
         self.down_peak: dict[int, Tensor] = {}
@@ -86,19 +88,21 @@ class _Tally:
         # Between the neurons and the stream there may be a norm or a multiplier: the same factor
         # for all neurons of a token, near enough to rank them.
         gain = out.float().abs().amax(-1) / self.down_peak.pop(layer).clamp_min(1e-12)
-        peak = (self.fired.pop(layer) * gain[..., None]).amax((0, 1)) * self.columns[layer]
-        self.neuron[layer].append(peak)
+        added = (self.fired.pop(layer) * gain[..., None]).flatten(0, -2)
+        self.neuron[layer].append(added.amax(0) * self.columns[layer])
 
 
 @contextmanager
 def _counting(model: PreTrainedModel, family: Family, tally: _Tally) -> Iterator[None]:
-    down = each_layers(model, family, family.down)
+    layers = layers_of(model, family)
+    down = [module_at(layer, family.down) for layer in layers]
+    writers = [module_at(layer, family.writes[-1]) for layer in layers]
     with ExitStack() as stack:
         stack.enter_context(eager(model))
-        stack.enter_context(watching(layers_of(model, family), tally.stream))
-        stack.enter_context(watching(down, tally.activation, inputs=True))
+        stack.enter_context(watching(layers, tally.stream))
+        stack.enter_context(watching_neurons(down, tally.activation))
         stack.enter_context(watching(down, tally.down))
-        stack.enter_context(watching(each_layers(model, family, family.writes[-1]), tally.written))
+        stack.enter_context(watching(writers, tally.written))
         stack.enter_context(_weights(each_layers(model, family, family.attention), tally))
         yield
 

@@ -252,6 +252,8 @@ def absorbed(base: Any) -> type[PreTrainedModel]:
             "__module__": __name__,
             "config_class": _absorbed_config(base.config_class),
             "_keep_in_fp32_modules_strict": strict,
+            # transformers looks for fast experts in the file of a class, and finds none in this.
+            "_can_set_experts_implementation": base._can_set_experts_implementation,
         }
         twin: Any = type(name, (Absorbed, base), body)
         kind = "AutoModelForCausalLM" if base.can_generate() else "AutoModel"

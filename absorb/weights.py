@@ -12,8 +12,10 @@ from absorb.families import Family
 
 def place_at(layer: nn.Module, name: str) -> Any:
     """The module or parameter under a name of a family."""
-    parent, _, last = name.rpartition(".")
-    return getattr(layer.get_submodule(parent), last)
+    place: Any = layer
+    for part in name.split("."):
+        place = getattr(place, part)
+    return place
 
 
 def module_at(layer: nn.Module, name: str) -> Any:

@@ -31,9 +31,10 @@ from edits import (
 )
 from tiny import HEADS, HIDDEN, kv_heads, tiny
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from absorb.errors import AbsorbError
-from absorb.families import FAMILIES, Family, UnsupportedFamilyError, family_of
+from absorb.families import FAMILIES, Family, UnsupportedFamilyError, family_of, suited
 
 UNCHANGED = 1e-5
 CHANGED = 1e-2
@@ -47,6 +48,16 @@ ADMITTED: list[tuple[str, dict[str, Any]]] = [
     ("phi", {"qk_layernorm": True}),
     ("starcoder2", {"use_bias": False}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
+]
+
+
+# Settings that would make an entry wrong.
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("gemma2", {"use_bidirectional_attention": True}),
+    ("gemma3_text", {"use_bidirectional_attention": True}),
+    ("olmo", {"clip_qkv": 8.0}),
+    ("qwen3_moe", {"mlp_only_layers": [0]}),
+    ("qwen3_moe", {"decoder_sparse_step": 2}),
 ]
 
 
@@ -279,9 +290,27 @@ def test_an_entry_holds_for_the_settings_that_it_admits(
         assert drift(family, tokens, edit, **settings) < UNCHANGED, edit.__name__
 
 
+@pytest.mark.parametrize(("model_type", "settings"), REFUSED)
+def test_settings_that_make_an_entry_wrong_are_refused(
+    model_type: str, settings: dict[str, Any]
+) -> None:
+    setting = "|".join(settings)
+    with pytest.raises(UnsupportedFamilyError, match=f"{model_type} only with {setting} "):
+        suited(FAMILIES[model_type], {"hidden_size": HIDDEN, **settings})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "setting"), [("cohere", "use_qk_norm"), ("phi", "qk_layernorm")]
+)
+def test_keys_behind_a_norm_get_no_bias(model_type: str, setting: str) -> None:
+    assert suited(FAMILIES[model_type], {setting: True}).key is None
+    assert suited(FAMILIES[model_type], {setting: False}).key is not None
+
+
 @every_family
-def test_a_config_finds_its_family(family: Family) -> None:
-    assert family_of(tiny(family.model_type).config.model_type) is family
+def test_a_default_config_finds_its_family(family: Family) -> None:
+    settings = AutoConfig.for_model(family.model_type).to_dict()
+    assert suited(family_of(settings["model_type"]), settings) is family
 
 
 def test_an_unknown_family_is_refused_by_name() -> None:

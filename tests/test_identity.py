@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from edits import decoder_layers, weight_of
 from tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, kv_heads, tiny
 from torch import Tensor
 
@@ -134,19 +135,23 @@ def test_the_grafted_model_does_what_the_fit_did(family: Family, tokens: Tensor)
 
 @EVERY
 @torch.no_grad()
-def test_a_graft_leaves_the_stock_model_alone(family: Family) -> None:
+def test_one_neuron_goes_and_the_stock_model_stays_as_it_was(family: Family) -> None:
     model = tiny(family.model_type)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    spike = SpikeNeuron(layer=1, neuron=7, contribution=1.0)
+    stock = [neurons(layer, family) for layer in decoder_layers(model, family)]
+    neuron = len(stock[1]) - 5  # of the last expert, where there are several
+    spike = SpikeNeuron(layer=1, neuron=neuron, contribution=1.0)
     removal = Removal(spike=spike, divergence=0.0)
-    student = graft(
-        model, family, neutral_plan(family, removals=(removal,), residual=powers_of_two())
-    )
-    down = each_layers(student, family, family.down)
-    assert not down[1].weight[:, 7].any()
-    assert down[1].weight[:, 6].any()
-    assert down[0].weight[:, 7].any()
+    student = graft(model, family, neutral_plan(family, removals=(removal,)))
+    stock[1][neuron] = 0
+    left = [neurons(layer, family) for layer in decoder_layers(student, family)]
+    assert all(torch.equal(*pair) for pair in zip(left, stock, strict=True))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def neurons(layer: torch.nn.Module, family: Family) -> Tensor:
+    """What each neuron writes, expert after expert: (neurons, hidden)."""
+    return weight_of(layer, family.down).movedim(-1, -2).reshape(-1, HIDDEN).clone()
 
 
 def test_watching_attention_leaves_no_trace(tokens: Tensor) -> None:

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import HEAD_DIM, HEADS, LAYERS, tiny
+from edits import place_of, weight_of
+from tiny import HEAD_DIM, HEADS, INTERMEDIATE, LAYERS, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,9 +23,12 @@ from absorb.settings import Thresholds
 from absorb.watch import led
 
 BOS, DETECTOR, MASSIVE, OUTLIER, NEURON = 1, 3, 5, 7, 11
+EXPERT = 2
 LARGE = 40.0
 NOTHING = torch.tensor([], dtype=torch.long)
-FAMILIES = pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+FAMILIES = pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "qwen2", "starcoder2", "cohere", "mixtral"]
+)
 
 
 @pytest.fixture
@@ -41,26 +45,64 @@ def planted(model_type: str) -> PreTrainedModel:
             parameter.fill_(1)
         elif name.endswith(("q_proj.bias", "k_proj.bias")):
             parameter.zero_()
+    family = family_of(model_type)
     embedding = model.get_input_embeddings().weight
     embedding[:, [DETECTOR, MASSIVE]] = 0
     embedding[:, OUTLIER] = LARGE
     embedding[BOS, DETECTOR] = LARGE
     for layer in model.model.layers:
-        for write in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            write.weight[[DETECTOR, MASSIVE, OUTLIER]] = 0
-        plant_sink(layer.self_attn)
-    mlp = model.model.layers[0].mlp
-    for reader in (mlp.gate_proj, mlp.up_proj):
-        reader.weight[NEURON] = 0
-        reader.weight[NEURON, DETECTOR] = 10
-    mlp.down_proj.weight[:, NEURON] = 0
-    mlp.down_proj.weight[MASSIVE, NEURON] = 20
+        for write in (family.output, family.down):
+            weight_of(layer, write)[..., [DETECTOR, MASSIVE, OUTLIER], :] = 0
+            bias = getattr(place_of(layer, write), "bias", None)
+            if bias is not None:
+                bias[[DETECTOR, MASSIVE, OUTLIER]] = 0
+        plant_sink(layer.self_attn, SLOW.get(model_type, HEAD_DIM // 2 - 1))
+    PLANT.get(model_type, plant_gated)(model.model.layers[0].mlp)
     return model
 
 
-def plant_sink(attention: torch.nn.Module) -> None:
+def detects(rows: Tensor) -> None:
+    """Rows of weights that give 0 for every token but BOS, behind a LayerNorm too."""
+    rows[:] = 0
+    rows[..., DETECTOR], rows[..., MASSIVE] = 10, -10
+
+
+def writes(rows: Tensor, size: float) -> None:
+    """Columns of weights, as rows, that write a massive activation."""
+    rows[:] = 0
+    rows[..., MASSIVE] = size
+
+
+def plant_gated(mlp: torch.nn.Module) -> None:
+    detects(mlp.gate_proj.weight[NEURON])
+    detects(mlp.up_proj.weight[NEURON])
+    writes(mlp.down_proj.weight[:, NEURON], 20)
+
+
+def plant_ungated(mlp: torch.nn.Module) -> None:
+    detects(mlp.c_fc.weight[NEURON])
+    mlp.c_fc.bias[NEURON] = 0
+    writes(mlp.c_proj.weight[:, NEURON], 800)
+
+
+def plant_expert(mlp: torch.nn.Module) -> None:
+    """One neuron of one expert, to which the router sends BOS."""
+    gate_up = mlp.experts.gate_up_proj[EXPERT].view(2, INTERMEDIATE, -1)
+    detects(gate_up[:, NEURON])
+    mlp.gate.weight[:, DETECTOR] = 0
+    mlp.gate.weight[EXPERT, DETECTOR] = 10
+    writes(mlp.experts.down_proj[EXPERT, :, NEURON], 20)
+
+
+PLANT = {"starcoder2": plant_ungated, "mixtral": plant_expert}
+PLANTED = {"mixtral": EXPERT * INTERMEDIATE + NEURON}
+# Cohere turns neighbouring channels, the others channels that are half a head apart.
+SLOW = {"cohere": HEAD_DIM - 2}
+
+
+def plant_sink(attention: torch.nn.Module, channel: int) -> None:
     """Queries read the outlier channel alone, keys the massive one, where RoPE hardly turns."""
-    slow = torch.arange(HEAD_DIM // 2 - 1, attention.q_proj.out_features, HEAD_DIM)
+    slow = torch.arange(channel, attention.q_proj.out_features, HEAD_DIM)
     attention.q_proj.weight.zero_()
     attention.q_proj.weight[slow, OUTLIER] = 0.7
     slow = slow[: attention.k_proj.out_features // HEAD_DIM]
@@ -76,8 +118,9 @@ def found_in(model: PreTrainedModel, text: Tensor, lead: Tensor, **changes: floa
 
 @FAMILIES
 def test_what_was_planted_is_found(model_type: str, text: Tensor) -> None:
+    planted_neuron = PLANTED.get(model_type, NEURON)
     found = found_in(planted(model_type), text, torch.tensor([BOS]))
-    assert [(spike.layer, spike.neuron) for spike in found.spike_neurons] == [(0, NEURON)]
+    assert [(spike.layer, spike.neuron) for spike in found.spike_neurons] == [(0, planted_neuron)]
     [massive] = found.massive_activations
     assert (massive.position, massive.channel) == (0, MASSIVE)
     assert massive.layers == tuple(range(LAYERS))
@@ -107,7 +150,7 @@ def test_what_was_planted_is_absorbed(model_type: str, text: Tensor) -> None:
     model, family = planted(model_type), family_of(model_type)
     findings = found_in(model, text, torch.tensor([BOS]))
     plan = make_plan(model, family, findings, (BOS,), text, budget=1e-6)
-    assert [removal.spike.neuron for removal in plan.removals] == [NEURON]
+    assert [removal.spike.neuron for removal in plan.removals] == [PLANTED.get(model_type, NEURON)]
     assert plan.residual[OUTLIER] in (16, 32, 64, 128)
     assert (plan.residual != 1).nonzero().tolist() == [[OUTLIER]]
 

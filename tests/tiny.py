@@ -11,6 +11,7 @@ INTERMEDIATE = 48
 HEADS = 4
 KV_HEADS = 2
 HEAD_DIM = 8
+EXPERTS = 4
 VOCABULARY = 64
 POSITIONS = 64
 
@@ -42,6 +43,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "olmo3": {"sliding_window": POSITIONS},
     "glm4": {"head_dim": HEAD_DIM, "attention_bias": True},
     "cohere": {"logit_scale": 0.5},
+    "qwen3_moe": {
+        "head_dim": HEAD_DIM,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": INTERMEDIATE,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
+    "granitemoe": {
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
     "qwen3": {"head_dim": HEAD_DIM},
     "phi3": {"original_max_position_embeddings": POSITIONS},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
@@ -74,6 +91,8 @@ def tiny(model_type: str, dtype: torch.dtype = torch.float64, **overrides: Any) 
     settings = {**COMMON, **SPECIAL.get(model_type, {}), **overrides}
     config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # The grouped product of torch has no float64.
+    model.set_experts_implementation("eager")
     randomise(model)
     return model
 
