@@ -52,6 +52,10 @@ class Family:
         ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     )
 
+    # Whether query heads share key and value heads, as the setting num_key_value_heads says; where
+    # they do not, the model ignores that setting.
+    grouped: bool = True
+
     # The last kv_heads * head_dim rows of `value` are the values, whether they are all its rows or
     # the tail of a fused projection. Column h * head_dim + i of `output` reads value channel
     # (h // group) * head_dim + i, where group is the number of query heads to a KV head.
@@ -194,6 +198,79 @@ _PHI = replace(
     down="mlp.fc2",
 )
 
+# Conv1D, fused projections and a table of positions; attention may also be scaled by the layer.
+_GPT2 = Family(
+    model_type="gpt2",
+    embedding="transformer.wte",
+    positions="transformer.wpe",
+    layers="transformer.h",
+    final_norm="transformer.ln_f",
+    attention="attn",
+    reads=("ln_1", "ln_2"),
+    writes=("attn.c_proj", "mlp.c_proj"),
+    feeds=(("ln_1", ("attn.c_attn",)), ("ln_2", ("mlp.c_fc",))),
+    grouped=False,
+    value="attn.c_attn",
+    output="attn.c_proj",
+    key="attn.c_attn",
+    key_block=2,
+    up=None,
+    down="mlp.c_proj",
+    requires=(("add_cross_attention", (False,)),),
+)
+
+_OPT = Family(
+    model_type="opt",
+    embedding="model.decoder.embed_tokens",
+    positions="model.decoder.embed_positions",
+    position_offset=2,
+    layers="model.decoder.layers",
+    final_norm="model.decoder.final_layer_norm",
+    reads=("self_attn_layer_norm", "final_layer_norm"),
+    writes=("self_attn.out_proj", "fc2"),
+    feeds=(
+        (
+            "self_attn_layer_norm",
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ),
+        ("final_layer_norm", ("fc1",)),
+    ),
+    grouped=False,
+    output="self_attn.out_proj",
+    up="fc1",
+    down="fc2",
+    requires=(
+        ("activation_function", ("relu",)),
+        ("do_layer_norm_before", (True,)),
+        ("layer_norm_elementwise_affine", (True,)),
+        ("_remove_final_layer_norm", (False,)),
+    ),
+    embedding_width="word_embed_proj_dim",
+)
+
+# Whether MLP and attention stand side by side or one behind the other is a setting, and does not
+# matter: each has a norm of its own that reads the stream.
+_GPT_NEOX = Family(
+    model_type="gpt_neox",
+    embedding="gpt_neox.embed_in",
+    layers="gpt_neox.layers",
+    final_norm="gpt_neox.final_layer_norm",
+    attention="attention",
+    writes=("attention.dense", "mlp.dense_4h_to_h"),
+    feeds=(
+        ("input_layernorm", ("attention.query_key_value",)),
+        ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+    ),
+    grouped=False,
+    value="attention.query_key_value",
+    output="attention.dense",
+    key="attention.query_key_value",
+    key_block=2,
+    interleaved=True,
+    up=None,
+    down="mlp.dense_4h_to_h",
+)
+
 # A mixture of experts, whose router reads what the experts read.
 _QWEN3_MOE = replace(
     _LLAMA,
@@ -245,6 +322,9 @@ FAMILIES: Mapping[str, Family] = {
         _STARCODER2,
         _COHERE,
         _PHI,
+        _GPT2,
+        _GPT_NEOX,
+        _OPT,
         _QWEN3_MOE,
         replace(_QWEN3_MOE, model_type="mixtral", key=_LLAMA.key, requires=()),
         _GRANITE_MOE,

@@ -97,7 +97,7 @@ def _place_sinks(student: PreTrainedModel, family: Family, plan: Plan) -> None:
         sink_value = plan.sinks.values[index].to(output.weight)
         layer.get_submodule(family.attention).sink.copy_(plan.sinks.logits[index])
         value.bias[_rows(student, family, value, sink_value)] -= sink_value.flatten()
-        heads, kv_heads = heads_of(student.config)
+        heads, kv_heads = heads_of(student.config, family)
         spread = sink_value.repeat_interleave(heads // kv_heads, 0).flatten()
         output.bias += weight_at(layer, family.output) @ spread
         if family.key is not None:
@@ -156,7 +156,7 @@ def _smooth_values(
     student: PreTrainedModel, family: Family, layer: nn.Module, scale: Tensor
 ) -> Tensor:
     """Divide values by `scale` (kv_heads * head_dim,); what columns are to be multiplied by."""
-    heads, kv_heads = heads_of(student.config)
+    heads, kv_heads = heads_of(student.config, family)
     vectors = scale.view(kv_heads, -1)
     value = layer.get_submodule(family.value)
     _divide_output(layer, family.value, scale, _rows(student, family, value, vectors))

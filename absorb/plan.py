@@ -141,7 +141,7 @@ def smoothing_scales(student: PreTrainedModel, family: Family, tokens: Tensor) -
         peak = torch.stack([peaks[reader] for reader in each_name(student, family, readers[0])])
         weight = torch.stack([_reach(student, family, r, peak[0]) for r in readers]).amax(0)
         if name == family.value:
-            peak, weight = (_shared(part, student) for part in (peak, weight))
+            peak, weight = (_shared(part, student, family) for part in (peak, weight))
         scale = peak.clamp_min(1e-5) ** _ALPHA / weight.clamp_min(1e-5) ** (1 - _ALPHA)
         # Of an expert that calibration never reached, nothing is known.
         scales[name] = torch.where(peak > 0, scale.clamp(1e-3, 1e3), 1.0).cpu()
@@ -158,8 +158,8 @@ def _reach(student: PreTrainedModel, family: Family, name: str, peak: Tensor) ->
     return torch.stack([reach.view(-1, *peak.shape).amax(0) for reach in reaches])
 
 
-def _shared(channels: Tensor, student: PreTrainedModel) -> Tensor:
+def _shared(channels: Tensor, student: PreTrainedModel, family: Family) -> Tensor:
     """The largest over the query heads (layers, heads * head_dim) that read one value channel."""
-    heads, kv_heads = heads_of(student.config)
+    heads, kv_heads = heads_of(student.config, family)
     grouped = channels.view(len(channels), kv_heads, heads // kv_heads, -1)
     return grouped.amax(2).flatten(1)

@@ -93,6 +93,11 @@ class _Scene:
         """Query heads for each key and value head."""
         return self.query.shape[1] // self.key.shape[1]
 
+    @property
+    def moves_with_keys(self) -> bool:
+        """Whether the same bias on all keys moves all logits of a query alike, the prefix's too."""
+        return self.rotate.cos_sin is None and self.softcap is None
+
     def scores(self, keys: Tensor) -> Tensor:
         """Logits (rows, heads, length, keys) for keys (rows or 1, kv_heads, keys, head_dim)."""
         # Grouped, not repeated: each key head meets all of its query heads in one product.
@@ -247,9 +252,13 @@ def _fit(
     """The fit (logit, value, key bias, error) of one layer and the output it gives."""
     target = scene.with_prefix(keys, values)
     alone = scene.mix(scene.text_scores().softmax(-1), scene.value)
-    logit, value = _start(scene, keys, values, alone, target)
-    key_bias = torch.zeros_like(value)
-    logit, value, key_bias = _descend(scene, target, alone, (logit, value, key_bias), with_key_bias)
+    if with_key_bias and scene.moves_with_keys and keys.shape[1] == 1:
+        logit = scene.query.new_zeros(scene.query.shape[1])
+        value, key_bias = values[:, 0], -keys[:, 0]
+    else:
+        logit, value = _start(scene, keys, values, alone, target)
+        start = (logit, value, torch.zeros_like(value))
+        logit, value, key_bias = _descend(scene, target, alone, start, with_key_bias)
     out = scene.with_sink(logit, value, key_bias)
     error = (out - target).square().sum() / (alone - target).square().sum().clamp_min(1e-30)
     return (logit, value, key_bias, error), out

@@ -56,10 +56,10 @@ def column(weight: Tensor, neuron: int) -> Tensor:
     return weight.view(-1, *weight.shape[-2:])[expert, :, inside]
 
 
-def heads_of(config: PretrainedConfig) -> tuple[int, int]:
+def heads_of(config: PretrainedConfig, family: Family) -> tuple[int, int]:
     """Query heads, and key and value heads."""
     heads: int = config.num_attention_heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads
+    return heads, config.num_key_value_heads if family.grouped else heads
 
 
 def fused_rows(family: Family, rows: int, block: int, heads: int, head_dim: int) -> Tensor:
@@ -70,4 +70,5 @@ def fused_rows(family: Family, rows: int, block: int, heads: int, head_dim: int)
     parts = heads if family.interleaved else 1
     width = heads * head_dim // parts
     start = rows // parts - block * width
+    assert start >= 0
     return torch.arange(rows).view(parts, -1)[:, start : start + width].flatten()

@@ -40,7 +40,12 @@ UNCHANGED = 1e-5
 CHANGED = 1e-2
 
 # Where `up` is None, the Linear whose output passes an activation that is not homogeneous.
-BENT = {"starcoder2": "mlp.c_fc", "phi": "mlp.fc1"}
+BENT = {
+    "starcoder2": "mlp.c_fc",
+    "phi": "mlp.fc1",
+    "gpt2": "mlp.c_fc",
+    "gpt_neox": "mlp.dense_h_to_4h",
+}
 
 # Settings that change which modules there are or how they are joined, and that an entry admits.
 ADMITTED: list[tuple[str, dict[str, Any]]] = [
@@ -48,6 +53,10 @@ ADMITTED: list[tuple[str, dict[str, Any]]] = [
     ("phi", {"qk_layernorm": True}),
     ("starcoder2", {"use_bias": False}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": False}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("gpt_neox", {"attention_bias": False}),
+    ("opt", {"enable_bias": False}),
 ]
 
 
@@ -56,6 +65,12 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("gemma2", {"use_bidirectional_attention": True}),
     ("gemma3_text", {"use_bidirectional_attention": True}),
     ("olmo", {"clip_qkv": 8.0}),
+    ("gpt2", {"add_cross_attention": True}),
+    ("opt", {"activation_function": "gelu"}),
+    ("opt", {"do_layer_norm_before": False}),
+    ("opt", {"layer_norm_elementwise_affine": False}),
+    ("opt", {"_remove_final_layer_norm": True}),
+    ("opt", {"word_embed_proj_dim": 16}),
     ("qwen3_moe", {"mlp_only_layers": [0]}),
     ("qwen3_moe", {"decoder_sparse_step": 2}),
 ]

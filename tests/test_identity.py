@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from edits import decoder_layers, weight_of
-from tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, kv_heads, tiny
+from tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, POSITIONS, kv_heads, tiny
 from torch import Tensor
 
 from absorb.families import FAMILIES, Family
@@ -21,6 +21,8 @@ from absorb.watch import attending, each_layers, led
 from absorb.write import as_stored
 
 EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+LEARNED_POSITIONS = pytest.mark.parametrize("family", [FAMILIES["gpt2"], FAMILIES["opt"]])
+TIED = pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "opt", "cohere"])
 TOLERANCE = 1e-5
 
 
@@ -123,14 +125,58 @@ def test_the_grafted_model_does_what_the_fit_did(family: Family, tokens: Tensor)
     handle.remove()
     assert (sinks.error < 1).all()
     assert bool(sinks.key_biases.any()) == (family.key is not None)
-    student = graft(model, family, neutral_plan(family, prefix=(1, 9), sinks=sinks))
-    handle = each_layers(student, family, family.output)[-1].register_forward_hook(
-        lambda _, args, out: outputs.append(out)
-    )
-    student(tokens)
-    handle.remove()
+    values_for_keys = replace(family, key=family.key and family.value, key_block=1)
+    for entry in (family, values_for_keys):
+        student = graft(model, entry, neutral_plan(family, prefix=(1, 9), sinks=sinks))
+        last = each_layers(student, family, family.output)[-1]
+        handle = last.register_forward_hook(lambda _, args, out: outputs.append(out))
+        student(tokens)
+        handle.remove()
     # Sinks are float32 in the student, and float64 in the fit.
     assert drift(outputs[1], outputs[0]) < 1e-4
+    assert family.key is None or drift(outputs[2], outputs[0]) > 1e-2
+
+
+@LEARNED_POSITIONS
+@torch.no_grad()
+def test_text_starts_at_the_position_where_it_stood_behind_the_prefix(
+    family: Family, tokens: Tensor
+) -> None:
+    model, plan = tiny(family.model_type), neutral_plan(family, prefix=(1, 9))
+    behind = model(tokens, position_ids=torch.arange(2, 2 + tokens.shape[1])[None]).logits
+    student = graft(model, family, plan)
+    assert drift(student(tokens).logits, behind) < TOLERANCE
+    assert student.config.max_position_embeddings == POSITIONS - 2
+    last = torch.full((1, POSITIONS - 2), 5)
+    assert torch.isfinite(student(last).logits).all()
+    wrong = replace(family, position_offset=family.position_offset + 3)
+    assert drift(graft(model, wrong, plan)(tokens).logits, behind) > 0.01
+    forgotten = replace(family, positions=None)
+    assert drift(graft(model, forgotten, plan)(tokens).logits, behind) > 0.01
+
+
+@LEARNED_POSITIONS
+@torch.no_grad()
+def test_without_rotation_one_token_is_absorbed_exactly(family: Family, tokens: Tensor) -> None:
+    model = tiny(family.model_type)
+    sinks = fit_sinks(model, family, prefix_of(model, torch.tensor([1])), tokens)
+    student = graft(model, family, neutral_plan(family, prefix=(1,), sinks=sinks))
+    teacher = model(led(tokens, torch.tensor([1]))).logits[:, 1:]
+    assert drift(student(tokens).logits, teacher) < TOLERANCE
+    assert drift(model(tokens).logits, teacher) > 0.01
+    values_for_keys = replace(family, key=family.value, key_block=1)
+    for wrong in (values_for_keys, replace(family, positions=None)):
+        other = graft(model, wrong, neutral_plan(family, prefix=(1,), sinks=sinks))
+        assert drift(other(tokens).logits, teacher) > 0.01
+
+
+@TIED
+@torch.no_grad()
+def test_a_tied_embedding_keeps_its_scale_apart(model_type: str, tokens: Tensor) -> None:
+    family, model = FAMILIES[model_type], tiny(model_type, tie_word_embeddings=True)
+    student = graft(model, family, neutral_plan(family, residual=powers_of_two()))
+    assert drift(student(tokens).logits, model(tokens).logits) < TOLERANCE
+    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
 
 
 @EVERY

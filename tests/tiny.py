@@ -43,6 +43,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "olmo3": {"sliding_window": POSITIONS},
     "glm4": {"head_dim": HEAD_DIM, "attention_bias": True},
     "cohere": {"logit_scale": 0.5},
+    "gpt2": {"n_inner": INTERMEDIATE, "scale_attn_by_inverse_layer_idx": True},
+    "opt": {"ffn_dim": INTERMEDIATE},
     "qwen3_moe": {
         "head_dim": HEAD_DIM,
         "num_experts": EXPERTS,
