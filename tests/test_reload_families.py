@@ -1,0 +1,90 @@
+"""Every family is saved, and loaded by a process in which absorb is not installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny
+from torch import Tensor
+
+from absorb.families import FAMILIES
+from absorb.findings import SpikeNeuron
+from absorb.graft import graft
+from absorb.plan import Plan, Removal
+from absorb.sinks import fit_sinks, prefix_of
+
+LOAD = """
+import sys
+from pathlib import Path
+sys.modules["absorb"] = None  # as if it were not installed
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(1)
+root = Path(sys.argv[1])
+logits = {}
+for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+    again = root.with_name("again") / folder.name
+    kind = AutoModelForCausalLM
+    model = kind.from_pretrained(folder, trust_remote_code=True).eval()
+    tokens = load_file(root / "tokens.safetensors")["tokens"]
+    with torch.no_grad():
+        logits[folder.name] = model(tokens).logits
+        model.save_pretrained(again)
+        model = kind.from_pretrained(again, trust_remote_code=True).eval()
+        assert torch.equal(model(tokens).logits, logits[folder.name]), folder.name
+        settings = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+        cached = model.generate(tokens, use_cache=True, **settings)
+        assert torch.equal(cached, model.generate(tokens, use_cache=False, **settings)), folder.name
+save_file(logits, root / "logits.safetensors")
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Tensor]]:
+    """Logits of the grafted model of every family, and those after loading."""
+    folder = tmp_path_factory.mktemp("families") / "saved"
+    folder.mkdir()
+    tokens = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": tokens}, folder / "tokens.safetensors")
+    before = {name: logits_of(name, tokens, folder / name) for name in FAMILIES}
+    environment = {**os.environ, "HF_HOME": str(folder.with_name("hub")), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", LOAD, str(folder)]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=folder, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    after = load_file(folder / "logits.safetensors")
+    return {name: (before[name], after[name]) for name in FAMILIES}
+
+
+@torch.no_grad()
+def logits_of(model_type: str, tokens: Tensor, folder: Path) -> Tensor:
+    """Save the family's tiny model with everything absorbed, in float32."""
+    family, model = FAMILIES[model_type], tiny(model_type, torch.float32)
+    model.set_experts_implementation("grouped_mm" if "experts" in family.down else "eager")
+    sinks = fit_sinks(model, family, prefix_of(model, torch.tensor([1, 9])), tokens)
+    spike = SpikeNeuron(layer=1, neuron=7, contribution=1.0)
+    plan = Plan(
+        prefix=(1, 9),
+        sinks=sinks,
+        removals=(Removal(spike=spike, divergence=0.0),),
+        residual=2.0 ** (torch.arange(model.config.hidden_size) % 5),
+        smoothing={},
+    )
+    student = graft(model, family, plan)
+    student.save_pretrained(folder)
+    return student(tokens).logits
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_family_reloads_where_absorb_is_not_installed(
+    model_type: str, saved: dict[str, tuple[Tensor, Tensor]]
+) -> None:
+    before, after = saved[model_type]
+    assert torch.equal(before, after)
