@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from absorb.card import card
 from absorb.checkpoint import REPORT
 from absorb.errors import AbsorbError
+from absorb.families import family_of
 from absorb.modeling_absorb import NEUTRAL
 from absorb.prefix import lead_of
 from absorb.report import Report, to_json
@@ -32,7 +33,10 @@ def write(
     """Fill a folder with everything that `from_pretrained` and a reader need."""
     with quiet():
         student.save_pretrained(folder, max_shard_size=_SHARD)
-        without_bos(tokenizer).save_pretrained(folder)
+        plain = without_bos(tokenizer)
+        if family_of(report.inspection.family).positions is not None:
+            plain = within(plain, student.config.max_position_embeddings)
+        plain.save_pretrained(folder)
     (folder / REPORT).write_text(to_json(report), encoding="utf-8")
     (folder / "README.md").write_text(card(report), encoding="utf-8")
 
@@ -49,3 +53,10 @@ def without_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
             "the sinks stand for; save it with a fast tokenizer (tokenizer.json) and convert again"
         )
     return plain
+
+
+def within(tokenizer: PreTrainedTokenizerBase, length: int) -> PreTrainedTokenizerBase:
+    """A tokenizer that knows of the positions which the prefix took from a table of them."""
+    short = copy.deepcopy(tokenizer)
+    short.model_max_length = min(short.model_max_length, length)
+    return short

@@ -1,5 +1,6 @@
 """Every family is saved, and loaded by a process in which absorb is not installed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny import tiny
+from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
+from absorb.cli import main
 from absorb.families import FAMILIES
 from absorb.findings import SpikeNeuron
 from absorb.graft import graft
@@ -43,6 +47,21 @@ for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         assert torch.equal(cached, model.generate(tokens, use_cache=False, **settings)), folder.name
 save_file(logits, root / "logits.safetensors")
 """
+
+
+def test_a_model_with_learned_positions_converts_exactly(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 1024
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    model = tiny("gpt2", torch.float32, max_position_embeddings=1024, vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "gpt2")
+    out = tmp_path / "out"
+    arguments = ["convert", str(tmp_path / "gpt2"), "--out", str(out), "--steps", "0"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "absorb.json").read_text())["inspection"]["divergence"] < 1e-6
+    assert json.loads((out / "config.json").read_text())["n_positions"] == 1023
+    assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 1023
 
 
 @pytest.fixture(scope="module")
