@@ -16,6 +16,9 @@ class UnsupportedFamilyError(AbsorbError):
     """The model's architecture has no entry in FAMILIES, or its entry does not hold for it."""
 
 
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One architecture, with Llama's names as the defaults.
@@ -48,7 +51,7 @@ class Family:
 
     # A norm, and the only readers of its output. A router that shares it comes last.
     feeds: tuple[tuple[str, tuple[str, ...]], ...] = (
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("input_layernorm", _QKV),
         ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     )
 
@@ -73,9 +76,9 @@ class Family:
     # (GPT-NeoX), so that "the last block" means the last block of head_dim rows of every head.
     interleaved: bool = False
 
-    # Row n of the last rows of `up` makes neuron n larger by the factor that it is multiplied by,
-    # because it multiplies an activated gate or passes a ReLU; None where it passes another
-    # activation. Only column n of `down` reads neuron n. Of experts, each has neurons of its own.
+    # A factor on row n of the last rows of `up` is a factor on neuron n, because the row multiplies
+    # an activated gate or passes a ReLU; None where it passes another activation. Only column n of
+    # `down` reads neuron n. Every expert has neurons of its own.
     up: str | None = "mlp.up_proj"
     down: str = "mlp.down_proj"
 
@@ -100,7 +103,7 @@ _GEMMA = Family(
     writes=("post_attention_layernorm", "post_feedforward_layernorm"),
     norm_offset=1.0,
     feeds=(
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("input_layernorm", _QKV),
         ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     ),
     requires=(("use_bidirectional_attention", (False, None)),),
@@ -122,13 +125,7 @@ _PHI3 = replace(
 # OLMo 2 normalises what a block writes, not what it reads, so Linears read the raw stream.
 _OLMO2 = Family(
     model_type="olmo2",
-    reads=(
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-    ),
+    reads=(*_QKV, "mlp.gate_proj", "mlp.up_proj"),
     writes=("post_attention_layernorm", "post_feedforward_layernorm"),
     feeds=(),
     key=None,
@@ -142,7 +139,7 @@ _GLM4 = replace(
     model_type="glm4",
     writes=("post_self_attn_layernorm", "post_mlp_layernorm"),
     feeds=(
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("input_layernorm", _QKV),
         ("post_attention_layernorm", ("mlp.gate_up_proj",)),
     ),
     up="mlp.gate_up_proj",
@@ -153,7 +150,7 @@ _STARCODER2 = replace(
     model_type="starcoder2",
     writes=("self_attn.o_proj", "mlp.c_proj"),
     feeds=(
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("input_layernorm", _QKV),
         ("post_attention_layernorm", ("mlp.c_fc",)),
     ),
     up=None,
@@ -165,18 +162,7 @@ _COHERE = replace(
     _LLAMA,
     model_type="cohere",
     reads=("input_layernorm",),
-    feeds=(
-        (
-            "input_layernorm",
-            (
-                "self_attn.q_proj",
-                "self_attn.k_proj",
-                "self_attn.v_proj",
-                "mlp.gate_proj",
-                "mlp.up_proj",
-            ),
-        ),
-    ),
+    feeds=(("input_layernorm", (*_QKV, "mlp.gate_proj", "mlp.up_proj")),),
     key_norm="use_qk_norm",
 )
 
@@ -186,12 +172,7 @@ _PHI = replace(
     final_norm="model.final_layernorm",
     reads=("input_layernorm",),
     writes=("self_attn.dense", "mlp.fc2"),
-    feeds=(
-        (
-            "input_layernorm",
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"),
-        ),
-    ),
+    feeds=(("input_layernorm", (*_QKV, "mlp.fc1")),),
     output="self_attn.dense",
     key_norm="qk_layernorm",
     up=None,
@@ -229,10 +210,7 @@ _OPT = Family(
     reads=("self_attn_layer_norm", "final_layer_norm"),
     writes=("self_attn.out_proj", "fc2"),
     feeds=(
-        (
-            "self_attn_layer_norm",
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ),
+        ("self_attn_layer_norm", _QKV),
         ("final_layer_norm", ("fc1",)),
     ),
     grouped=False,
@@ -277,7 +255,7 @@ _QWEN3_MOE = replace(
     model_type="qwen3_moe",
     writes=("self_attn.o_proj", "mlp.experts.down_proj"),
     feeds=(
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("input_layernorm", _QKV),
         ("post_attention_layernorm", ("mlp.experts.gate_up_proj", "mlp.gate")),
     ),
     key=None,
@@ -291,7 +269,7 @@ _GRANITE_MOE = replace(
     model_type="granitemoe",
     writes=("self_attn.o_proj", "block_sparse_moe.experts.down_proj"),
     feeds=(
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("input_layernorm", _QKV),
         (
             "post_attention_layernorm",
             ("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.router"),

@@ -4,9 +4,10 @@ They share no code with absorb, lest both make the same mistake.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from tiny import HEAD_DIM, HEADS, HIDDEN, kv_heads
+from tiny import HEAD_DIM, HEADS, HIDDEN, kv_heads, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +16,17 @@ from absorb.families import Family
 
 Edit = Callable[[PreTrainedModel, Family], None]
 Rows = Callable[[Family, int, int], Tensor]
+
+
+@torch.no_grad()
+def drift(family: Family, tokens: Tensor, edit: Edit, **settings: Any) -> float:
+    """How far an edit moves the logits of the family's tiny model, relative to the largest one."""
+    model = tiny(family.model_type, **settings)
+    before = model(tokens).logits
+    torch.manual_seed(0)
+    edit(model, family)
+    after = model(tokens).logits
+    return ((after - before).abs().max() / before.abs().max()).item()
 
 
 def decoder_layers(model: PreTrainedModel, family: Family) -> Iterator[nn.Module]:
