@@ -1,7 +1,7 @@
 """The story of a conversion, from a model's name to a folder."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from absorb.checkpoint import staged
+from absorb.device import device_of, sketch_of
 from absorb.distill import distill, divergence, recipe
-from absorb.errors import AbsorbError
 from absorb.evaluate import Subject, evaluate
 from absorb.findings import find
 from absorb.graft import graft, smooth
@@ -86,10 +86,12 @@ def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
     source = load(job.model)
     model, family = source.model, source.family
     nn.Module.to(model, device)
-    texts = gather(source, job.calibration, training_rows)
+    sketch = replace(source, model=sketch_of(model))
+    texts = gather(sketch, job.calibration, training_rows)
     measurement = measure(model, family, texts.calibration, lead_of(source.tokenizer))
     findings = find(measurement, job.thresholds)
-    trials = find_prefix(source, job.calibration.prefix, texts.calibration, job.thresholds)
+    trials = find_prefix(sketch, job.calibration.prefix, texts.calibration, job.thresholds)
+    del sketch
     budget = job.thresholds.divergence
     plan = make_plan(model, family, findings, trials[-1].prefix, texts.calibration, budget)
     student = graft(model, family, plan)
@@ -117,15 +119,3 @@ def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
         arguments=asdict(job),
     )
     return Draft(source=source, texts=texts, plan=plan, student=student, inspection=inspection)
-
-
-def device_of(wish: str) -> torch.device:
-    """The device that is meant by `auto`, cpu, cuda, cuda:1, ..."""
-    if wish == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=wish)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise AbsorbError(f"--device {wish} cannot be used here ({reason}); try auto") from None
-    return torch.device(wish)

@@ -4,16 +4,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
 from absorb.settings import Calibration
 from absorb.source import Source
+from absorb.watch import remembering
 
 LENGTH = 256
 CALIBRATION_ROWS = 16
@@ -133,23 +133,29 @@ def _batches(rows: int) -> list[int]:
 
 
 def _sample(source: Source, rows: int, seed: int, bar: tqdm) -> Tensor:
+    """Sampled windows (rows, LENGTH), each from another place of a text."""
     start, not_text = _starts(source.tokenizer, rows)
-    device = source.model.device
-    torch.manual_seed(seed)
-    model: Any = source.model
-    out: Tensor = model.generate(
-        start.to(device),
-        attention_mask=torch.ones_like(start).to(device),
-        do_sample=True,
-        temperature=1.0,
-        top_k=_TOP_K,
-        min_new_tokens=LENGTH + _LATEST_START,
-        max_new_tokens=LENGTH + _LATEST_START,
-        pad_token_id=source.tokenizer.pad_token_id or 0,
-        streamer=_Ticker(bar, rows),
-    )
+    model, device = source.model, source.model.device
+    draw = torch.Generator(device).manual_seed(seed)
+    _, remember = remembering(model)
+    text = [start.to(device)]
+    for _ in range(LENGTH + _LATEST_START):
+        logits = model(text[-1], **remember).logits[:, -1].float()
+        logits[:, _ends(model)] = -torch.inf
+        # The draw is among few: one from the whole vocabulary takes longer than the model does.
+        likely, tokens = logits.topk(_TOP_K)
+        choice = torch.multinomial(likely.softmax(-1), 1, generator=draw)
+        text.append(tokens.gather(1, choice))
+        bar.update(rows)
     first = not_text + torch.arange(rows) % (_LATEST_START + 1)
-    return out.cpu().gather(1, first[:, None] + torch.arange(LENGTH))
+    return torch.cat(text, 1).cpu().gather(1, first[:, None] + torch.arange(LENGTH))
+
+
+def _ends(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a text."""
+    assert model.generation_config is not None
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def _starts(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[Tensor, int]:
@@ -158,18 +164,3 @@ def _starts(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[Tensor, int]
         return torch.full((rows, 1), tokenizer.bos_token_id), 1
     first = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in _FIRST_WORDS]
     return torch.tensor([first[row % len(first)] for row in range(rows)])[:, None], 0
-
-
-class _Ticker:
-    """Moves a progress bar with every token that generate() hands over."""
-
-    def __init__(self, bar: tqdm, rows: int) -> None:
-        self.bar, self.rows, self.started = bar, rows, False
-
-    def put(self, _: Tensor) -> None:
-        # The first call hands over the prompt.
-        self.bar.update(self.rows * self.started)
-        self.started = True
-
-    def end(self) -> None:
-        pass

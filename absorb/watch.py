@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -108,3 +109,11 @@ def quiet() -> Iterator[None]:
 def led(tokens: Tensor, lead: Tensor) -> Tensor:
     """Text `tokens` (batch, length), each row after the tokens `lead` (n,): (batch, n + length)."""
     return torch.cat([lead.to(tokens.device).expand(len(tokens), -1), tokens], 1)
+
+
+def remembering(model: PreTrainedModel) -> tuple[DynamicCache, dict[str, Any]]:
+    """An empty cache of keys and values, and the arguments that let a model fill and use it."""
+    cache = DynamicCache(config=model.config)
+    # Renamed in transformers 5.24.
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    return cache, {name: cache, "use_cache": True}

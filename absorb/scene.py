@@ -1,0 +1,142 @@
+"""One layer's attention on text, taken apart: what the heads see and what they would give."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(slots=True)
+class Scene:
+    """One layer's attention on text: what a head sees, and what it gives with the prefix."""
+
+    query: Tensor  # (rows, heads, length, head_dim)
+    key: Tensor  # (rows, kv_heads, length, head_dim)
+    value: Tensor
+    blocked: Tensor  # (rows or 1, 1, length, length): True where a query may not look
+    scaling: float
+    softcap: float | None
+    rotate: "Rotate"
+
+    @property
+    def groups(self) -> int:
+        """Query heads for each key and value head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def moves_with_keys(self) -> bool:
+        """Whether the same bias on all keys moves all logits of a query alike, the prefix's too."""
+        return self.rotate.cos_sin is None and self.softcap is None
+
+    def scores(self, keys: Tensor) -> Tensor:
+        """Logits (rows, heads, length, keys) for keys (rows or 1, kv_heads, keys, head_dim)."""
+        # Grouped, not repeated: each key head meets all of its query heads in one product.
+        scores = (self._grouped(self.query) @ keys.mT).view(*self.query.shape[:3], -1)
+        scores = scores * self.scaling
+        return scores if self.softcap is None else self.softcap * (scores / self.softcap).tanh()
+
+    def text_scores(self, key_bias: Tensor | None = None) -> Tensor:
+        keys = self.key if key_bias is None else self.key + self.rotate(key_bias)
+        return self.scores(keys).masked_fill(self.blocked, -torch.inf)
+
+    def mix(self, weights: Tensor, values: Tensor) -> Tensor:
+        """Outputs (rows, heads, length, head_dim) for weights (rows, heads, length, keys)."""
+        out = self._grouped(weights) @ values
+        return out.view(*weights.shape[:3], -1)
+
+    def _grouped(self, heads: Tensor) -> Tensor:
+        """(rows, heads, length, n) as (rows, kv_heads, groups * length, n)."""
+        return heads.reshape(len(heads), self.key.shape[1], -1, heads.shape[-1])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values (..., kv_heads, n, head_dim), once for each query head."""
+        return values.repeat_interleave(self.groups, -3)
+
+    def weights(self, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """What sinks (heads,) and text with `scores` get: (rows, heads, queries, 1 and keys)."""
+        sink = logits[:, None, None].expand(len(scores), -1, scores.shape[2], 1)
+        weights = torch.cat([sink, scores], -1).softmax(-1)
+        return weights[..., :1], weights[..., 1:]
+
+    def steepness(self, scores: Tensor) -> Tensor | float:
+        """What `scores` grow by when a query's product with a key does by one."""
+        if self.softcap is None:
+            return self.scaling
+        # Clamped because the scores of hidden keys are -inf.
+        capped = scores.clamp_min(-self.softcap) / self.softcap
+        return self.scaling * (1 - capped.square())
+
+    def with_prefix(self, keys: Tensor, values: Tensor) -> Tensor:
+        """The teacher's output (rows, heads, length, head_dim)."""
+        weights = torch.cat([self.scores(keys[None]), self.text_scores()], -1).softmax(-1)
+        split = keys.shape[1]
+        return self.mix(weights[..., :split], values) + self.mix(weights[..., split:], self.value)
+
+    def with_sink(self, logits: Tensor, value: Tensor, key_bias: Tensor) -> Tensor:
+        """The student's output for logits (heads,), value and key_bias (kv_heads, head_dim)."""
+        sink, weights = self.weights(logits, self.text_scores(key_bias))
+        return sink * self.spread(value[:, None]) + self.mix(weights, self.value)
+
+    def asked(self, index: Tensor) -> "Scene":
+        """The same scene with only the queries at the positions `index`."""
+        query, blocked = self.query[:, :, index], self.blocked[:, :, index]
+        return replace(self, query=query, blocked=blocked)
+
+
+class Rotate:
+    """Turns a key bias (kv_heads, head_dim) as RoPE turns keys: (1, kv_heads, length, head_dim)."""
+
+    def __init__(
+        self, module: nn.Module, cos_sin: tuple[Tensor, Tensor] | None, length: int
+    ) -> None:
+        # SmolLM3 has layers without RoPE, with this flag.
+        self.cos_sin = cos_sin if getattr(module, "use_rope", True) else None
+        self.module, self.length = module, length
+
+    def __call__(self, key_bias: Tensor) -> Tensor:
+        keys = key_bias[None, :, None].expand(-1, -1, self.length, -1)
+        if self.cos_sin is None:
+            return keys
+        apply = sys.modules[type(self.module).__module__].apply_rotary_pos_emb
+        # RoPE may turn the first channels only.
+        turned, rest = keys.tensor_split([self.cos_sin[0].shape[-1]], -1)
+        return torch.cat([apply(turned, turned, *self.cos_sin)[1], rest], -1)
+
+
+@contextmanager
+def rotations_of(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """The rotation that each attention module was last called with."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def see(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+        seen[module] = kwargs["position_embeddings"]
+
+    handles = [module.register_forward_pre_hook(see, with_kwargs=True) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def scene_of(
+    module: nn.Module,
+    cos_sin: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    **_: Any,
+) -> Scene:
+    length = query.shape[2]
+    if mask is None:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
+    rotate = Rotate(module, cos_sin, length)
+    return Scene(query, key, value, ~mask, scaling, softcap, rotate)
