@@ -124,7 +124,11 @@ def scene_of(
     softcap: float | None = None,
     **_: Any,
 ) -> Scene:
+    """The scene of a call to an attention function, and of RoPE as the module was called."""
     length = query.shape[2]
+    # Hastened Linears give bfloat16, too coarse for what is fitted to them.
+    dtype = next(module.parameters()).dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
     rotate = Rotate(module, cos_sin, length)
