@@ -24,7 +24,7 @@ def device_of(wish: str) -> torch.device:
 def sketch_of(model: PreTrainedModel) -> PreTrainedModel:
     """A copy in bfloat16 where the device multiplies that faster, else the model itself.
 
-    It is good enough to sample text and to compare prefixes; no reported figure comes from it.
+    It is good enough to sample text and to choose a prefix by.
     """
     if not _bfloat16_is_fast(model.device):
         return model
@@ -32,6 +32,14 @@ def sketch_of(model: PreTrainedModel) -> PreTrainedModel:
     sketch = copied.to(torch.bfloat16)
     assert isinstance(sketch, PreTrainedModel)
     return sketch
+
+
+def hastened(device: torch.device) -> torch.autocast:
+    """Within it products are taken in bfloat16 where the device does that faster.
+
+    The residual stream stays float32. A measured figure may be off by a few parts in a thousand.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=_bfloat16_is_fast(device))
 
 
 def _bfloat16_is_fast(device: torch.device) -> bool:

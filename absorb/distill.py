@@ -186,6 +186,10 @@ def divergence(
     total = 0.0
     for part in tokens.split(_rows_at_once(student)):
         total += _divergence(teacher, student, prefix, part).item() * len(part)
+    if not math.isfinite(total):
+        raise AbsorbError(
+            "the converted model predicts what is not a number; convert with another --prefix"
+        )
     return total / len(tokens)
 
 

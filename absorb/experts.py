@@ -40,7 +40,7 @@ def neurons_of(experts: Any, stream: Tensor, chosen: Tensor) -> Tensor:
     for expert, weight in enumerate(experts.gate_up_proj):
         sent = (chosen == expert).any(-1)
         gate, up = (stream[sent] @ weight.mT).chunk(2, -1)
-        neurons[sent, expert] = experts.act_fn(gate) * up
+        neurons[sent, expert] = (experts.act_fn(gate) * up).to(neurons)
     return neurons
 
 
@@ -50,7 +50,7 @@ def mixed(experts: Any, neurons: Tensor, chosen: Tensor, share: Tensor) -> Tenso
     out = shared.new_zeros(len(shared), experts.down_proj.shape[1])
     for expert, weight in enumerate(experts.down_proj):
         sent = (chosen == expert).any(-1)
-        out[sent] += shared[sent, expert] @ weight.mT
+        out[sent] += (shared[sent, expert] @ weight.mT).to(out)
     return out
 
 

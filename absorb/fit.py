@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from absorb.device import hastened
 from absorb.scene import Scene
 
 # The grid of starting logits reaches from "no sink" to "a sink that takes everything".
@@ -187,13 +188,11 @@ def _jacobians(
             jacobian[..., :groups] = by_logit[..., None] * head
             jacobian[..., groups : groups + width].diagonal(dim1=0, dim2=2).copy_(taken[:, None])
             if with_key_bias:
-                jacobian[..., groups + width :] = _by_key_bias(
-                    scene.query[row, mine].flatten(0, 1),
-                    pull[row, mine].flatten(0, 1),
-                    scene.value[row, kv_head],
-                    given,
-                    turned,
-                )
+                query, pulled = scene.query[row, mine].flatten(0, 1), pull[row, mine].flatten(0, 1)
+                read = scene.value[row, kv_head]
+                with hastened(read.device):
+                    by_key_bias = _by_key_bias(query, pulled, read, given, turned)
+                jacobian[..., groups + width :] = by_key_bias
             yield kv_head, jacobian.flatten(0, 1), residual[row, mine].flatten(0, 1).T.flatten()
 
 
@@ -208,7 +207,7 @@ def _by_key_bias(
     """
     length, channels = len(value), len(turned)
     moved = turned.transpose(0, 1).reshape(-1, channels) @ query.T  # q · R_j e_i
-    moved = moved.view(length, channels, -1) * pull.T[:, None]
+    moved = moved.view(length, channels, -1) * pull.T[:, None].to(moved.dtype)
     summed = torch.cat([value, torch.ones_like(value[:, :1])], 1).T @ moved.flatten(1)
     summed = summed.view(-1, channels, len(query))
     return (summed[:-1] - given[:, None] * summed[-1]).transpose(1, 2)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from absorb.device import hastened
 from absorb.experts import watching_neurons
 from absorb.families import Family
 from absorb.watch import each_layers, eager, layers_of, led, watching
@@ -125,7 +126,7 @@ def measure(model: PreTrainedModel, family: Family, tokens: Tensor, lead: Tensor
     """Measure a model on text `tokens` (rows, length), read after the tokens `lead` (n,)."""
     tally = _Tally(model, family)
     rows = led(tokens, lead)
-    with _counting(model, family, tally):
+    with _counting(model, family, tally), hastened(model.device):
         for batch in tqdm(rows.split(_ROWS), desc="measuring the original", unit="batch"):
             model.base_model(batch.to(model.device), use_cache=False)
     return Measurement(

@@ -17,7 +17,8 @@ from absorb.sinks import Prefix, Sinks, fit_sinks, prefix_of, prefixed
 from absorb.watch import each_name, layers_of, led
 from absorb.weights import column, heads_of, weight_at
 
-_ROWS = 4
+# Sink tokens are among the first of a text, and on them spike neurons write.
+_ROWS, _BEGINNING = 4, 128
 _ALPHA = 0.5  # SmoothQuant's exponent (arXiv 2211.10438): activations and weights share the range
 
 
@@ -99,10 +100,10 @@ def removable(
 ) -> tuple[Removal, ...]:
     """The spike neurons that can go, largest first, while the divergence stays within `budget`.
 
-    Divergence is KL(teacher | without them) in nats per token on the first rows of `tokens`. Both
+    Divergence is KL(teacher | without them) in nats per token on the beginnings of a few rows. Both
     have the prefix as constant keys and values, so that the neurons alone make the difference.
     """
-    text = tokens[:_ROWS].to(model.device)
+    text = tokens[:_ROWS, :_BEGINNING].to(model.device)
     teacher = model(led(text, prefix.tokens)).logits[:, len(prefix.tokens) :].log_softmax(-1)
     removals: tuple[Removal, ...] = ()
     for spike in tqdm(findings.spike_neurons, desc="removing spike neurons", unit="neuron"):

@@ -15,7 +15,7 @@ from absorb.source import Source
 from absorb.watch import led
 
 # Candidates are told apart on the beginnings of a few rows; an extension must prove itself on more.
-_ROWS = 8
+_ROWS = 6
 _BEGINNING = 64
 _EXTENSIONS = 2
 # What absorbing one more sink token may cost in loss, as a share. Left in the text, a second sink

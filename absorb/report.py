@@ -3,10 +3,10 @@
 import json
 import platform
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from absorb import __version__
 from absorb.distill import Losses, Recipe
@@ -98,6 +98,27 @@ def to_json(data: Inspection | Report) -> str:
 def _plain(value: object) -> str:
     assert isinstance(value, Path)
     return str(value)
+
+
+def from_json(text: str) -> Report:
+    """The report that `to_json` wrote."""
+    report = _built(Report, json.loads(text))
+    assert isinstance(report, Report)
+    return report
+
+
+def _built(kind: Any, data: Any) -> Any:
+    """Plain data as what the annotations say it is: dataclasses, tuples and dictionaries."""
+    inner = get_args(kind)
+    if is_dataclass(kind) and isinstance(kind, type):
+        kinds = get_type_hints(kind)
+        return kind(**{name: _built(kinds[name], value) for name, value in data.items()})
+    if get_origin(kind) is dict:
+        return {inner[0](key): _built(inner[1], value) for key, value in data.items()}
+    if get_origin(kind) is tuple:
+        each = inner[:1] * len(data) if inner[-1] is Ellipsis else inner
+        return tuple(_built(one, value) for one, value in zip(each, data, strict=True))
+    return data
 
 
 def table(rows: list[Row]) -> str:

@@ -21,6 +21,7 @@ class Scene:
     scaling: float
     softcap: float | None
     rotate: "Rotate"
+    turned: bool = True  # keys are, by RoPE
 
     @property
     def groups(self) -> int:
@@ -30,7 +31,7 @@ class Scene:
     @property
     def moves_with_keys(self) -> bool:
         """Whether the same bias on all keys moves all logits of a query alike, the prefix's too."""
-        return self.rotate.cos_sin is None and self.softcap is None
+        return not self.turned and self.softcap is None
 
     def scores(self, keys: Tensor) -> Tensor:
         """Logits (rows, heads, length, keys) for keys (rows or 1, kv_heads, keys, head_dim)."""
@@ -135,8 +136,13 @@ def scene_of(
     softcap: float | None = None,
     **_: Any,
 ) -> Scene:
+    """The scene of a call to an attention function, and of RoPE as the module was called."""
     length = query.shape[2]
+    # Hastened Linears give bfloat16, too coarse for what is fitted to them.
+    dtype = next(module.parameters()).dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
     rotate = Rotate(module, cos_sin, length)
-    return Scene(query, key, value, ~mask, scaling, softcap, rotate)
+    turned = rotate.cos_sin is not None
+    return Scene(query, key, value, ~mask, scaling, softcap, rotate, turned)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from absorb.device import hastened
 from absorb.families import Family
 from absorb.fit import Fit, fit_layer
 from absorb.scene import rotations_of, scene_of
@@ -111,7 +112,8 @@ def fit_sinks(model: PreTrainedModel, family: Family, prefix: Prefix, tokens: Te
     turned = modules if family.positions is None else []
     with bar, attending(model, attend), rotations_of(turned) as rotations:
         positions = prefix.positions(tokens.shape[1])
-        model.base_model(tokens.to(model.device), position_ids=positions, use_cache=False)
+        with hastened(model.device):
+            model.base_model(tokens.to(model.device), position_ids=positions, use_cache=False)
     return Sinks(
         logits=torch.stack([fit.logits for fit in fits]),
         values=torch.stack([fit.value for fit in fits]),

@@ -143,7 +143,7 @@ def _sample(source: Source, rows: int, seed: int, bar: tqdm) -> Tensor:
         logits = model(text[-1], **remember).logits[:, -1].float()
         logits[:, _ends(model)] = -torch.inf
         # The draw is among few: one from the whole vocabulary takes longer than the model does.
-        likely, tokens = logits.topk(_TOP_K)
+        likely, tokens = logits.topk(min(_TOP_K, logits.shape[-1]))
         choice = torch.multinomial(likely.softmax(-1), 1, generator=draw)
         text.append(tokens.gather(1, choice))
         bar.update(rows)

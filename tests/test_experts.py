@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from absorb.experts import experts_of, mixed, neurons_of
 from absorb.families import FAMILIES, Family
 from absorb.graft import twin
+from absorb.measure import measure
 from absorb.quantize import input_peaks, int8_static
 
 MIXTURES = [family for family in FAMILIES.values() if "experts" in family.down]
@@ -31,6 +32,19 @@ def test_neurons_and_their_mixture_are_those_of_the_stock_experts(
         assert neurons.shape == (tokens.numel(), EXPERTS, INTERMEDIATE)
         assert (neurons.abs().sum(-1) > 0).sum() == chosen.numel()
         torch.testing.assert_close(mixed(module, neurons, chosen, share), out)
+
+
+@every_mixture
+@torch.no_grad()
+def test_neurons_are_seen_under_autocast_too(family: Family, tokens: Tensor) -> None:
+    model = tiny(family.model_type, torch.float32)
+    exact = input_peaks(model, family, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = input_peaks(model, family, tokens)
+        measured = measure(model, family, tokens, tokens[0, :0])
+    first = next(down for _, down in experts_of(model, family))
+    assert (coarse[first] - exact[first]).abs().max() < 0.1 * exact[first].max()
+    assert measured.neuron_peak.shape[1] == EXPERTS * INTERMEDIATE
 
 
 @every_mixture

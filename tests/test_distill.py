@@ -1,0 +1,151 @@
+"""The fine-tune: it trains what it was told to, gets closer, and never hands back a worse step."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import VOCABULARY, tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from absorb import distill as module
+from absorb.distill import Recipe, distill, divergence, recipe
+from absorb.errors import AbsorbError
+from absorb.families import FAMILIES
+from absorb.graft import twin
+from absorb.settings import Distillation
+from absorb.text import Texts
+
+PREFIX = torch.tensor([1])
+
+
+def texts(rows: int = 16) -> Texts:
+    draw = torch.Generator().manual_seed(3)
+    part = torch.randint(3, VOCABULARY, (4, rows, 12), generator=draw)
+    return Texts(
+        calibration=part[0], validation=part[1], held_out=part[2], training=part[3], origin="made"
+    )
+
+
+@pytest.fixture
+def teacher() -> PreTrainedModel:
+    return tiny("llama", torch.float32)
+
+
+@pytest.fixture
+def student(teacher: PreTrainedModel) -> PreTrainedModel:
+    return twin(teacher, FAMILIES["llama"])
+
+
+def changed(model: PreTrainedModel, before: dict[str, Tensor]) -> set[str]:
+    """The last parts of the names of the parameters that are not what they were."""
+    now = model.named_parameters()
+    return {name.rpartition(".")[2] for name, value in now if not torch.equal(value, before[name])}
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("sinks", {"sink", "bias"}),
+        ("scales", {"sink", "bias", "input_scale"}),
+        ("all", {"sink", "bias", "input_scale", "weight"}),
+    ],
+)
+def test_only_what_was_asked_for_is_trained(
+    teacher: PreTrainedModel, student: PreTrainedModel, train: str, expected: set[str]
+) -> None:
+    before = {name: value.clone() for name, value in student.named_parameters()}
+    for name, parameter in student.named_parameters():
+        if name.endswith("sink"):
+            parameter.data.fill_(0.5)  # a sink far below the logits has next to no gradient
+    plan = Recipe(steps=8, train=train, rows=4)
+    losses = distill(teacher, student, PREFIX, texts(), plan, seed=0)
+    assert losses.kept > 0
+    assert changed(student, before) == expected
+    assert not any(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_training_brings_the_student_closer(
+    teacher: PreTrainedModel, student: PreTrainedModel
+) -> None:
+    start = divergence(teacher, student, PREFIX, texts().validation)
+    plan = Recipe(steps=30, train="all", rows=8)
+    losses = distill(teacher, student, PREFIX, texts(), plan, seed=0)
+    assert losses.held_out[0] == (0, pytest.approx(start))
+    reached = divergence(teacher, student, PREFIX, texts().validation)
+    assert reached < 0.9 * start
+    assert dict(losses.held_out)[losses.kept] == pytest.approx(reached, rel=1e-4)
+    assert [step for step, _ in losses.training] == list(range(1, 31))
+
+
+def test_the_best_step_is_kept_even_if_it_is_the_untrained_one(
+    teacher: PreTrainedModel, student: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_WEIGHT_RATE", 1.0)  # ruins every weight at the first step
+    before = {name: value.clone() for name, value in student.named_parameters()}
+    plan = Recipe(steps=2, train="all", rows=4)
+    losses = distill(teacher, student, PREFIX, texts(), plan, seed=0)
+    assert losses.kept == 0
+    assert losses.held_out[-1][1] > losses.held_out[0][1]
+    assert not changed(student, before)
+
+
+def test_no_steps_change_nothing(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    before = {name: value.clone() for name, value in student.named_parameters()}
+    nothing = replace(texts(), training=torch.empty(0, 12, dtype=torch.long))
+    plan = Recipe(steps=0, train="all", rows=4)
+    losses = distill(teacher, student, PREFIX, nothing, plan, seed=0)
+    assert (losses.training, losses.kept) == ((), 0)
+    assert not changed(student, before)
+
+
+def test_a_fine_tune_that_diverges_is_told(
+    teacher: PreTrainedModel, student: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_WEIGHT_RATE", 1e30)
+    plan = Recipe(steps=20, train="all", rows=4)
+    with pytest.raises(AbsorbError, match=r"diverged.*--steps 0"):
+        distill(teacher, student, PREFIX, texts(), plan, seed=0)
+
+
+def test_a_student_that_gives_no_numbers_is_told(
+    teacher: PreTrainedModel, student: PreTrainedModel
+) -> None:
+    student.model.norm.input_scale.data.fill_(float("nan"))
+    with pytest.raises(AbsorbError, match="not a number"):
+        divergence(teacher, student, PREFIX, texts().validation)
+
+
+def test_the_same_seed_gives_the_same_student(teacher: PreTrainedModel) -> None:
+    plan = Recipe(steps=4, train="all", rows=4)
+    students = [twin(teacher, FAMILIES["llama"]) for _ in range(3)]
+    for seed, student in zip((0, 0, 1), students, strict=True):
+        distill(teacher, student, PREFIX, texts(), plan, seed)
+    first, second, other = (student.state_dict() for student in students)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+def test_every_row_is_read_once_before_any_comes_again() -> None:
+    rows = torch.arange(6)[:, None]
+    batches = module._batches(rows, 4, seed=0)
+    seen = torch.cat([next(batches) for _ in range(3)]).flatten().tolist()
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:
+    rates = [module._rate(step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == 1
+    assert rates[100] == pytest.approx(0, abs=1e-9)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_user_overrides_what_the_machine_would_choose() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (recipe(Distillation(), cpu).train, recipe(Distillation(), gpu).train) == (
+        "sinks",
+        "all",
+    )
+    asked = recipe(Distillation(steps=3, train="scales"), gpu)
+    assert (asked.steps, asked.train) == (3, "scales")

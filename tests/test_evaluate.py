@@ -1,0 +1,90 @@
+"""Scores agree with computations that share no code with them."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from absorb.evaluate import Score, Subject, evaluate
+from absorb.families import FAMILIES
+from absorb.graft import twin
+from absorb.plan import kl
+
+NOTHING = torch.tensor([], dtype=torch.long)
+BOS = torch.tensor([1])
+LLAMA = FAMILIES["llama"]
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return tiny("llama", torch.float32)
+
+
+def score(model: PreTrainedModel, text: Tensor, lead: Tensor, teacher: Subject) -> Score:
+    [found] = evaluate([Subject(model=model, lead=lead)], teacher, LLAMA, text, text)
+    return found
+
+
+@torch.no_grad()
+def test_perplexity_is_the_exponential_of_the_loss_in_transformers(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    found = score(model, tokens, NOTHING, Subject(model=model, lead=NOTHING))
+    loss = model(tokens, labels=tokens).loss
+    assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_lead_is_read_and_not_counted(model: PreTrainedModel, tokens: Tensor) -> None:
+    found = score(model, tokens, BOS, Subject(model=model, lead=BOS))
+    rows = torch.cat([BOS.expand(len(tokens), 1), tokens], 1)
+    labels = rows.clone()
+    labels[:, :2] = -100  # the first token of the text is not counted either
+    loss = model(rows, labels=labels).loss
+    assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+    assert found.divergence == pytest.approx(0, abs=1e-6)
+
+
+@torch.no_grad()
+def test_divergence_is_that_of_torch(model: PreTrainedModel, tokens: Tensor) -> None:
+    found = score(model, tokens, NOTHING, Subject(model=model, lead=BOS))
+    rows = torch.cat([BOS.expand(len(tokens), 1), tokens], 1)
+    teacher = model(rows).logits[:, 1:].log_softmax(-1)
+    student = model(tokens).logits.log_softmax(-1)
+    both = (part[:, :-1].flatten(0, 1) for part in (student, teacher))
+    expected = torch.nn.functional.kl_div(*both, log_target=True, reduction="batchmean")
+    assert found.divergence == pytest.approx(float(expected), rel=1e-5)
+    assert float(kl(teacher, student).mean()) > 0
+
+
+@torch.no_grad()
+def test_massive_activations_are_counted_by_token(model: PreTrainedModel, tokens: Tensor) -> None:
+    spiked = int(tokens[0, 5])
+    embedding = model.get_input_embeddings().weight
+    embedding[spiked, 9] = 1e6
+    found = score(model, tokens, NOTHING, Subject(model=model, lead=NOTHING))
+    assert found.stream_peak == pytest.approx(1e6, rel=0.01)
+    assert found.massive_tokens == int((tokens == spiked).sum())
+
+
+@torch.no_grad()
+def test_the_weight_on_the_first_token_is_a_mean_over_queries_after_it(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    found = score(model, tokens, NOTHING, Subject(model=model, lead=NOTHING))
+    model.set_attn_implementation("eager")
+    weights = model(tokens, output_attentions=True).attentions
+    expected = torch.stack(weights)[:, :, :, 1:, 0].mean()
+    assert found.first_weight == pytest.approx(float(expected), rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_neutral_twin_scores_like_its_original(model: PreTrainedModel, tokens: Tensor) -> None:
+    teacher = Subject(model=model, lead=NOTHING)
+    student = Subject(model=twin(model, LLAMA), lead=NOTHING)
+    original, converted = evaluate([teacher, student], teacher, LLAMA, tokens, tokens)
+    assert converted.perplexity == pytest.approx(original.perplexity, rel=1e-5)
+    assert converted.int8_perplexity == pytest.approx(original.int8_perplexity, rel=1e-3)

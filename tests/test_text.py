@@ -1,0 +1,115 @@
+"""Text from a file or from the model itself, and what is said when there is none to be had."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny
+from tiny_tokenizer import tiny_tokenizer
+
+from absorb.errors import AbsorbError
+from absorb.families import FAMILIES
+from absorb.settings import Calibration
+from absorb.source import Source
+from absorb.text import (
+    CALIBRATION_ROWS,
+    HELD_OUT_ROWS,
+    LENGTH,
+    VALIDATION_ROWS,
+    Texts,
+    documents,
+    gather,
+)
+
+FIXED = CALIBRATION_ROWS + VALIDATION_ROWS + HELD_OUT_ROWS
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return Source(
+        name="tiny",
+        model=tiny("llama", torch.float32, max_position_embeddings=512),
+        tokenizer=tiny_tokenizer(),
+        family=FAMILIES["llama"],
+        dtype=torch.float32,
+        license=None,
+        commit=None,
+    )
+
+
+def parts(texts: Texts) -> list[torch.Tensor]:
+    return [texts.calibration, texts.validation, texts.held_out, texts.training]
+
+
+def written(folder: Path, tokens: int, name: str = "text.txt") -> Path:
+    draw = torch.Generator().manual_seed(0)
+    letters = torch.randint(0, 26, (tokens,), generator=draw) + ord("a")
+    path = folder / name
+    path.write_text("".join(map(chr, letters.tolist())))
+    return path
+
+
+def test_the_parts_of_a_file_do_not_overlap(source: Source, tmp_path: Path) -> None:
+    path = written(tmp_path, (FIXED + 5) * LENGTH)
+    texts = gather(source, Calibration(text=path), 100)
+    sizes = [len(part) for part in parts(texts)]
+    assert sizes == [CALIBRATION_ROWS, VALIDATION_ROWS, HELD_OUT_ROWS, 5]
+    again = torch.cat(parts(texts)).flatten()
+    ids = torch.tensor(source.tokenizer(path.read_text())["input_ids"])
+    assert torch.equal(again, ids[: len(again)])
+    assert texts.origin == "text.txt"
+
+
+def test_a_file_that_is_too_short_is_refused_with_both_numbers(
+    source: Source, tmp_path: Path
+) -> None:
+    path = written(tmp_path, 300)
+    with pytest.raises(AbsorbError, match=rf"holds 301 tokens and {(FIXED + 1) * LENGTH} are"):
+        gather(source, Calibration(text=path), 100)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe\x80binary"])
+def test_empty_and_binary_files_are_refused(source: Source, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(AbsorbError, match=r"text\.txt"):
+        gather(source, Calibration(text=path), 100)
+
+
+def test_documents_of_jsonl_are_told_apart_and_repeats_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": text}) for text in ("one", "two", "one")]
+    path.write_text("\n".join([*lines, "", ""]))
+    assert documents(path) == ["one", "two"]
+
+
+@pytest.mark.parametrize("line", ['{"txt": "a"}', '{"text": 3}', "[1]", "nonsense", '"text"'])
+def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "fine"}) + "\n" + line)
+    with pytest.raises(AbsorbError, match=r"text.jsonl, line 2: .*`text`"):
+        documents(path)
+
+
+def test_sampled_text_is_the_models_own(source: Source) -> None:
+    texts = gather(source, Calibration(), 3)
+    sizes = [len(part) for part in parts(texts)]
+    assert sizes == [CALIBRATION_ROWS, VALIDATION_ROWS, HELD_OUT_ROWS, 3]
+    rows = torch.cat(parts(texts))
+    assert rows.shape[1] == LENGTH
+    assert len({tuple(row) for row in rows.tolist()}) == len(rows)
+    assert not (rows == source.tokenizer.eos_token_id).any()
+
+
+def test_what_is_fitted_to_does_not_depend_on_what_else_is_sampled(source: Source) -> None:
+    alone, more = gather(source, Calibration(), None), gather(source, Calibration(), 3)
+    assert torch.equal(alone.calibration, more.calibration)
+    assert torch.equal(alone.validation, more.validation)
+    assert len(alone.held_out) == len(alone.training) == 0
+
+
+def test_the_seed_decides_what_is_sampled(source: Source) -> None:
+    first, again, other = (gather(source, Calibration(seed=seed), None) for seed in (0, 0, 1))
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert not torch.equal(first.calibration, other.calibration)
