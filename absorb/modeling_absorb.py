@@ -211,6 +211,13 @@ class Absorbed(PreTrainedModel):
             if any(fnmatchcase(name, pattern) for pattern in self.config.absorb[kind]):
                 yield module
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for fast experts in the source of a class, and there are none in this
+        # file: without this a mixture of experts would go through them in a loop.
+        stock: Any = next(c for c in cls.__mro__ if c.__module__.startswith("transformers.models."))
+        return bool(stock._can_set_experts_implementation())
+
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str:
@@ -252,8 +259,6 @@ def absorbed(base: Any) -> type[PreTrainedModel]:
             "__module__": __name__,
             "config_class": _absorbed_config(base.config_class),
             "_keep_in_fp32_modules_strict": strict,
-            # transformers looks for fast experts in the file of a class, and finds none in this.
-            "_can_set_experts_implementation": base._can_set_experts_implementation,
         }
         twin: Any = type(name, (Absorbed, base), body)
         kind = "AutoModelForCausalLM" if base.can_generate() else "AutoModel"

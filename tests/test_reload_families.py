@@ -37,6 +37,8 @@ for folder in sorted(path for path in root.iterdir() if path.is_dir()):
     kind = AutoModelForCausalLM
     model = kind.from_pretrained(folder, trust_remote_code=True).eval()
     tokens = load_file(root / "tokens.safetensors")["tokens"]
+    experts = "grouped_mm" if hasattr(model.config, "num_experts_per_tok") else "eager"
+    assert model.config._experts_implementation == experts, folder.name
     with torch.no_grad():
         logits[folder.name] = model(tokens).logits
         model.save_pretrained(again)
