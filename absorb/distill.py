@@ -10,18 +10,26 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
+from absorb.modeling_absorb import NEUTRAL
 from absorb.plan import kl
 from absorb.settings import Distillation, Train
 from absorb.text import LENGTH, Texts
 from absorb.watch import led
 
 # Learning rates by the last part of a parameter's name; what is not named is a weight.
-_RATES = {"sink": 1e-2, "bias": 1e-3, "input_scale": 1e-3}
+_RATES = {
+    "sink": 1e-2,
+    "sink_key": 1e-3,
+    "sink_value": 1e-3,
+    "bias": 1e-3,
+    "input_scale": 1e-3,
+}
 _WEIGHT_RATE = 5e-5
+_SINKS = ("sink", "sink_key", "sink_value", "bias")
 _TRAINED: dict[Train, tuple[str, ...]] = {
-    "sinks": ("sink", "bias"),
-    "scales": ("sink", "bias", "input_scale"),
-    "all": ("sink", "bias", "input_scale", "weight"),
+    "sinks": _SINKS,
+    "scales": (*_SINKS, "input_scale"),
+    "all": (*_SINKS, "input_scale"),  # and all that is stock
 }
 _TRAINING_ROWS: dict[Train, int] = {"sinks": 32, "scales": 32, "all": 1024}
 _WARM_UP = 0.1
@@ -78,6 +86,7 @@ def distill(
 
     The teacher reads the tokens `prefix` (n,) first, the student never does.
     """
+    student.eval()  # dropout would only blur what is to be matched
     parameters = _choose(student, plan.train)
     check = _Check(teacher, student, prefix, texts.validation, parameters)
     check(0)
@@ -93,14 +102,16 @@ def distill(
             if step % max(1, plan.steps // _CHECKS) == 0 or step == plan.steps:
                 check(step)
     check.restore()
-    student.requires_grad_(False).eval()
+    student.requires_grad_(False)
     return Losses(training=tuple(losses), held_out=tuple(check.seen), kept=check.kept)
 
 
 def _choose(student: PreTrainedModel, train: Train) -> list[nn.Parameter]:
     chosen = []
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name.rpartition(".")[2] in _TRAINED[train])
+        last = name.rpartition(".")[2]
+        stock = train == "all" and last not in NEUTRAL
+        parameter.requires_grad_(stock or last in _TRAINED[train])
         if parameter.requires_grad:
             chosen.append(parameter)
     return chosen
@@ -143,7 +154,6 @@ def _step(
     optimizer: torch.optim.AdamW,
     parameters: list[nn.Parameter],
 ) -> float:
-    student.train()
     total = 0.0
     for part in batch.split(_rows_at_once(student)):
         loss = _divergence(teacher, student, prefix, part) * len(part) / len(batch)
@@ -211,7 +221,6 @@ class _Check:
         self.best: list[Tensor] = []
 
     def __call__(self, step: int) -> None:
-        self.student.eval()
         value = divergence(self.teacher, self.student, self.prefix, self.validation)
         if value < min((before for _, before in self.seen), default=math.inf):
             self.kept = step

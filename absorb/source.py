@@ -50,6 +50,9 @@ def load(ref: ModelRef) -> Source:
     """The model that `ref` names, or an AbsorbError that says why not."""
     source = _read(ref)
     vetting.refuse_non_finite(source.model, source.name)
+    if getattr(source.model.config, "attn_logit_softcapping", None):
+        # Other stock attention may leave the cap out and say nothing.
+        source.model.set_attn_implementation("eager")
     source.model.config.name_or_path = source.name
     source.tokenizer.name_or_path = source.name
     return source

@@ -149,3 +149,21 @@ def test_the_user_overrides_what_the_machine_would_choose() -> None:
     )
     asked = recipe(Distillation(steps=3, train="scales"), gpu)
     assert (asked.steps, asked.train) == (3, "scales")
+
+
+def test_the_experts_of_a_mixture_are_trained_too() -> None:
+    teacher = tiny("mixtral", torch.float32)
+    student = twin(teacher, FAMILIES["mixtral"])
+    module._choose(student, "all")
+    frozen = [name for name, parameter in student.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.embed_tokens.output_scale"]  # as good as its weight
+
+
+def test_dropout_does_not_blur_the_student() -> None:
+    teacher = tiny("gpt2", torch.float32)
+    student = twin(teacher, FAMILIES["gpt2"])
+    start = divergence(teacher, student, PREFIX, texts().validation)
+    plan = Recipe(steps=1, train="all", rows=4)
+    losses = distill(teacher, student, PREFIX, texts(), plan, seed=0)
+    assert losses.held_out[0][1] == pytest.approx(start, rel=1e-5)
+    assert not student.training

@@ -1,6 +1,7 @@
 """Text from a file or from the model itself, and what is said when there is none to be had."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,9 @@ def test_the_seed_decides_what_is_sampled(source: Source) -> None:
     first, again, other = (gather(source, Calibration(seed=seed), None) for seed in (0, 0, 1))
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert not torch.equal(first.calibration, other.calibration)
+
+
+def test_a_model_of_few_learned_positions_is_refused(source: Source) -> None:
+    short = replace(source, model=tiny("gpt2"), family=FAMILIES["gpt2"])
+    with pytest.raises(AbsorbError, match="reads 64 tokens at most and absorb measures on 289"):
+        gather(short, Calibration(), 3)
