@@ -159,12 +159,17 @@ class _Call:
     def __init__(self, name: str) -> None:
         self.operator = getattr(torch.ops.aten, name).default
         schema = self.operator._schema
-        self.arguments = [(arg.name, _ALIASES.get(arg.name, arg.name)) for arg in schema.arguments]
-        self.results = [_ALIASES.get(result.name, result.name) for result in schema.returns]
+        ours = [(_ALIASES.get(arg.name, arg.name), arg) for arg in schema.arguments]
+        self.positional = [(name, arg.default_value) for name, arg in ours if not arg.kwarg_only]
+        self.keywords = [(name, arg.name) for name, arg in ours if arg.kwarg_only]
+        self.takes = [name for name, _ in ours]
+        self.gives = [_ALIASES.get(result.name, result.name) for result in schema.returns]
 
     def __call__(self, known: dict[str, Any]) -> Any:
+        # By position: a compiler takes an argument named `out` for one to write to.
         return self.operator(
-            **{name: known[ours] for name, ours in self.arguments if ours in known}
+            *(known.get(name, default) for name, default in self.positional),
+            **{theirs: known[name] for name, theirs in self.keywords},
         )
 
 
@@ -228,7 +233,7 @@ def _attend(
     operator: _Operator, known: dict[str, Any], logits: Tensor, values: Tensor | None
 ) -> dict[str, Any]:
     """Adds to what is known what the operator gives, with the sinks in `out`."""
-    known = {**known, **dict(zip(operator.forward.results, operator.forward(known), strict=True))}
+    known = {**known, **dict(zip(operator.forward.gives, operator.forward(known), strict=True))}
     out, lse, sinks = known["out"], _rows(known), _together(logits)
     # In place, so that in half precision a factor in float32 costs nothing more.
     out.mul_(torch.sigmoid(lse - sinks)[..., None])
@@ -270,7 +275,7 @@ class _WithSinks(torch.autograd.Function):
         total = torch.logaddexp(rows, _together(logits))
         rest = padded.flatten(2)[..., rows.shape[2] :]
         known["logsumexp"] = torch.cat([total, rest], -1).view_as(padded)
-        kept = {ours: known[ours] for _, ours in operator.backward.arguments if ours in known}
+        kept = {name: known[name] for name in operator.backward.takes if name in known}
         kept |= {"logits": logits, "values": values}
         tensors = {name: kept.pop(name) for name in list(kept) if torch.is_tensor(kept[name])}
         ctx.save_for_backward(*tensors.values())
@@ -345,6 +350,10 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
 # --- attention of other makers -------------------------------------------------------------------
 
 
+# Where its log-sum-exp carries a gradient.
+_FLEX_DEVICES = ("cuda", "xpu")
+
+
 def flex_attention(
     module: Any,
     query: Tensor,
@@ -360,7 +369,7 @@ def flex_attention(
 
     Not by transformers' function around it, which rounds the log-sum-exp to the model's dtype.
     """
-    if query.device.type == "cpu" or dropout or torch.is_tensor(attention_mask):
+    if query.device.type not in _FLEX_DEVICES or dropout or torch.is_tensor(attention_mask):
         raise ValueError(
             "flex_attention has no log-sum-exp on CPU, no dropout and no dense masks; load the "
             "model with attn_implementation 'sdpa' (the default) or 'eager'"
