@@ -64,7 +64,8 @@ def _sinks(
         part.repeat_interleave(groups, 0)[None] for part in (module.sink_key, module.sink_value)
     )
     wide = torch.promote_types(query.dtype, key.dtype)
-    logits = query.to(wide) @ key.to(wide).mT * scaling
+    with torch.autocast(query.device.type, enabled=False):  # stock operators sum in float32 as well
+        logits = query.to(wide) @ key.to(wide).mT * scaling
     return (logits if softcap is None else softcap * (logits / softcap).tanh()), value
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from tiny import HEAD_DIM, HEADS, KV_HEADS, LAYERS, VOCABULARY, tiny
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 from transformers import PreTrainedModel, StaticCache
 from transformers.integrations import flash_attention
 
@@ -526,25 +528,27 @@ def test_flex_attention_is_refused_where_it_cannot_run() -> None:
         attended(flex_attention, layer_with_sinks("logit", 4, 2), inputs, None)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("form", ["logit", "key"])
-def test_flex_attention_merges_sinks_by_its_log_sum_exp(
-    form: str, monkeypatch: pytest.MonkeyPatch
+@torch.no_grad()
+def test_flex_attention_equals_eager(
+    form: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On CPU torch gives that only to whoever does not compile it, and without a gradient."""
-    module = layer_with_sinks(form, 4, 2)
-    inputs = [draw(2, heads, LENGTH, HEAD_DIM, seed=heads) for heads in (4, 2, 2)]
+    """Not compiled, torch runs it on CPU too, but without gradients."""
 
-    def plain(query: Tensor, key: Tensor, value: Tensor, training: bool, **_: Any) -> Any:
-        groups = query.shape[1] // key.shape[1]
-        scores = query @ key.repeat_interleave(groups, 1).mT * HEAD_DIM**-0.5
-        scores = scores.masked_fill(~CAUSAL, -torch.inf)
-        out = scores.softmax(-1) @ value.repeat_interleave(groups, 1)
-        return out, SimpleNamespace(lse=scores.logsumexp(-1))
+    def plain(*tensors: Tensor, training: bool, **options: Any) -> Any:
+        return torch_flex_attention(*tensors, **options)
 
     monkeypatch.setattr(modeling_absorb, "compile_friendly_flex_attention", plain)
     monkeypatch.setattr(modeling_absorb, "_FLEX_DEVICES", ("cpu",))
-    given = attended(flex_attention, module, inputs, None)
-    assert drift(given, attended(sink_attention, module, inputs, None)) < 1e-12
+    module = layer_with_sinks(form, 4, 2)
+    inputs = [draw(2, heads, LENGTH, HEAD_DIM, seed=heads).float() for heads in (4, 2, 2)]
+    blocks = create_block_mask(lambda b, h, q, k: q >= k, 2, None, LENGTH, LENGTH, "cpu")
+    flexed, eager = (
+        attended(function, module, inputs, mask, softcap=softcap)
+        for function, mask in ((flex_attention, blocks), (eager_attention, None))
+    )
+    assert drift(flexed, eager) < 1e-5
 
 
 @EVERY

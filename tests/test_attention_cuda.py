@@ -172,7 +172,7 @@ def test_gradients_are_those_of_what_dropout_left(
     name: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(name, monkeypatch)
-    dtype = torch.bfloat16 if name == "flash" else torch.float32
+    dtype = torch.float16 if name == "flash" else torch.float32
     inputs = leaves(*rounded(4, 4, 64, dtype), dtype=dtype)
     module, sinks = on_cuda(form, 4, 4, 64)
 
@@ -186,7 +186,7 @@ def test_gradients_are_those_of_what_dropout_left(
     assert drift(dropped(0).float(), whole.float()) > 0.1
     assert drift(mean, whole.float()) < 0.1
     # The same draw a step to either side: a slope that the gradients must explain.
-    everything, step = [*inputs, *sinks.values()], 0.02
+    everything, step = [*inputs, *sinks.values()], 0.05
     weight = draw(*whole.shape, seed=9).to("cuda", dtype)
     found = torch.autograd.grad(dropped(0), everything, weight)
     for tensor, gradient in zip(everything, found, strict=True):
@@ -199,7 +199,7 @@ def test_gradients_are_those_of_what_dropout_left(
                 ends.append(float((dropped(0).double() * weight.double()).sum()))
                 tensor.copy_(before)
         slope = float((gradient.double() * direction.double()).sum()) * 2
-        assert ends[0] - ends[1] == pytest.approx(slope, rel=0.05)
+        assert ends[0] - ends[1] == pytest.approx(slope, rel=0.1)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
