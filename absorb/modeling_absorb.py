@@ -200,31 +200,29 @@ def _generation() -> int:
     return torch.cuda.get_device_capability()[0]
 
 
-def _cuda_operator(query: Tensor, mask: Tensor | None, causal: bool) -> _Operator | None:
+def _cuda_operator(query: Tensor, mask: Tensor | None, dropout: float) -> _Operator | None:
     """The operator that stock attention would use, or a faster one of those it might."""
     # Not torch.backends.cuda.can_use_*: a compiler cannot trace their argument.
     stock, generation, width = torch.backends.cuda, _generation(), query.shape[-1]
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if half and mask is None and width % 8 == 0 and generation >= 8:
-        # On these, cuDNN is far ahead of flash on long rows. The numbers mean other chips on ROCm.
-        ahead = generation in (9, 10) and torch.version.hip is None
-        if ahead and causal and width <= 128 and stock.cudnn_sdp_enabled():
+    full = query.dtype == torch.float32
+    half = query.dtype in (torch.float16, torch.bfloat16) and generation >= 8
+    if half and width % 8 == 0:
+        # On these, cuDNN is far ahead of flash on many queries. The numbers mean others on ROCm.
+        ahead = generation in (9, 10) and torch.version.hip is None and query.shape[2] > 1
+        if ahead and width <= 128 and not dropout and stock.cudnn_sdp_enabled():
             return _CUDNN
-        if width <= 256 and stock.flash_sdp_enabled():
+        if mask is None and width <= 256 and stock.flash_sdp_enabled():
             return _FLASH
-    aligned = width % (8 if half else 4) == 0
-    known = query.dtype in (torch.float16, torch.float32) or (half and generation >= 8)
-    return _EFFICIENT if aligned and known and stock.mem_efficient_sdp_enabled() else None
+    fits = (full and width % 4 == 0) or (half and width % 8 == 0)
+    return _EFFICIENT if fits and stock.mem_efficient_sdp_enabled() else None
 
 
-def _choose(
-    query: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float
-) -> _Operator | None:
+def _choose(query: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> _Operator | None:
     if query.shape[-1] != value.shape[-1]:
         return None
     if query.device.type == "cpu" and not dropout:
         return _CPU
-    return _cuda_operator(query, mask, causal) if query.device.type == "cuda" else None
+    return _cuda_operator(query, mask, dropout) if query.device.type == "cuda" else None
 
 
 # --- sinks beside a stock operator ---------------------------------------------------------------
@@ -318,7 +316,7 @@ def sink_attention(
     asked, (batch, heads, length, width) = (query, key, value), query.shape
     key, value, causal = _causal(module, query, key, value, attention_mask, is_causal)
     mask = None if attention_mask is None else _additive(attention_mask, query.dtype)
-    operator = None if softcap is not None else _choose(query, value, mask, causal, dropout)
+    operator = None if softcap is not None else _choose(query, value, mask, dropout)
     if operator is None:
         return eager_attention(module, *asked, attention_mask, scaling, dropout, softcap, is_causal)
     if length == 1 and (mask is None or mask.shape[1] == 1):

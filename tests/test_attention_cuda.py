@@ -122,14 +122,15 @@ def test_errors_are_no_worse_than_those_of_the_same_operator_without_sinks(
 def test_the_fastest_operator_that_fits_is_chosen(dtype: torch.dtype) -> None:
     query = rounded(4, 4, 64, dtype)[0]
     choose, mask = modeling_absorb._cuda_operator, masks(LENGTH)["padding"]
-    assert choose(query, mask, False) is modeling_absorb._EFFICIENT
     if dtype == torch.float32:
-        assert choose(query, None, True) is modeling_absorb._EFFICIENT
-    else:
-        hopper = torch.cuda.get_device_capability()[0] in (9, 10)
-        expected = modeling_absorb._CUDNN if hopper else modeling_absorb._FLASH
-        assert choose(query, None, True) is expected
-        assert choose(query[:, :, :1], None, False) is modeling_absorb._FLASH
+        assert choose(query, None, 0.0) is modeling_absorb._EFFICIENT
+        return
+    hopper = torch.cuda.get_device_capability()[0] in (9, 10)
+    first = modeling_absorb._CUDNN if hopper else None
+    assert choose(query, None, 0.0) is (first or modeling_absorb._FLASH)
+    assert choose(query, mask, 0.0) is (first or modeling_absorb._EFFICIENT)
+    assert choose(query, mask, 0.1) is modeling_absorb._EFFICIENT
+    assert choose(query[:, :, :1], None, 0.0) is modeling_absorb._FLASH
 
 
 @pytest.mark.parametrize("name", OPERATORS)
