@@ -5,32 +5,73 @@ transformers, nothing else. It defines no architecture. An absorbed model is the
 model named in config.json, with parameters mixed in at the places that config.absorb names:
 
     sink          one logit per query head, in the softmax denominator of an attention layer
+    sink_key      keys (kv_heads, n, head_dim) that every query also attends to, already rotated to
+                  the positions -n .. -1 where there is RoPE; n is config.absorb["sink_tokens"]
+    sink_value    the values of these keys, in the same layers
     input_scale   one factor per channel, on what a module reads from the residual stream
     output_scale  one factor per channel, on what a module writes to it
     bias          a bias for a linear layer that has none in the stock model
+
+A layer has a `sink`, or a `sink_key` with its `sink_value`. Neither counts as a token: positions,
+caches and masks are those of the text alone, and no sliding window leaves a sink behind.
 """
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
+from transformers import PretrainedConfig, PreTrainedModel, modeling_flash_attention_utils
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "Absorb"
 
-# What a caller may ask for as attn_implementation, and the name under which we register ours.
-# The stock names must not survive: transformers would run them without sinks, and say nothing.
-IMPLEMENTATIONS = {None: "absorb", "sdpa": "absorb", "eager": "absorb_eager"}
-
 # What each parameter is when it does nothing. A sink far below every logit takes no weight, and
-# unlike one of -inf it gets a gradient as soon as it matters.
-NEUTRAL = {"sink": -100.0, "input_scale": 1.0, "output_scale": 1.0, "bias": 0.0}
+# unlike one of -inf it gets a gradient as soon as it matters. No key does nothing: whoever asks for
+# the form `key` must say which.
+NEUTRAL = {
+    "sink": -100.0,
+    "sink_key": 0.0,
+    "sink_value": 0.0,
+    "input_scale": 1.0,
+    "output_scale": 1.0,
+    "bias": 0.0,
+}
+
+
+# --- what a sink does to attention ---------------------------------------------------------------
+
+
+def _sinks(
+    module: Any, query: Tensor, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits (batch or 1, heads, queries or 1, n), and values (1, heads, n, head_dim) if any.
+
+    query is (batch, heads, queries, head_dim), or all query heads of a KV head laid out as queries.
+    """
+    if hasattr(module, "sink"):
+        return module.sink.view(1, query.shape[1], -1, 1), None
+    groups = query.shape[1] // len(module.sink_key)
+    key, value = (
+        part.repeat_interleave(groups, 0)[None] for part in (module.sink_key, module.sink_value)
+    )
+    wide = torch.promote_types(query.dtype, key.dtype)
+    with torch.autocast(query.device.type, enabled=False):  # stock operators sum in float32 as well
+        logits = query.to(wide) @ key.to(wide).mT * scaling
+    return (logits if softcap is None else softcap * (logits / softcap).tanh()), value
+
+
+def _together(logits: Tensor) -> Tensor:
+    """One logit (batch or 1, heads, queries or 1) as heavy as all n sinks."""
+    return logits[..., 0] if logits.shape[-1] == 1 else logits.logsumexp(-1)
 
 
 def eager_attention(
@@ -42,101 +83,220 @@ def eager_attention(
     scaling: float,
     dropout: float = 0.0,
     softcap: float | None = None,
+    is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in which a head may also attend to nothing, with weight exp(sink).
+    """Attention in which a head may also attend to sinks. All other paths are tested against it.
 
     query is (batch, heads, queries, head_dim), key and value are (batch, kv_heads, keys, head_dim).
     Gives the output (batch, queries, heads, head_dim) and weights (batch, heads, queries, keys)
-    that sum to less than one: the rest went to the sink.
+    that sum to less than one: the rest went to the sinks.
     """
+    key, value, causal = _causal(module, query, key, value, attention_mask, is_causal)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + _additive(attention_mask, scores)
-    sink = module.sink.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-    weights = torch.cat([scores, sink], -1).softmax(-1, dtype=torch.float32)[..., :-1]
-    weights = nn.functional.dropout(weights.to(value.dtype), dropout, module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    if causal:
+        attention_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attention_mask is not None:
+        scores = scores + _additive(attention_mask, scores.dtype)
+    logits, sink_value = _sinks(module, query, scaling, softcap)
+    logits = logits.to(scores.dtype).expand(*scores.shape[:-1], -1)
+    weights = torch.cat([scores, logits], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+    sink_weights, weights = weights[..., key.shape[2] :], weights[..., : key.shape[2]]
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    out = weights @ value
+    if sink_value is not None:
+        out = out + sink_weights @ sink_value.to(out.dtype)
+    return out.transpose(1, 2).contiguous(), weights
 
 
-def _additive(mask: Tensor | None, scores: Tensor) -> Tensor:
-    """The mask as numbers to add to the scores; without one, attention is causal."""
-    if mask is None:
-        queries, keys = scores.shape[-2:]
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(
-            keys - queries
+def _causal(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: Any
+) -> tuple[Tensor, Tensor, bool]:
+    """Whether a query sees only the keys up to its own; the keys and values that any query sees."""
+    length = query.shape[2]
+    # In this order: a compiler with dynamic shapes cannot take `length > 1` for a bool.
+    causal = length > 1 and mask is None and (module.is_causal if is_causal is None else is_causal)
+    if causal and key.shape[2] > length:
+        # The first read into a static cache: the rest of it is empty.
+        key, value = key[:, :, :length], value[:, :, :length]
+    return key, value, bool(causal)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as numbers to add to the logits, its rows aligned as CUDA operators want them."""
+    if mask.dtype == torch.bool:
+        # Not -inf: a row without a single key (padding) must give zeros and not NaN. Nor the least
+        # number there is: operators that work in base 2 multiply it by 1.44.
+        floor = torch.full((), torch.finfo(dtype).min / 4, dtype=dtype, device=mask.device)
+        mask = torch.where(mask, torch.zeros_like(floor), floor)
+    mask = mask.to(dtype)
+    if mask.device.type == "cuda" and mask.shape[-1] % 16:
+        mask = nn.functional.pad(mask, (0, -mask.shape[-1] % 16))[..., : mask.shape[-1]]
+    return mask
+
+
+# --- the operators of stock attention ------------------------------------------------------------
+
+# What the schemas of the operators call differently.
+_ALIASES = {
+    "attn_bias": "attn_mask",
+    "grad_out_": "grad_out",
+    "log_sumexp": "logsumexp",
+    "output": "out",
+    "rng_state": "philox_seed",
+    "unused": "philox_offset",
+}
+# Nobody trains a mask: the memory-efficient backward need not give its gradient.
+_ALWAYS = {"compute_log_sumexp": True, "grad_input_mask": [True, True, True, False]}
+
+
+class _Call:
+    """An operator that finds its arguments in a dict, under one set of names for all operators."""
+
+    def __init__(self, name: str) -> None:
+        self.operator = getattr(torch.ops.aten, name).default
+        schema = self.operator._schema
+        ours = [(_ALIASES.get(arg.name, arg.name), arg) for arg in schema.arguments]
+        self.positional = [(name, arg.default_value) for name, arg in ours if not arg.kwarg_only]
+        self.keywords = [(name, arg.name) for name, arg in ours if arg.kwarg_only]
+        self.takes = [name for name, _ in ours]
+        self.gives = [_ALIASES.get(result.name, result.name) for result in schema.returns]
+
+    def __call__(self, known: dict[str, Any]) -> Any:
+        # By position: a compiler takes an argument named `out` for one to write to.
+        return self.operator(
+            *(known.get(name, default) for name, default in self.positional),
+            **{theirs: known[name] for name, theirs in self.keywords},
         )
-    if mask.dtype != torch.bool:
-        return mask
-    # Not -inf: a row without a single key (padding) must give zeros and not NaN.
-    floor = torch.full((), torch.finfo(scores.dtype).min, dtype=scores.dtype, device=mask.device)
-    return torch.where(mask, torch.zeros_like(floor), floor)
 
 
-class _Flash(torch.autograd.Function):
-    """Sink attention over the stock flash operators, with exact gradients.
+@dataclass(frozen=True)
+class _Operator:
+    """One of the operators behind scaled_dot_product_attention."""
 
-    A sink only rescales a row: out_sink = out * sigmoid(lse - sink). Its gradient is what the stock
-    backward gives for lse' = logaddexp(lse, sink) and out' = out_sink. Autograd through the lse of
-    the stock operators would be silently wrong: it carries no gradient.
+    forward: _Call
+    backward: _Call
+    grouped: bool  # one mask and one KV head may serve several query heads
+
+
+def _operator(name: str, suffix: str = "", *, grouped: bool) -> _Operator:
+    name = f"_scaled_dot_product_{name}_attention{suffix}"
+    return _Operator(_Call(name), _Call(f"{name}_backward"), grouped)
+
+
+_CPU = _operator("flash", "_for_cpu", grouped=True)
+_CUDNN = _operator("cudnn", grouped=True)
+_FLASH = _operator("flash", grouped=True)
+_EFFICIENT = _operator("efficient", grouped=False)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _generation() -> int:
+    """Of the GPU: 8 is Ampere, 9 is Hopper."""
+    return torch.cuda.get_device_capability()[0]
+
+
+def _cuda_operator(query: Tensor, mask: Tensor | None, dropout: float) -> _Operator | None:
+    """The operator that stock attention would use, or a faster one of those it might."""
+    # Not torch.backends.cuda.can_use_*: a compiler cannot trace their argument.
+    stock, generation, width = torch.backends.cuda, _generation(), query.shape[-1]
+    full = query.dtype == torch.float32
+    half = query.dtype in (torch.float16, torch.bfloat16) and generation >= 8
+    if half and width % 8 == 0:
+        # On these, cuDNN is far ahead of flash on many queries. The numbers mean others on ROCm.
+        ahead = generation in (9, 10) and torch.version.hip is None and query.shape[2] > 1
+        if ahead and width <= 128 and not dropout and stock.cudnn_sdp_enabled():
+            return _CUDNN
+        if mask is None and width <= 256 and stock.flash_sdp_enabled():
+            return _FLASH
+    fits = (full and width % 4 == 0) or (half and width % 8 == 0)
+    return _EFFICIENT if fits and stock.mem_efficient_sdp_enabled() else None
+
+
+def _choose(query: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> _Operator | None:
+    if query.shape[-1] != value.shape[-1]:
+        return None
+    if query.device.type == "cpu" and not dropout:
+        return _CPU
+    return _cuda_operator(query, mask, dropout) if query.device.type == "cuda" else None
+
+
+# --- sinks beside a stock operator ---------------------------------------------------------------
+
+
+def _attend(
+    operator: _Operator, known: dict[str, Any], logits: Tensor, values: Tensor | None
+) -> dict[str, Any]:
+    """Adds to what is known what the operator gives, with the sinks in `out`."""
+    known = {**known, **dict(zip(operator.forward.gives, operator.forward(known), strict=True))}
+    out, lse, sinks = known["out"], _rows(known), _together(logits)
+    # In place, so that in half precision a factor in float32 costs nothing more.
+    out.mul_(torch.sigmoid(lse - sinks)[..., None])
+    if values is not None:
+        weights = torch.exp(logits - torch.logaddexp(lse, sinks)[..., None])
+        out.add_(weights.to(out.dtype) @ values.to(out.dtype))
+    return known
+
+
+def _rows(known: dict[str, Any]) -> Tensor:
+    """Log-sum-exp of every row: (batch, heads, queries). Some operators pad it, or add a 1."""
+    rows: Tensor = known["logsumexp"].flatten(2)[..., : known["query"].shape[2]]
+    return rows
+
+
+class _WithSinks(torch.autograd.Function):
+    """Sink attention over the stock operators, with exact gradients.
+
+    A sink only rescales a row: out_sink = out * sigmoid(lse - sink). All gradients are what the
+    stock backward gives for lse' = logaddexp(lse, sink) and out' = out_sink. Autograd through the
+    lse of the stock operators would be silently wrong: it carries no gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        operator: _Operator,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        sink: Tensor,
+        logits: Tensor,
+        values: Tensor | None,
         mask: Tensor | None,
-        scaling: float,
-    ) -> Any:
-        causal = mask is None and query.shape[2] > 1
-        if query.device.type == "cpu":
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, 0.0, causal, attn_mask=mask, scale=scaling
-            )
-        else:
-            out, lse, *ctx.lengths, seed, offset, _ = (
-                torch.ops.aten._scaled_dot_product_flash_attention(
-                    query, key, value, 0.0, causal, False, scale=scaling
-                )
-            )
-            ctx.random = (seed, offset)
-        out = out * torch.sigmoid(lse - sink.view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
-        ctx.save_for_backward(query, key, value, out, lse, sink, mask)
-        ctx.causal, ctx.scaling = causal, scaling
-        return out
+        settings: dict[str, Any],
+    ) -> Tensor:
+        known = {**settings, "query": query, "key": key, "value": value, "attn_mask": mask}
+        known = _attend(operator, known, logits, values)
+        padded, rows = known["logsumexp"], _rows(known)
+        total = torch.logaddexp(rows, _together(logits))
+        rest = padded.flatten(2)[..., rows.shape[2] :]
+        known["logsumexp"] = torch.cat([total, rest], -1).view_as(padded)
+        kept = {name: known[name] for name in operator.backward.takes if name in known}
+        kept |= {"logits": logits, "values": values}
+        tensors = {name: kept.pop(name) for name in list(kept) if torch.is_tensor(kept[name])}
+        ctx.save_for_backward(*tensors.values())
+        ctx.operator, ctx.names, ctx.rest = operator, list(tensors), kept
+        return known["out"]  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        query, key, value, out, lse, sink, mask = ctx.saved_tensors
-        logit = sink.view(1, -1, 1)
-        total = torch.logaddexp(lse, logit)
-        tensors = (gradient, query, key, value, out, total)
-        if query.device.type == "cpu":
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *tensors, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scaling
-            )
-        else:
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-                *tensors, *ctx.lengths, 0.0, ctx.causal, *ctx.random, scale=ctx.scaling
-            )
-        share = torch.sigmoid(logit - lse)
-        grad_sink = -(share * (gradient.float() * out.float()).sum(-1)).sum((0, 2))
-        return *grads, grad_sink.to(sink.dtype), None, None
-
-
-def _flash_can(query: Tensor, mask: Tensor | None, dropout: float, softcap: float | None) -> bool:
-    if dropout or softcap is not None:
-        return False
-    if query.device.type == "cpu":
-        return True
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.device.type == "cuda" and half and mask is None and query.shape[-1] <= 256
+        saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        known = {**ctx.rest, **saved, "grad_out": gradient}
+        out, logits, values, total = known["out"], known["logits"], known["values"], _rows(known)
+        grads = ctx.operator.backward(known)[:3]
+        weights = torch.exp(logits - total[..., None])
+        # A product of bfloat16 is as exact as its factors, but one of float16 may underflow.
+        product = gradient * (out.to(total.dtype) if out.dtype == torch.float16 else out)
+        effect, grad_values = -product.sum(-1, keepdim=True, dtype=total.dtype), None
+        if values is not None:
+            wide = gradient.to(total.dtype)
+            effect = effect + wide @ values.to(total.dtype).mT
+            grad_values = (weights.mT @ wide).sum(0, keepdim=True).to(values.dtype)
+        grad_logits = (weights * effect).sum_to_size(logits.shape).to(logits.dtype)
+        return None, *grads, grad_logits, grad_values, None, None
 
 
 def sink_attention(
@@ -148,42 +308,170 @@ def sink_attention(
     scaling: float,
     dropout: float = 0.0,
     softcap: float | None = None,
+    is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The same as eager_attention, without weights and at the speed of stock attention."""
-    if not _flash_can(query, attention_mask, dropout, softcap):
-        return eager_attention(module, query, key, value, attention_mask, scaling, dropout, softcap)
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if attention_mask is not None:
-        attention_mask = _additive(attention_mask, query)
-    sink = module.sink.float()
-    out = _Flash.apply(query, key, value, sink, attention_mask, scaling)  # type: ignore[no-untyped-call]
-    return out.transpose(1, 2).contiguous(), None
+    query, key, value = _autocast(query, key, value)
+    asked, (batch, heads, length, width) = (query, key, value), query.shape
+    key, value, causal = _causal(module, query, key, value, attention_mask, is_causal)
+    mask = None if attention_mask is None else _additive(attention_mask, query.dtype)
+    operator = None if softcap is not None else _choose(query, value, mask, dropout)
+    if operator is None:
+        return eager_attention(module, *asked, attention_mask, scaling, dropout, softcap, is_causal)
+    if length == 1 and (mask is None or mask.shape[1] == 1):
+        # The query heads of a KV head as its queries: keys and values are read once.
+        query = query.reshape(batch, key.shape[1], -1, width)
+    elif not operator.grouped:
+        groups = heads // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if mask is not None and not operator.grouped:
+        mask = mask.expand(*query.shape[:3], -1)
+    logits, values = _sinks(module, query, scaling, None)
+    settings = {**_ALWAYS, "dropout_p": dropout, "is_causal": causal, "scale": scaling}
+    tensors = (query, key, value, logits, values)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        out = _WithSinks.apply(operator, *tensors, mask, settings)  # type: ignore[no-untyped-call]
+    else:
+        known = {**settings, "query": query, "key": key, "value": value, "attn_mask": mask}
+        out = _attend(operator, known, logits, values)["out"]
+    return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
-ALL_ATTENTION_FUNCTIONS.register("absorb", sink_attention)
-ALL_ATTENTION_FUNCTIONS.register("absorb_eager", eager_attention)
-# An attention function without a mask function of the same name is given no mask at all.
-for _name in ("absorb", "absorb_eager"):
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """Under autocast, tensors in its dtype: stock attention does this for itself."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
-def _require_sinks(module: Any, _: tuple[Any, ...]) -> None:
-    name = module.config._attn_implementation
-    if name not in IMPLEMENTATIONS.values():
+# --- attention of other makers -------------------------------------------------------------------
+
+
+# Where its log-sum-exp carries a gradient.
+_FLEX_DEVICES = ("cuda", "xpu")
+
+
+def flex_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask | Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same by torch's flex attention, whose log-sum-exp carries a gradient.
+
+    Not by transformers' function around it, which rounds the log-sum-exp to the model's dtype.
+    """
+    if query.device.type not in _FLEX_DEVICES or dropout or torch.is_tensor(attention_mask):
         raise ValueError(
-            f"attention {name!r} was put in place of absorb's and would drop the sinks; "
-            "load the model with attn_implementation 'sdpa' or 'eager'"
+            "flex_attention has no log-sum-exp on CPU, no dropout and no dense masks; load the "
+            "model with attn_implementation 'sdpa' (the default) or 'eager'"
         )
+    query, key, value = _autocast(query, key, value)
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
+
+    groups = query.shape[1] // key.shape[1]
+    if groups & (groups - 1):
+        # Its kernels only share keys among 2, 4, 8 .. heads.
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out, aux = compile_friendly_flex_attention(
+        query,
+        key,
+        value,
+        training=module.training,
+        score_mod=None if softcap is None else capped,
+        block_mask=attention_mask,
+        enable_gqa=query.shape[1] != key.shape[1],
+        scale=scaling,
+        return_aux=AuxRequest(lse=True),
+    )
+    lse: Tensor = aux.lse  # type: ignore[union-attr]
+    logits, values = _sinks(module, query, scaling, softcap)
+    sinks = _together(logits)
+    out = out * torch.sigmoid(lse - sinks)[..., None]
+    if values is not None:
+        out = out + torch.exp(logits - torch.logaddexp(lse, sinks)[..., None]) @ values
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+# What a caller may ask for as attn_implementation, and the name under which we register ours.
+# The stock names must not survive: transformers would run them without sinks, and say nothing.
+IMPLEMENTATIONS = {
+    None: "absorb",
+    "sdpa": "absorb",
+    "eager": "absorb_eager",
+    "flex_attention": "absorb_flex",
+}
+# An attention function without a mask function of the same name is given no mask at all.
+for _name, _function, _mask in (
+    ("absorb", sink_attention, "sdpa"),
+    ("absorb_eager", eager_attention, "eager"),
+    ("absorb_flex", flex_attention, "flex_attention"),
+):
+    ALL_ATTENTION_FUNCTIONS.register(_name, _function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_mask])
+
+# Kernels of the flash-attention packages that were seen to take sinks, by transformers' names.
+_KERNELS: set[str] = set()
+
+
+def _takes_sinks() -> bool:
+    """Whether the flash-attention kernel that transformers loaded last has an argument for them."""
+    loaded = modeling_flash_attention_utils._process_flash_kwargs_fn
+    named = getattr(loaded, "keywords", {}).get("supports_mapping", {})
+    return bool(named.get("s_aux") or named.get("learnable_sink"))
+
+
+def _refusal(name: str | None) -> ValueError:
+    return ValueError(
+        f"attention {name!r} would drop the sinks of this model; load it with attn_implementation "
+        "'sdpa' (the default, which runs torch's own flash attention 2), 'eager' or "
+        "'flex_attention', or export it to an architecture with sinks of its own, such as gpt_oss"
+    )
+
+
+def _hand_over_sinks(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Before an attention layer: sinks for a kernel that takes them; no attention without sinks."""
+    name = module.config._attn_implementation
+    if name in IMPLEMENTATIONS.values():
+        return None
+    if name not in _KERNELS or ALL_ATTENTION_FUNCTIONS[name] is not flash_attention_forward:
+        raise _refusal(name)
+    if torch.is_grad_enabled() and module.sink.requires_grad:
+        raise ValueError(
+            f"attention {name!r} has no gradient for sinks; train with attn_implementation 'sdpa' "
+            "(the default), or call the model under torch.no_grad()"
+        )
+    return args, {**kwargs, "s_aux": module.sink}
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def _own(module: Any, name: str) -> Tensor:
+    """A parameter of a module, for a hook that runs outside of the module's forward."""
+    parameter: Tensor = getattr(module, name)
+    if parameter.is_meta and hasattr(module, "_hf_hook"):
+        # accelerate has put it elsewhere, and fetches it for the forward only.
+        hook = module._hf_hook
+        parameter = hook.weights_map[name].to(hook.execution_device)
+    return parameter
 
 
 def _scale_input(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (args[0] * module.input_scale.to(args[0].dtype), *args[1:])
+    return (args[0] * _own(module, "input_scale").to(args[0].dtype), *args[1:])
 
 
 def _scale_output(module: Any, _: tuple[Tensor, ...], out: Tensor) -> Any:
-    return out * module.output_scale.to(out.dtype)
+    return out * _own(module, "output_scale").to(out.dtype)
 
 
 class Absorbed(PreTrainedModel):
@@ -195,7 +483,12 @@ class Absorbed(PreTrainedModel):
         heads, hidden = config.num_attention_heads, config.hidden_size
         for module in self._sites("sink"):
             _add(module, "sink", heads)
-            module.register_forward_pre_hook(_require_sinks)
+            module.register_forward_pre_hook(_hand_over_sinks, with_kwargs=True)
+        for module in self._sites("sink_key"):
+            shape = (_kv_heads(config), config.absorb["sink_tokens"], _head_dim(config, module))
+            _add(module, "sink_key", *shape)
+            _add(module, "sink_value", *shape)
+            module.register_forward_pre_hook(_hand_over_sinks, with_kwargs=True)
         for module in self._sites("input_scale"):
             _add(module, "input_scale", hidden)
             module.register_forward_pre_hook(_scale_input)
@@ -207,8 +500,9 @@ class Absorbed(PreTrainedModel):
                 module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
 
     def _sites(self, kind: str) -> Iterator[Any]:
+        patterns = self.config.absorb.get(kind, [])
         for name, module in self.base_model.named_modules():
-            if any(fnmatchcase(name, pattern) for pattern in self.config.absorb[kind]):
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
                 yield module
 
     @classmethod
@@ -221,19 +515,33 @@ class Absorbed(PreTrainedModel):
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str:
+        """The name of an attention that runs the sinks. Raises where there is none."""
         if attn_implementation in IMPLEMENTATIONS.values():
-            return attn_implementation  # type: ignore[return-value]
-        if attn_implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"attn_implementation {attn_implementation!r} would drop the sinks of this model; "
-                "use 'sdpa' (the default) or 'eager'"
-            )
-        return IMPLEMENTATIONS[attn_implementation]
+            return str(attn_implementation)
+        if attn_implementation in IMPLEMENTATIONS:
+            return IMPLEMENTATIONS[attn_implementation]
+        name = str(attn_implementation)
+        # Flash attention 2 takes no sinks: do not send anybody to install it first.
+        if "flash" in name and name != "flash_attention_2" and "sink_key" not in self.config.absorb:
+            found = super()._check_and_adjust_attn_implementation(name, *args, **kwargs)
+            if _takes_sinks():
+                _KERNELS.add(found)
+                return found
+        raise _refusal(name)
 
 
-def _add(module: nn.Module, name: str, size: int) -> None:
+def _kv_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _head_dim(config: Any, module: Any) -> int:
+    own = getattr(module, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
+
+
+def _add(module: nn.Module, name: str, *size: int) -> None:
     # float32 whatever the dtype of the model: a few numbers that everything else depends on.
-    value = torch.full((size,), NEUTRAL[name], dtype=torch.float32)
+    value = torch.full(size, NEUTRAL[name], dtype=torch.float32)
     module.register_parameter(name, nn.Parameter(value))
 
 
@@ -254,7 +562,7 @@ def absorbed(base: Any) -> type[PreTrainedModel]:
     twins = vars(sys.modules[__name__])
     name = PREFIX + base.__name__
     if name not in twins:
-        strict = [*(base._keep_in_fp32_modules_strict or ()), "sink", "input_scale", "output_scale"]
+        strict = [*(base._keep_in_fp32_modules_strict or ()), *(set(NEUTRAL) - {"bias"})]
         body = {
             "__module__": __name__,
             "config_class": _absorbed_config(base.config_class),

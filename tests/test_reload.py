@@ -52,11 +52,11 @@ with torch.no_grad():
     assert half.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
     assert (half(tokens).logits.float() - logits).abs().max() < 0.05 * logits.abs().max()
 try:
-    load(AutoModelForCausalLM, folder, attn_implementation="flex_attention")
+    load(AutoModelForCausalLM, folder, attn_implementation="flash_attention_2")
 except ValueError as error:
     assert "would drop the sinks" in str(error)
 else:
-    raise AssertionError("flex_attention was accepted")
+    raise AssertionError("flash_attention_2 was accepted")
 model.config._attn_implementation_internal = "sdpa"
 try:
     model(tokens)
