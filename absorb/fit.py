@@ -16,8 +16,8 @@ from absorb.scene import Scene
 
 # The grid of starting logits reaches from "no sink" to "a sink that takes everything".
 _GRID = (-15.0, 25.0, 80)
-# Queries of every row in each step: a rough step first, then two better ones.
-_QUERIES = (8, 16, 16)
+# Queries of every row in each step: two rough ones, then a better one.
+_QUERIES = (8, 8, 16)
 # Other queries decide whether a step is taken, lest it fit its own too closely.
 _JUDGES = 64
 _DAMPING = 1e-2

@@ -4,20 +4,23 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
+from absorb.modeling_absorb import NEUTRAL, sink_attention
 from absorb.settings import Calibration
 from absorb.source import Source
-from absorb.watch import remembering
+from absorb.watch import attending, remembering
 
 LENGTH = 256
-CALIBRATION_ROWS = 16
-VALIDATION_ROWS = 8
+CALIBRATION_ROWS = 12
+VALIDATION_ROWS = 4
 HELD_OUT_ROWS = 24
 _SAMPLED_AT_ONCE = 64
 # Without it a small model soon rambles, and top-p costs a sort of the vocabulary at every step.
@@ -150,16 +153,27 @@ def _sample(source: Source, rows: int, seed: int, bar: tqdm) -> Tensor:
     draw = torch.Generator(device).manual_seed(seed)
     _, remember = remembering(model)
     text = [start.to(device)]
-    for _ in range(LENGTH + _LATEST_START):
-        logits = model(text[-1], **remember).logits[:, -1].float()
-        logits[:, _ends(model)] = -torch.inf
-        # The draw is among few: one from the whole vocabulary takes longer than the model does.
-        likely, tokens = logits.topk(min(_TOP_K, logits.shape[-1]))
-        choice = torch.multinomial(likely.softmax(-1), 1, generator=draw)
-        text.append(tokens.gather(1, choice))
-        bar.update(rows)
+    with attending(model, _attend):
+        for _ in range(LENGTH + _LATEST_START):
+            logits = model(text[-1], **remember).logits[:, -1].float()
+            logits[:, _ends(model)] = -torch.inf
+            # Among few: a draw from the whole vocabulary takes longer than the model does.
+            likely, tokens = logits.topk(min(_TOP_K, logits.shape[-1]))
+            choice = torch.multinomial(likely.softmax(-1), 1, generator=draw)
+            text.append(tokens.gather(1, choice))
+            bar.update(rows)
     first = not_text + torch.arange(rows) % (_LATEST_START + 1)
     return torch.cat(text, 1).cpu().gather(1, first[:, None] + torch.arange(LENGTH))
+
+
+def _attend(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Stock attention in half the time: ours, with sinks that take nothing.
+
+    For a single query the stock one reads keys and values once for every query head.
+    """
+    sink = torch.full((query.shape[1],), NEUTRAL["sink"], device=query.device)
+    neutral = SimpleNamespace(sink=sink, is_causal=True, training=False)
+    return sink_attention(neutral, query, *args, **kwargs)
 
 
 def _ends(model: PreTrainedModel) -> list[int]:
