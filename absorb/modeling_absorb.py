@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MethodType
 from typing import Any
 
 import torch
@@ -31,6 +32,12 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it comes with torch where there is CUDA
+    triton = None
 
 PREFIX = "Absorb"
 
@@ -225,6 +232,91 @@ def _choose(query: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -
     return _cuda_operator(query, mask, dropout) if query.device.type == "cuda" else None
 
 
+# --- two passes over the output, each one kernel on a GPU ----------------------------------------
+
+
+def _fusible(out: Tensor) -> bool:
+    """Whether a kernel of ours may read a tensor. A compiler makes its own kernels."""
+    here = triton is not None and out.device.type == "cuda" and out.stride(-1) == 1
+    return here and not torch.compiler.is_compiling()
+
+
+def _rescale(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Multiply out (batch, heads, queries, width) by sigmoid(lse - sinks), in place.
+
+    lse is (batch, heads, queries), and sinks broadcast against it.
+    """
+    if _fusible(out):
+        _launch(_rescale_rows, out, out, lse, sinks.expand_as(lse))
+    else:
+        # In place, so that in half precision a factor in float32 costs nothing more.
+        out.mul_(torch.sigmoid(lse - sinks)[..., None])
+
+
+def _row_products(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of left * right over the last dimension, in dtype."""
+    if _fusible(left) and _fusible(right):
+        sums = left.new_empty(left.shape[:-1], dtype=dtype)
+        _launch(_multiply_rows, left, right, sums, sums)
+        return sums
+    # A product of bfloat16 is as exact as its factors, but one of float16 may underflow.
+    product = left * (right.to(dtype) if right.dtype == torch.float16 else right)
+    return product.sum(-1, dtype=dtype)
+
+
+def _launch(kernel: Any, *tensors: Tensor) -> None:
+    """Run a kernel over two wide tensors (batch, heads, rows, width) and two of their rows."""
+    batch, heads, rows, width = tensors[0].shape
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    block = 64 if rows >= 64 else 16
+    with torch.cuda.device(tensors[0].device):
+        kernel[((rows + block - 1) // block, batch * heads)](
+            *tensors, *strides, heads, rows, width, block, triton.next_power_of_2(width)
+        )
+
+
+if triton is not None:
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _tile(pointer: Any, sb: Any, sh: Any, sr: Any, heads: Any, block: tl.constexpr) -> Any:
+        """Pointers to the rows of this program: (block,)."""
+        both = tl.program_id(1).to(tl.int64)
+        rows = tl.program_id(0) * block + tl.arange(0, block)
+        return pointer + (both // heads) * sb + (both % heads) * sh + rows * sr
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _rescale_rows(  # type: ignore[no-untyped-def]
+        _, out, lse, sinks, ab, ah, ar, bb, bh, br, lb, lh, lr, sb, sh, sr,
+        heads, rows, width: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
+    ):  # fmt: skip
+        mine = tl.program_id(0) * block + tl.arange(0, block) < rows
+        total = tl.load(_tile(lse, lb, lh, lr, heads, block), mask=mine, other=0.0)
+        sink = tl.load(_tile(sinks, sb, sh, sr, heads, block), mask=mine, other=0.0)
+        factor = 1 / (1 + tl.exp((sink - total).to(tl.float32)))
+        column = tl.arange(0, wide)
+        inside = mine[:, None] & (column < width)[None]
+        place = _tile(out, bb, bh, br, heads, block)[:, None] + column
+        row = tl.load(place, mask=inside)
+        tl.store(place, (row.to(tl.float32) * factor[:, None]).to(row.dtype), mask=inside)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _multiply_rows(  # type: ignore[no-untyped-def]
+        left, right, sums, _, ab, ah, ar, bb, bh, br, lb, lh, lr, sb, sh, sr,
+        heads, rows, width: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
+    ):  # fmt: skip
+        mine = tl.program_id(0) * block + tl.arange(0, block) < rows
+        column = tl.arange(0, wide)
+        inside = mine[:, None] & (column < width)[None]
+        first = tl.load(
+            _tile(left, ab, ah, ar, heads, block)[:, None] + column, mask=inside, other=0.0
+        )
+        second = tl.load(
+            _tile(right, bb, bh, br, heads, block)[:, None] + column, mask=inside, other=0.0
+        )
+        product = tl.sum(first.to(tl.float32) * second.to(tl.float32), 1)
+        tl.store(_tile(sums, lb, lh, lr, heads, block), product, mask=mine)
+
+
 # --- sinks beside a stock operator ---------------------------------------------------------------
 
 
@@ -234,8 +326,7 @@ def _attend(
     """Adds to what is known what the operator gives, with the sinks in `out`."""
     known = {**known, **dict(zip(operator.forward.gives, operator.forward(known), strict=True))}
     out, lse, sinks = known["out"], _rows(known), _together(logits)
-    # In place, so that in half precision a factor in float32 costs nothing more.
-    out.mul_(torch.sigmoid(lse - sinks)[..., None])
+    _rescale(out, lse, sinks)
     if values is not None:
         weights = torch.exp(logits - torch.logaddexp(lse, sinks)[..., None])
         out.add_(weights.to(out.dtype) @ values.to(out.dtype))
@@ -270,10 +361,9 @@ class _WithSinks(torch.autograd.Function):
     ) -> Tensor:
         known = {**settings, "query": query, "key": key, "value": value, "attn_mask": mask}
         known = _attend(operator, known, logits, values)
-        padded, rows = known["logsumexp"], _rows(known)
-        total = torch.logaddexp(rows, _together(logits))
-        rest = padded.flatten(2)[..., rows.shape[2] :]
-        known["logsumexp"] = torch.cat([total, rest], -1).view_as(padded)
+        # In place, so that padding stays: only the operator and this function ever see it.
+        rows = _rows(known)
+        rows.copy_(torch.logaddexp(rows, _together(logits)))
         kept = {name: known[name] for name in operator.backward.takes if name in known}
         kept |= {"logits": logits, "values": values}
         tensors = {name: kept.pop(name) for name in list(kept) if torch.is_tensor(kept[name])}
@@ -288,9 +378,7 @@ class _WithSinks(torch.autograd.Function):
         out, logits, values, total = known["out"], known["logits"], known["values"], _rows(known)
         grads = ctx.operator.backward(known)[:3]
         weights = torch.exp(logits - total[..., None])
-        # A product of bfloat16 is as exact as its factors, but one of float16 may underflow.
-        product = gradient * (out.to(total.dtype) if out.dtype == torch.float16 else out)
-        effect, grad_values = -product.sum(-1, keepdim=True, dtype=total.dtype), None
+        effect, grad_values = -_row_products(gradient, out, total.dtype)[..., None], None
         if values is not None:
             wide = gradient.to(total.dtype)
             effect = effect + wide @ values.to(total.dtype).mT
@@ -470,6 +558,17 @@ def _scale_input(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0] * _own(module, "input_scale").to(args[0].dtype), *args[1:])
 
 
+def _scaled_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    """A stock RMSNorm of `input_scale * hidden_states`, in two kernels where the stock has eight.
+
+    This pays for what the sinks cost.
+    """
+    scaled = hidden_states * module.input_scale.to(hidden_states.dtype)
+    return nn.functional.rms_norm(
+        scaled, module.weight.shape, module.weight, module.variance_epsilon
+    )
+
+
 def _scale_output(module: Any, _: tuple[Tensor, ...], out: Tensor) -> Any:
     return out * _own(module, "output_scale").to(out.dtype)
 
@@ -491,7 +590,11 @@ class Absorbed(PreTrainedModel):
             module.register_forward_pre_hook(_hand_over_sinks, with_kwargs=True)
         for module in self._sites("input_scale"):
             _add(module, "input_scale", hidden)
-            module.register_forward_pre_hook(_scale_input)
+            if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+                # Llama's formula. Gemma's, which adds one to the weight, has another name for it.
+                module.forward = MethodType(_scaled_rms_norm, module)
+            else:
+                module.register_forward_pre_hook(_scale_input)
         for module in self._sites("output_scale"):
             _add(module, "output_scale", hidden)
             module.register_forward_hook(_scale_output)
