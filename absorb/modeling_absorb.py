@@ -18,8 +18,10 @@ caches and masks are those of the text alone, and no sliding window leaves a sin
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -188,40 +190,48 @@ class _Operator:
     forward: _Call
     backward: _Call
     grouped: bool  # one mask and one KV head may serve several query heads
+    rereads: bool  # but then it reads keys and values once for each of them
 
 
-def _operator(name: str, suffix: str = "", *, grouped: bool) -> _Operator:
+def _operator(name: str, suffix: str = "", *, grouped: bool, rereads: bool) -> _Operator:
     name = f"_scaled_dot_product_{name}_attention{suffix}"
-    return _Operator(_Call(name), _Call(f"{name}_backward"), grouped)
+    return _Operator(_Call(name), _Call(f"{name}_backward"), grouped, rereads)
 
 
-_CPU = _operator("flash", "_for_cpu", grouped=True)
-_CUDNN = _operator("cudnn", grouped=True)
-_FLASH = _operator("flash", grouped=True)
-_EFFICIENT = _operator("efficient", grouped=False)
+_CPU = _operator("flash", "_for_cpu", grouped=True, rereads=True)
+_CUDNN = _operator("cudnn", grouped=True, rereads=False)
+_FLASH = _operator("flash", grouped=True, rereads=False)
+_EFFICIENT = _operator("efficient", grouped=False, rereads=True)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
 def _generation() -> int:
     """Of the GPU: 8 is Ampere, 9 is Hopper."""
     return torch.cuda.get_device_capability()[0]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _enabled(name: str) -> bool:
+    """Whether the user lets stock attention use an operator."""
+    return bool(getattr(torch.backends.cuda, f"{name}_sdp_enabled")())
+
+
 def _cuda_operator(query: Tensor, mask: Tensor | None, dropout: float) -> _Operator | None:
     """The operator that stock attention would use, or a faster one of those it might."""
     # Not torch.backends.cuda.can_use_*: a compiler cannot trace their argument.
-    stock, generation, width = torch.backends.cuda, _generation(), query.shape[-1]
+    generation, width = _generation(), query.shape[-1]
     full = query.dtype == torch.float32
     half = query.dtype in (torch.float16, torch.bfloat16) and generation >= 8
     if half and width % 8 == 0:
         # On these, cuDNN is far ahead of flash on many queries. The numbers mean others on ROCm.
         ahead = generation in (9, 10) and torch.version.hip is None and query.shape[2] > 1
-        if ahead and width <= 128 and not dropout and stock.cudnn_sdp_enabled():
+        if ahead and width <= 128 and not dropout and _enabled("cudnn"):
             return _CUDNN
-        if mask is None and width <= 256 and stock.flash_sdp_enabled():
+        if mask is None and width <= 256 and _enabled("flash"):
             return _FLASH
     fits = (full and width % 4 == 0) or (half and width % 8 == 0)
-    return _EFFICIENT if fits and stock.mem_efficient_sdp_enabled() else None
+    return _EFFICIENT if fits and _enabled("mem_efficient") else None
 
 
 def _choose(query: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> _Operator | None:
@@ -267,18 +277,19 @@ def _row_products(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 def _launch(kernel: Any, *tensors: Tensor) -> None:
     """Run a kernel over two wide tensors (batch, heads, rows, width) and two of their rows."""
     batch, heads, rows, width = tensors[0].shape
+    here = tensors[0].get_device()
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
     block = 64 if rows >= 64 else 16
-    with torch.cuda.device(tensors[0].device):
-        kernel[((rows + block - 1) // block, batch * heads)](
-            *tensors, *strides, heads, rows, width, block, triton.next_power_of_2(width)
-        )
+    grid = ((rows + block - 1) // block, batch * heads)
+    # Entering the device takes as long as the launch, and it is nearly always the current one.
+    with torch.cuda.device(here) if here != torch.cuda.current_device() else nullcontext():
+        kernel[grid](*tensors, *strides, heads, rows, width, block, triton.next_power_of_2(width))
 
 
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _tile(pointer: Any, sb: Any, sh: Any, sr: Any, heads: Any, block: tl.constexpr) -> Any:
+    def _tile(pointer, sb, sh, sr, heads, block: tl.constexpr):  # type: ignore[no-untyped-def]
         """Pointers to the rows of this program: (block,)."""
         both = tl.program_id(1).to(tl.int64)
         rows = tl.program_id(0) * block + tl.arange(0, block)
@@ -407,7 +418,7 @@ def sink_attention(
     operator = None if softcap is not None else _choose(query, value, mask, dropout)
     if operator is None:
         return eager_attention(module, *asked, attention_mask, scaling, dropout, softcap, is_causal)
-    if length == 1 and (mask is None or mask.shape[1] == 1):
+    if length == 1 and operator.rereads and (mask is None or mask.shape[1] == 1):
         # The query heads of a KV head as its queries: keys and values are read once.
         query = query.reshape(batch, key.shape[1], -1, width)
     elif not operator.grouped:

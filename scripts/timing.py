@@ -8,18 +8,22 @@ import torch
 
 Run = Callable[[], object]
 
-LEAST = 2.0  # seconds for all turns of a comparison: short runs need many
+LEAST = 1.0  # seconds for all turns of a comparison: short runs need many
+BURST = 10  # runs in a turn on a GPU, which in a model has the next layer queued already
 
 
 def seconds(run: Run, device: str) -> float:
-    """Wall clock of one run, until the device is done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    """Wall clock of one run, or the mean of a burst, until the device is done."""
+    if device != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    for _ in range(BURST):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / BURST
 
 
 def interleaved(runs: Mapping[str, Run], device: str, repeats: int) -> dict[str, float]:

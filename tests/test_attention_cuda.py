@@ -226,7 +226,8 @@ def test_flex_attention_equals_eager(form: str, softcap: float | None) -> None:
 @FORMS
 @torch.no_grad()
 def test_models_agree_with_eager(family: str, implementation: str, form: str) -> None:
-    model = sinked(family, form).to("cuda")
+    # flex_attention takes no smaller heads.
+    model = sinked(family, form, head_dim=16).to("cuda")
     for inputs in (padded(left=True), padded(left=False), {"input_ids": texts()}):
         inputs = {name: tensor.to("cuda") for name, tensor in inputs.items()}
         real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
