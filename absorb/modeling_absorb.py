@@ -251,16 +251,20 @@ def _fusible(out: Tensor) -> bool:
     return here and not torch.compiler.is_compiling()
 
 
-def _rescale(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
-    """Multiply out (batch, heads, queries, width) by sigmoid(lse - sinks), in place.
+def _rescale(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """out (batch, heads, queries, width) times sigmoid(lse - sinks), which may overwrite out.
 
     lse is (batch, heads, queries), and sinks broadcast against it.
     """
     if _fusible(out):
         _launch(_rescale_rows, out, out, lse, sinks.expand_as(lse))
-    else:
-        # In place, so that in half precision a factor in float32 costs nothing more.
-        out.mul_(torch.sigmoid(lse - sinks)[..., None])
+        return out
+    factor = torch.sigmoid(lse - sinks)[..., None]
+    if torch.compiler.is_compiling():
+        # Not in place: the compiler of torch 2.11 gives what was overwritten no gradient.
+        return (out * factor).to(out.dtype)
+    # In place, so that in half precision a factor in float32 costs nothing more.
+    return out.mul_(factor)
 
 
 def _row_products(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -337,11 +341,11 @@ def _attend(
     """Adds to what is known what the operator gives, with the sinks in `out`."""
     known = {**known, **dict(zip(operator.forward.gives, operator.forward(known), strict=True))}
     out, lse, sinks = known["out"], _rows(known), _together(logits)
-    _rescale(out, lse, sinks)
+    out = _rescale(out, lse, sinks)
     if values is not None:
         weights = torch.exp(logits - torch.logaddexp(lse, sinks)[..., None])
-        out.add_(weights.to(out.dtype) @ values.to(out.dtype))
-    return known
+        out = out + weights.to(out.dtype) @ values.to(out.dtype)
+    return {**known, "out": out}
 
 
 def _rows(known: dict[str, Any]) -> Tensor:
