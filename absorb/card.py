@@ -10,8 +10,8 @@ _CARD = """\
 # {title}
 
 [{model}](https://huggingface.co/{model}) with its outliers absorbed into parameters by
-[absorb](https://pypi.org/project/absorb-llm/) {version}: the attention sink is a logit for each
-head, the values it carried are biases, and the outlier channels of the residual stream have scales.
+[absorb](https://pypi.org/project/absorb-llm/) {version}: {form}, and the outlier channels of the
+residual stream have scales.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,6 +39,11 @@ Fine-tune: {recipe}; step {kept} was kept.
 All figures, arguments and versions are in `absorb.json`.
 """
 
+_FORMS = {
+    "logit": "the attention sink is a logit for each head, and the values it carried are biases",
+    "key": "the attention sink is a key and a value in every layer, which all queries see",
+}
+
 
 def card(report: Report) -> str:
     """The README.md of a checkpoint."""
@@ -48,6 +53,7 @@ def card(report: Report) -> str:
         title=f"{inspection.model.rpartition('/')[2]}, absorbed",
         model=inspection.model,
         version=inspection.versions["absorb"],
+        form=_FORMS[inspection.arguments["sink"]],
         prefix=f"`{inspection.prefix_text!r}`",
         scores=markdown(score_rows(report.original, report.converted)),
         text=inspection.text_origin,

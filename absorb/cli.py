@@ -49,6 +49,14 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Text to calibrate and train on: plain, or .jsonl with a field `text`.  "
             "[default: the model samples its own]",
         ),
+        click.option(
+            "--sink",
+            type=click.Choice(["logit", "key"]),
+            default="logit",
+            show_default=True,
+            help="How: one logit a head, which fast kernels know, or the prefix's key, which is "
+            "exact.",
+        ),
         click.option("--prefix", help="Text that the sinks stand for.  [default: searched for]"),
         click.option("--seed", type=int, default=0, show_default=True, help="Of all randomness."),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ..."),
@@ -128,6 +136,7 @@ def _job(out: Path, force: bool, options: dict[str, Any]) -> Job:
         out=out,
         calibration=Calibration(**chosen(Calibration)),
         thresholds=Thresholds(**chosen(Thresholds)),
+        sink=options["sink"],
         distillation=Distillation(**chosen(Distillation)),
         device=options["device"],
         force=force,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from absorb import modeling_absorb
 from absorb.families import Family
 from absorb.plan import Plan
+from absorb.sinks import Prefix, Sinks
 from absorb.watch import layers_of, quiet
 from absorb.weights import bias_at, column, fused_rows, heads_of, is_norm, place_at, weight_at
 
@@ -17,22 +18,28 @@ from absorb.weights import bias_at, column, fused_rows, heads_of, is_norm, place
 @torch.no_grad()
 def graft(model: PreTrainedModel, family: Family, plan: Plan) -> PreTrainedModel:
     """A new absorbed model that does without a prefix what `model` does with the plan's."""
-    student = twin(model, family)
+    student = twin(model, family, plan.sinks if isinstance(plan.sinks, Prefix) else None)
     _shift_positions(student, family, len(plan.prefix))
-    _place_sinks(student, family, plan)
+    if isinstance(plan.sinks, Prefix):
+        _place_keys(student, family, plan.sinks)
+    else:
+        _place_sinks(student, family, plan.sinks)
     _remove_neurons(student, family, plan)
     _rescale_stream(student, family, plan.residual.to(student.device))
     smooth(student, family, plan.smoothing)
     return student
 
 
-def twin(model: PreTrainedModel, family: Family) -> PreTrainedModel:
-    """The absorbed form of a stock model: copies of its weights, and neutral sinks and scales."""
+def twin(model: PreTrainedModel, family: Family, prefix: Prefix | None = None) -> PreTrainedModel:
+    """The absorbed form of a stock model: copies of its weights, and neutral sinks and scales.
+
+    With a prefix its layers have room for the keys and values of it in place of sink logits.
+    """
     cls: Any = modeling_absorb.absorbed(type(model))
     settings = model.config.to_dict()
     for ours in ("model_type", "architectures", "auto_map", "transformers_version"):
         settings.pop(ours, None)
-    config = cls.config_class(**settings, absorb=sites(model, family))
+    config = cls.config_class(**settings, absorb=sites(model, family, prefix))
     config._experts_implementation = model.config._experts_implementation
     with torch.device("meta"):
         neutral = cls(config)
@@ -51,7 +58,9 @@ def twin(model: PreTrainedModel, family: Family) -> PreTrainedModel:
     return student
 
 
-def sites(model: PreTrainedModel, family: Family) -> dict[str, list[str]]:
+def sites(
+    model: PreTrainedModel, family: Family, prefix: Prefix | None
+) -> dict[str, list[str] | list[int]]:
     """Which modules carry which parameter, as patterns of names in the model without its head."""
     layer = layers_of(model, family)[0]
     stem = f"{model.base_model_prefix}."
@@ -63,9 +72,16 @@ def sites(model: PreTrainedModel, family: Family) -> dict[str, list[str]]:
 
     read_by_norms = [name for name in family.reads if is_norm(layer, name)]
     outputs = (*family.writes, *(norm for norm, _ in family.feeds))
-    biased = {family.value, family.output, family.key} - {None}
+    attention = [layers + family.attention]
+    biased: set[str | None] = set()
+    sinks: dict[str, list[str] | list[int]]
+    if prefix is None:
+        biased = {family.value, family.output, family.key} - {None}
+        sinks = {"sink": attention}
+    else:
+        sinks = {"sink_key": attention, "sink_shape": list(prefix.keys[0].shape)}
     return {
-        "sink": [layers + family.attention],
+        **sinks,
         "input_scale": [*(layers + n for n in read_by_norms), family.final_norm.removeprefix(stem)],
         "output_scale": [
             family.embedding.removeprefix(stem),
@@ -86,7 +102,16 @@ def _shift_positions(student: PreTrainedModel, family: Family, count: int) -> No
     student.config.max_position_embeddings -= count
 
 
-def _place_sinks(student: PreTrainedModel, family: Family, plan: Plan) -> None:
+def _place_keys(student: PreTrainedModel, family: Family, prefix: Prefix) -> None:
+    for layer, key, value in zip(
+        layers_of(student, family), prefix.keys, prefix.values, strict=True
+    ):
+        attention: Any = layer.get_submodule(family.attention)
+        attention.sink_key.copy_(key)
+        attention.sink_value.copy_(value)
+
+
+def _place_sinks(student: PreTrainedModel, family: Family, sinks: Sinks) -> None:
     """Sink logits, and the sink values and key biases as biases of the stock Linears.
 
     `Σ p_j v_j + p v = Σ p_j (v_j - v) + v` for `p + Σ p_j = 1`: v goes from the value bias to the
@@ -94,23 +119,30 @@ def _place_sinks(student: PreTrainedModel, family: Family, plan: Plan) -> None:
     """
     for index, layer in enumerate(layers_of(student, family)):
         value, output = layer.get_submodule(family.value), layer.get_submodule(family.output)
-        sink_value = plan.sinks.values[index].to(output.weight)
-        layer.get_submodule(family.attention).sink.copy_(plan.sinks.logits[index])
-        value.bias[_rows(student, family, value, sink_value)] -= sink_value.flatten()
+        sink_value = sinks.values[index].to(output.weight)
+        layer.get_submodule(family.attention).sink.copy_(sinks.logits[index])
+        value.bias[_rows(student, family, layer, family.value, sink_value)] -= sink_value.flatten()
         heads, kv_heads = heads_of(student.config, family)
         spread = sink_value.repeat_interleave(heads // kv_heads, 0).flatten()
         output.bias += weight_at(layer, family.output) @ spread
         if family.key is not None:
             key = layer.get_submodule(family.key)
-            key_bias = plan.sinks.key_biases[index].to(key.bias)
-            key.bias[_rows(student, family, key, key_bias, family.key_block)] += key_bias.flatten()
+            key_bias = sinks.key_biases[index].to(key.bias)
+            rows = _rows(student, family, layer, family.key, key_bias, family.key_block)
+            key.bias[rows] += key_bias.flatten()
 
 
 def _rows(
-    student: PreTrainedModel, family: Family, module: Any, vectors: Tensor, block: int = 1
+    student: PreTrainedModel,
+    family: Family,
+    layer: nn.Module,
+    name: str,
+    vectors: Tensor,
+    block: int = 1,
 ) -> Tensor:
     """The rows of a projection that give a vector for every KV head: (kv_heads, head_dim)."""
-    return fused_rows(family, len(module.bias), block, *vectors.shape).to(student.device)
+    outputs = len(weight_at(layer, name))
+    return fused_rows(family, outputs, block, *vectors.shape).to(student.device)
 
 
 def _remove_neurons(student: PreTrainedModel, family: Family, plan: Plan) -> None:
@@ -158,8 +190,11 @@ def _smooth_values(
     """Divide values by `scale` (kv_heads * head_dim,); what columns are to be multiplied by."""
     heads, kv_heads = heads_of(student.config, family)
     vectors = scale.view(kv_heads, -1)
-    value = layer.get_submodule(family.value)
-    _divide_output(layer, family.value, scale, _rows(student, family, value, vectors))
+    rows = _rows(student, family, layer, family.value, vectors)
+    _divide_output(layer, family.value, scale, rows)
+    attention: Any = layer.get_submodule(family.attention)
+    if hasattr(attention, "sink_value"):
+        attention.sink_value /= vectors[:, None]
     return vectors.repeat_interleave(heads // kv_heads, 0).flatten()
 
 

@@ -6,7 +6,7 @@ model named in config.json, with parameters mixed in at the places that config.a
 
     sink          one logit per query head, in the softmax denominator of an attention layer
     sink_key      keys (kv_heads, n, head_dim) that every query also attends to, already rotated to
-                  the positions -n .. -1 where there is RoPE; n is config.absorb["sink_tokens"]
+                  positions -n .. -1 where there is RoPE, of the shape config.absorb["sink_shape"]
     sink_value    the values of these keys, in the same layers
     input_scale   one factor per channel, on what a module reads from the residual stream
     output_scale  one factor per channel, on what a module writes to it
@@ -599,9 +599,8 @@ class Absorbed(PreTrainedModel):
             _add(module, "sink", heads)
             module.register_forward_pre_hook(_hand_over_sinks, with_kwargs=True)
         for module in self._sites("sink_key"):
-            shape = (_kv_heads(config), config.absorb["sink_tokens"], _head_dim(config, module))
-            _add(module, "sink_key", *shape)
-            _add(module, "sink_value", *shape)
+            _add(module, "sink_key", *config.absorb["sink_shape"])
+            _add(module, "sink_value", *config.absorb["sink_shape"])
             module.register_forward_pre_hook(_hand_over_sinks, with_kwargs=True)
         for module in self._sites("input_scale"):
             _add(module, "input_scale", hidden)
@@ -646,15 +645,6 @@ class Absorbed(PreTrainedModel):
                 _KERNELS.add(found)
                 return found
         raise _refusal(name)
-
-
-def _kv_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def _head_dim(config: Any, module: Any) -> int:
-    own = getattr(module, "head_dim", None)
-    return int(own or config.hidden_size // config.num_attention_heads)
 
 
 def _add(module: nn.Module, name: str, *size: int) -> None:

@@ -93,7 +93,9 @@ def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
     trials = find_prefix(sketch, job.calibration.prefix, texts.calibration, job.thresholds)
     del sketch
     budget = job.thresholds.divergence
-    plan = make_plan(model, family, findings, trials[-1].prefix, texts.calibration, budget)
+    plan = make_plan(
+        model, family, findings, trials[-1].prefix, texts.calibration, budget, job.sink
+    )
     student = graft(model, family, plan)
     gap = divergence(model, student, torch.tensor(plan.prefix), texts.validation)
     say(f"KL from the teacher after the graft, untrained: {gap:.4f} nats per token")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from absorb.families import Family
 from absorb.findings import Findings, SpikeNeuron
 from absorb.quantize import input_peaks
+from absorb.settings import Sink
 from absorb.sinks import Prefix, Sinks, fit_sinks, prefix_of, prefixed
 from absorb.watch import each_name, layers_of, led
 from absorb.weights import column, heads_of, weight_at
@@ -34,16 +35,24 @@ class Removal:
 class Plan:
     """Everything that the graft changes.
 
+    sinks are fitted logits, or the keys and values of the prefix itself (the form `key`).
     residual holds λ, one power of two for each channel of the stream: (hidden,). smoothing holds,
     for the name of all that is divided, the divisors: (layers, channels), with experts
     (layers, experts, channels).
     """
 
     prefix: tuple[int, ...]
-    sinks: Sinks
+    sinks: Sinks | Prefix
     removals: tuple[Removal, ...]
     residual: Tensor
     smoothing: dict[str, Tensor]
+
+    @property
+    def fit_error(self) -> Tensor:
+        """The share of the prefix's effect that each layer's sinks leave out: (layers,)."""
+        return (
+            self.sinks.error if isinstance(self.sinks, Sinks) else torch.zeros(len(self.sinks.keys))
+        )
 
 
 @torch.no_grad()
@@ -54,6 +63,7 @@ def make_plan(
     prefix_tokens: tuple[int, ...],
     tokens: Tensor,
     budget: float,
+    form: Sink = "logit",
 ) -> Plan:
     """All of a plan but its smoothing, which needs the grafted model, from text (rows, length).
 
@@ -61,8 +71,13 @@ def make_plan(
     """
     prefix = prefix_of(model, torch.tensor(prefix_tokens))
     removals = removable(model, family, prefix, findings, tokens, budget)
-    with without(model, family, tuple(removal.spike for removal in removals)):
-        sinks = fit_sinks(model, family, prefix, tokens)
+    sinks: Sinks | Prefix
+    if form == "key":
+        before = 0 if family.positions else -len(prefix_tokens)
+        sinks = prefix_of(model, prefix.tokens, before)
+    else:
+        with without(model, family, tuple(removal.spike for removal in removals)):
+            sinks = fit_sinks(model, family, prefix, tokens)
     return Plan(
         prefix=prefix_tokens,
         sinks=sinks,

@@ -81,7 +81,7 @@ def layer_figures(measurement: Measurement, plan: Plan) -> tuple[LayerFigures, .
         measurement.median.tolist(),
         measurement.token_peak.flatten(1).amax(1).tolist(),
         measurement.first_weight.mean(1).tolist(),
-        plan.sinks.error.tolist(),
+        plan.fit_error.tolist(),
         strict=True,
     )
     return tuple(

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+Sink = Literal["logit", "key"]
 Train = Literal["sinks", "scales", "all"]
 
 
@@ -59,6 +60,7 @@ class Job:
     out: Path
     calibration: Calibration = field(default_factory=Calibration)
     thresholds: Thresholds = field(default_factory=Thresholds)
+    sink: Sink = "logit"
     distillation: Distillation = field(default_factory=Distillation)
     device: str = "auto"
     force: bool = False

@@ -31,27 +31,33 @@ class Prefix:
     """What attention sees of the prefix tokens: constants, because nothing comes before them.
 
     keys and values hold one tensor (kv_heads, tokens, head_dim) a layer. The keys are rotated to
-    the positions 0 .. tokens - 1, so text that is read with them starts at position `tokens`.
+    positions from `start` on, so text that is read with them starts at `start` + tokens.
     """
 
     tokens: Tensor
+    start: int
     keys: list[Tensor]
     values: list[Tensor]
 
     def positions(self, length: int) -> Tensor:
         """The positions (1, length) of text read after the prefix."""
-        start = len(self.tokens)
+        start = self.start + len(self.tokens)
         return torch.arange(start, start + length, device=self.keys[0].device)[None]
 
 
 @torch.no_grad()
-def prefix_of(model: PreTrainedModel, tokens: Tensor) -> Prefix:
-    """The keys and values that the prefix `tokens` (n,) has in every layer."""
+def prefix_of(model: PreTrainedModel, tokens: Tensor, start: int = 0) -> Prefix:
+    """The keys and values that the prefix `tokens` (n,) has in every layer, read from `start` on.
+
+    With RoPE a start of -n is no mistake: only distances count.
+    """
     cache, arguments = remembering(model)
-    model.base_model(tokens[None].to(model.device), **arguments)
+    positions = torch.arange(start, start + len(tokens), device=model.device)[None]
+    model.base_model(tokens[None].to(model.device), position_ids=positions, **arguments)
     layers: list[Any] = cache.layers
     return Prefix(
         tokens=tokens,
+        start=start,
         keys=[layer.keys[0].clone() for layer in layers],
         values=[layer.values[0].clone() for layer in layers],
     )

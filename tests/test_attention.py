@@ -54,11 +54,12 @@ def stock(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 def in_form(form: str, student: PreTrainedModel) -> PreTrainedModel:
     """The same model with neutral sinks in the layers that have logits, and no keys drawn yet."""
     config = copy.deepcopy(student.config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = {"logit": (), "key": range(LAYERS), "mixed": (1,)}[form]
     config.absorb |= {
         "sink": [f"layers.{layer}.self_attn" for layer in range(LAYERS) if layer not in layers],
         "sink_key": [f"layers.{layer}.self_attn" for layer in layers],
-        "sink_tokens": N,
+        "sink_shape": [config.num_key_value_heads, N, head_dim],
     }
     model = type(student)(config).eval()
     model.load_state_dict(student.state_dict(), strict=False)

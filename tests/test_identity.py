@@ -206,3 +206,21 @@ def test_watching_attention_leaves_no_trace(tokens: Tensor) -> None:
     with attending(model, lambda *args, **kwargs: None):
         assert model.config._attn_implementation != before
     assert model.config._attn_implementation == before
+
+
+@EVERY
+@pytest.mark.parametrize("prefix", [(1,), (1, 9)], ids=["one token", "two tokens"])
+@torch.no_grad()
+def test_the_key_form_is_the_teacher(
+    family: Family, prefix: tuple[int, ...], tokens: Tensor
+) -> None:
+    """Keys, values, residual scales and smoothing together: nothing but a prefix less to read."""
+    model = tiny(family.model_type)
+    start = 0 if family.positions else -len(prefix)
+    constants = prefix_of(model, torch.tensor(prefix), start)
+    plan = neutral_plan(family, prefix=prefix, sinks=constants, residual=powers_of_two())
+    student = graft(model, family, plan)
+    smooth(student, family, smoothing_scales(student, family, tokens))
+    behind = model(led(tokens, constants.tokens)).logits[:, len(prefix) :]
+    assert drift(student(tokens).logits, behind) < TOLERANCE
+    assert drift(model(tokens).logits, behind) > 0.01

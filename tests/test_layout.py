@@ -67,4 +67,4 @@ def test_the_shipped_code_stands_alone() -> None:
         for node in ast.walk(ast.parse(code))
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    assert roots - {*sys.stdlib_module_names} == {"torch", "transformers"}
+    assert roots - {*sys.stdlib_module_names} == {"torch", "transformers", "triton"}
