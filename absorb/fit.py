@@ -21,7 +21,7 @@ _QUERIES = (8, 8, 16)
 # Other queries decide whether a step is taken, lest it fit its own too closely.
 _JUDGES = 64
 _DAMPING = 1e-2
-_FLOOR = 1e-6  # of the damping, as a share of the steepest direction: some lead nowhere
+_FLOOR = 1e-4  # of the damping, as a share of the steepest direction: some lead nowhere
 _SEED = 0
 
 
