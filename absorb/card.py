@@ -9,7 +9,7 @@ _CARD = """\
 
 # {title}
 
-[{model}](https://huggingface.co/{model}) with its outliers absorbed into parameters by
+{model} with its outliers absorbed into parameters by
 [absorb](https://pypi.org/project/absorb-llm/) {version}: {form}, and the outlier channels of the
 residual stream have scales.
 
@@ -48,10 +48,11 @@ _FORMS = {
 def card(report: Report) -> str:
     """The README.md of a checkpoint."""
     inspection = report.inspection
+    model = inspection.model
     return _CARD.format(
         metadata=_metadata(report),
         title=f"{inspection.model.rpartition('/')[2]}, absorbed",
-        model=inspection.model,
+        model=f"[{model}](https://huggingface.co/{model})" if "/" in model else model,
         version=inspection.versions["absorb"],
         form=_FORMS[inspection.arguments["sink"]],
         prefix=f"`{inspection.prefix_text!r}`",
@@ -64,7 +65,9 @@ def card(report: Report) -> str:
 
 
 def _metadata(report: Report) -> str:
-    lines = [f"base_model: {report.inspection.model}", "library_name: transformers"]
+    lines = ["library_name: transformers"]
+    if "/" in report.inspection.model:  # a Hub id, not the name of a file
+        lines.append(f"base_model: {report.inspection.model}")
     if report.inspection.license is not None:
         lines.append(f"license: {report.inspection.license}")
     return "\n".join([*lines, "pipeline_tag: text-generation", "tags:", "- absorb"])

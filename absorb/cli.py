@@ -58,7 +58,13 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
             "exact.",
         ),
         click.option("--prefix", help="Text that the sinks stand for.  [default: searched for]"),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of all randomness."),
+        click.option(
+            "--seed",
+            type=click.IntRange(0, 10**9),
+            default=0,
+            show_default=True,
+            help="Of all randomness.",
+        ),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ..."),
         click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
     ]
@@ -103,7 +109,7 @@ def convert(out: Path, force: bool, as_json: bool, **options: Any) -> None:
         from absorb import pipeline, report
 
         result = pipeline.convert(job, _say)
-        click.echo(report.to_json(result) if as_json else _story(result))
+        click.echo(report.to_json(result).rstrip() if as_json else _story(result))
     if not as_json:
         click.echo(f"\nwritten to {out}; load it with from_pretrained(..., trust_remote_code=True)")
 
@@ -123,7 +129,9 @@ def inspect(as_json: bool, **options: Any) -> None:
 
         result = pipeline.inspect(job, _say)
         click.echo(
-            report.to_json(result) if as_json else report.listing(report.finding_rows(result))
+            report.to_json(result).rstrip()
+            if as_json
+            else report.listing(report.finding_rows(result))
         )
 
 
@@ -165,6 +173,13 @@ class _Refusals:
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         if isinstance(error, AbsorbError):
             click.echo(f"absorb: {error}", err=True)
+            sys.exit(1)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            click.echo(
+                "absorb: the memory is full, so nothing was written; pass --train sinks, which "
+                "needs least, or --device cpu",
+                err=True,
+            )
             sys.exit(1)
         if isinstance(error, KeyboardInterrupt):
             click.echo("absorb: interrupted; nothing was written", err=True)

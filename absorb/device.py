@@ -13,6 +13,8 @@ def device_of(wish: str) -> torch.device:
     """The device that is meant by `auto`, cpu, cuda, cuda:1, ..."""
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wish.partition(":")[0] not in ("cpu", "cuda"):
+        raise AbsorbError(f"--device {wish} is not supported; pass cpu, cuda, cuda:1, ... or auto")
     try:
         torch.empty(0, device=wish)
     except (RuntimeError, AssertionError) as error:

@@ -172,7 +172,9 @@ def _step(
 
 def _rows_at_once(student: PreTrainedModel) -> int:
     """Rows whose logits, with what the loss makes of them, fit easily into memory."""
-    room = 16e9 if student.device.type == "cuda" else 0.8e9
+    room = 0.4e9
+    if student.device.type == "cuda":
+        room = min(16e9, 0.25 * torch.cuda.mem_get_info(student.device)[0])
     return max(1, int(room // (LENGTH * student.config.vocab_size * 16)))
 
 

@@ -16,7 +16,7 @@ from absorb.plan import kl
 from absorb.quantize import input_peaks, int8_static
 from absorb.watch import each_layers, eager, layers_of, led, watching
 
-_ROWS = 4
+_ROWS = 1  # the logits of one are a tenth of a gigabyte, and ten such tensors are alive at once
 # A massive activation is above both (arXiv 2402.17762).
 _MASSIVE_VALUE, _MASSIVE_RATIO = 100.0, 1000.0
 
@@ -96,7 +96,7 @@ def evaluate(
     ranges come from `calibration` (rows, length).
     """
     tallies = [_Tally() for _ in subjects]
-    for batch in tqdm(held_out.split(_ROWS), desc="evaluating", unit="batch"):
+    for batch in tqdm(held_out.split(_ROWS), desc="evaluating", unit="row"):
         tokens = batch.to(teacher.model.device)
         target = _logits(teacher, tokens).float().log_softmax(-1)
         for subject, tally in zip(subjects, tallies, strict=True):
@@ -139,7 +139,7 @@ def int8_perplexity(
 def perplexity(logits: Callable[[Tensor], Tensor], rows: Tensor, device: torch.device) -> float:
     """exp of the mean loss of every token but the first of each row, for logits(tokens)."""
     loss, count = 0.0, 0
-    for batch in tqdm(rows.split(_ROWS), desc="evaluating in INT8", unit="batch"):
+    for batch in tqdm(rows.split(_ROWS), desc="evaluating in INT8", unit="row"):
         tokens = batch.to(device)
         predicted = logits(tokens)[:, :-1].float().flatten(0, 1)
         part = functional.cross_entropy(predicted, tokens[:, 1:].flatten(), reduction="sum")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from absorb.device import hastened
 from absorb.scene import Scene
 
 # The grid of starting logits reaches from "no sink" to "a sink that takes everything".
@@ -190,8 +189,7 @@ def _jacobians(
             if with_key_bias:
                 query, pulled = scene.query[row, mine].flatten(0, 1), pull[row, mine].flatten(0, 1)
                 read = scene.value[row, kv_head]
-                with hastened(read.device):
-                    by_key_bias = _by_key_bias(query, pulled, read, given, turned)
+                by_key_bias = _by_key_bias(query, pulled, read, given, turned)
                 jacobian[..., groups + width :] = by_key_bias
             yield kv_head, jacobian.flatten(0, 1), residual[row, mine].flatten(0, 1).T.flatten()
 

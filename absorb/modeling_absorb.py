@@ -222,15 +222,16 @@ def _cuda_operator(query: Tensor, mask: Tensor | None, dropout: float) -> _Opera
     # Not torch.backends.cuda.can_use_*: a compiler cannot trace their argument.
     generation, width = _generation(), query.shape[-1]
     full = query.dtype == torch.float32
-    half = query.dtype in (torch.float16, torch.bfloat16) and generation >= 8
-    if half and width % 8 == 0:
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if half and width % 8 == 0 and generation >= 8:
         # On these, cuDNN is far ahead of flash on many queries. The numbers mean others on ROCm.
         ahead = generation in (9, 10) and torch.version.hip is None and query.shape[2] > 1
         if ahead and width <= 128 and not dropout and _enabled("cudnn"):
             return _CUDNN
         if mask is None and width <= 256 and _enabled("flash"):
             return _FLASH
-    fits = (full and width % 4 == 0) or (half and width % 8 == 0)
+    halved = half and (generation >= 8 or query.dtype == torch.float16)
+    fits = (full and width % 4 == 0) or (halved and width % 8 == 0)
     return _EFFICIENT if fits and _enabled("mem_efficient") else None
 
 

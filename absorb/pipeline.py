@@ -21,7 +21,7 @@ from absorb.report import Inspection, Report, layer_figures, versions
 from absorb.settings import Job
 from absorb.source import Source, load
 from absorb.text import Texts, gather
-from absorb.write import as_stored, write
+from absorb.write import as_stored, without_bos, write
 
 Say = Callable[[str], None]
 _NOTHING = torch.tensor([], dtype=torch.long)
@@ -53,6 +53,7 @@ def convert(job: Job, say: Say) -> Report:
         say(f"fine-tune: {plan}")
         losses = distill(source.model, student, prefix, draft.texts, plan, job.distillation.seed)
         as_stored(student, source.dtype)
+        nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
         original, converted = evaluate(
             [
                 Subject(model=source.model, lead=lead_of(source.tokenizer)),
@@ -70,6 +71,7 @@ def convert(job: Job, say: Say) -> Report:
             original=original,
             converted=converted,
         )
+        say(f"writing {job.out}")
         write(folder, student, source.tokenizer, report)
     return report
 
@@ -85,6 +87,7 @@ def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
     say(f"loading {job.model.name}")
     source = load(job.model)
     model, family = source.model, source.family
+    without_bos(source.tokenizer)  # refused now rather than after an hour
     nn.Module.to(model, device)
     sketch = replace(source, model=sketch_of(model))
     texts = gather(sketch, job.calibration, training_rows)

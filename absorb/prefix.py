@@ -50,7 +50,9 @@ def find_prefix(
     tokens = tokens[:_ROWS]
     if text is not None:
         return [_try(source, _encoded(source.tokenizer, text), tokens)]
-    candidates = tqdm(_candidates(source.tokenizer), desc="choosing the prefix", unit="token")
+    known = source.model.config.vocab_size  # a tokenizer may have more: padding that was added
+    candidates = [token for token in _candidates(source.tokenizer) if token < known]
+    candidates = tqdm(candidates, desc="choosing the prefix", unit="token")
     trials = [_try(source, (token,), tokens[:, :_BEGINNING]) for token in candidates]
     bos = source.tokenizer.bos_token_id
     trials.sort(key=lambda trial: -trial.loss * (1 - _MARGIN * (trial.prefix == (bos,))))
@@ -81,7 +83,7 @@ def _next_sink(
 def lead_of(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """What the tokenizer puts before every text: BOS, or nothing. (n,)"""
     ids = tokenizer("a")["input_ids"]
-    return torch.tensor(ids[:1] if ids[0] == tokenizer.bos_token_id else [], dtype=torch.long)
+    return torch.tensor(ids[:1] if ids[:1] == [tokenizer.bos_token_id] else [], dtype=torch.long)
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

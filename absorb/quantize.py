@@ -49,8 +49,9 @@ def input_peaks(
 
 def rounded(values: Tensor, peak: Tensor) -> Tensor:
     """Values on the symmetric INT8 grid that reaches to `peak`, which broadcasts against them."""
-    step = (peak / _LEVELS).clamp_min(torch.finfo(torch.float32).tiny).to(values.dtype)
-    return (values / step).round().clamp(-_LEVELS, _LEVELS) * step
+    # In float32: no half precision holds the least step there is, or the products exactly.
+    step = (peak.float() / _LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((values.float() / step).round().clamp(-_LEVELS, _LEVELS) * step).to(values.dtype)
 
 
 @contextmanager

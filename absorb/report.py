@@ -97,7 +97,7 @@ def to_json(data: Inspection | Report) -> str:
 
 def _plain(value: object) -> str:
     assert isinstance(value, Path)
-    return str(value)
+    return value.name  # where it lay on somebody's disk is nobody's business
 
 
 def from_json(text: str) -> Report:

@@ -138,7 +138,7 @@ def scene_of(
 ) -> Scene:
     """The scene of a call to an attention function, and of RoPE as the module was called."""
     length = query.shape[2]
-    # Hastened Linears give bfloat16, too coarse for what is fitted to them.
+    # Hastened Linears give bfloat16; what the fit adds up must not be rounded to it.
     dtype = next(module.parameters()).dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if mask is None:

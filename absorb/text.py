@@ -1,4 +1,4 @@
-"""Text to calibrate on, to train on, to choose a step by and to report on: all different."""
+"""Text to calibrate on, to train on, to choose a step by and to report on: no token is shared."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ LENGTH = 256
 CALIBRATION_ROWS = 12
 VALIDATION_ROWS = 4
 HELD_OUT_ROWS = 24
-_SAMPLED_AT_ONCE = 64
+_SAMPLED_AT_ONCE = {"cpu": 64, "cuda": 128}
 # Without it a small model soon rambles, and top-p costs a sort of the vocabulary at every step.
 _TOP_K = 100
 # Rows of sampled text start up to this many tokens into a text, as windows of a file do: sinks
@@ -35,7 +35,7 @@ _FIRST_WORDS = ("The", "In", "I", "A", "This", "It", "We", "When", "For", "If", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
-    """Token ids, each part (rows, LENGTH). No row starts with a BOS."""
+    """Token ids, each part (rows, LENGTH), without what the tokenizer puts before a text."""
 
     calibration: Tensor
     validation: Tensor
@@ -92,6 +92,8 @@ def _from_file(path: Path, tokenizer: PreTrainedTokenizerBase, sizes: list[int])
     divider = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in tqdm(documents(path), desc="reading text", unit="document"):
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + divider
+        if len(ids) >= sum(sizes) * LENGTH:
+            break
     rows, fixed = len(ids) // LENGTH, sum(sizes[:-1])
     least = fixed + min(sizes[-1], 1)
     if rows < least:
@@ -112,8 +114,8 @@ def documents(path: Path) -> list[str]:
         raise AbsorbError(f"{path} cannot be read as UTF-8 text: {error}") from None
     if path.suffix != ".jsonl":
         return [text]
-    lines = enumerate(text.splitlines(), 1)
-    # Without repeats, so that no document is in two parts.
+    lines = enumerate(text.split("\n"), 1)  # other line breaks may stand in a string
+    # Without repeats, so that no document is measured on that was trained on.
     return list(dict.fromkeys(_field(path, number, line) for number, line in lines if line.strip()))
 
 
@@ -136,14 +138,14 @@ def _sampled(source: Source, sizes: list[int], seed: int) -> list[Tensor]:
         first = _sample(source, sum(sizes[:2]), seed * 1_000_003, bar)
         others = [
             _sample(source, rows, seed * 1_000_003 + 1 + number, bar)
-            for number, rows in enumerate(_batches(sum(sizes[2:])))
+            for number, rows in enumerate(_batches(sum(sizes[2:]), source.model.device.type))
         ]
     return list(torch.cat([first, *others]).split(sizes))
 
 
-def _batches(rows: int) -> list[int]:
-    full, rest = divmod(rows, _SAMPLED_AT_ONCE)
-    return [_SAMPLED_AT_ONCE] * full + [rest] * (rest > 0)
+def _batches(rows: int, device: str) -> list[int]:
+    full, rest = divmod(rows, _SAMPLED_AT_ONCE[device])
+    return [_SAMPLED_AT_ONCE[device]] * full + [rest] * (rest > 0)
 
 
 def _sample(source: Source, rows: int, seed: int, bar: tqdm) -> Tensor:

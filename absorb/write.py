@@ -16,6 +16,8 @@ from absorb.report import Report, to_json
 from absorb.watch import quiet
 
 _SHARD = "5GB"
+# At the head of a chat template: the name that it writes BOS by means nothing there.
+_NO_BOS = "{%- set bos_token = '' -%}"
 
 
 def as_stored(student: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -47,6 +49,8 @@ def without_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         return tokenizer
     plain = copy.deepcopy(tokenizer)
     plain.add_bos_token = False
+    if isinstance(plain.chat_template, str) and "bos_token" in plain.chat_template:
+        plain.chat_template = _NO_BOS + plain.chat_template
     if len(lead_of(plain)):
         raise AbsorbError(
             f"the tokenizer {type(tokenizer).__name__} cannot be told to leave out the BOS that "

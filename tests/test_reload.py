@@ -11,10 +11,12 @@ import torch
 from click.testing import CliRunner
 from tiny import tiny
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from absorb import modeling_absorb
 from absorb.cli import main
+from absorb.write import without_bos
 
 LOAD = """
 import sys
@@ -169,3 +171,29 @@ def test_the_key_form_converts_and_reloads_as_the_teacher(source: Path, tmp_path
         # The tiny model has no outliers that were removed: the two are the same but for rounding.
         assert (model(tokens).logits - behind).abs().max() < 1e-4
         assert (teacher(tokens).logits - behind).abs().max() > 1e-2
+
+
+def test_neither_tokenizer_nor_chat_template_brings_the_bos_back() -> None:
+    tokenizer = tiny_tokenizer()
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    bos = {"id": "<s>", "ids": [1], "tokens": ["<s>"]}
+    backend["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": bos},
+    }
+    adds = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        bos_token="<s>",
+        chat_template=tokenizer.chat_template,
+    )
+    chat = [{"role": "user", "content": "a b"}]
+    assert adds("a b")["input_ids"][0] == 1
+    assert adds.apply_chat_template(chat, tokenize=False).startswith("<s>")
+    plain = without_bos(adds)
+    assert 1 not in plain("a b")["input_ids"]
+    assert plain.apply_chat_template(chat, tokenize=False) == "a b"
