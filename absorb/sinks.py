@@ -99,8 +99,7 @@ def fit_sinks(model: PreTrainedModel, family: Family, prefix: Prefix, tokens: Te
     """Fit sinks to what the prefix does to attention outputs on text `tokens` (rows, length).
 
     One forward pass: each layer is fitted on what the layers before it give with their sinks in
-    place, so later layers make up for what earlier ones could not match. Products are hastened: on
-    real text that changes the result by less than another sample of text does.
+    place, so later layers make up for what earlier ones could not match. Products are hastened.
     """
     modules = each_layers(model, family, family.attention)
     fits: list[Fit] = []
