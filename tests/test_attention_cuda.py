@@ -85,6 +85,7 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2)])
 @pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("much", [0, 2**40])  # with kernels of our own, and with torch's
 @FORMS
 def test_errors_are_no_worse_than_those_of_the_same_operator_without_sinks(
     name: str,
@@ -93,10 +94,12 @@ def test_errors_are_no_worse_than_those_of_the_same_operator_without_sinks(
     heads: int,
     kv_heads: int,
     width: int,
+    much: int,
     form: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     use(name, monkeypatch)
+    monkeypatch.setattr(modeling_absorb, "_MUCH", much)
     given = rounded(heads, kv_heads, width, dtype)
     hidden = None if mask is None else masks(LENGTH)[mask]
     allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device="cuda").tril()
