@@ -32,6 +32,7 @@ _TRAINED: dict[Train, tuple[str, ...]] = {
     "all": (*_SINKS, "input_scale"),  # and all that is stock
 }
 _TRAINING_ROWS: dict[Train, int] = {"sinks": 32, "scales": 32, "all": 1024}
+_LEAST_TRAINING_ROWS = 32  # for the smoothing scales
 _WARM_UP = 0.1
 _CHECKS = 4  # how often the held-out divergence is looked at
 
@@ -46,8 +47,12 @@ class Recipe:
 
     @property
     def training_rows(self) -> int:
-        """How much text to sample: after a few rounds over the same text, more helps little."""
-        return min(self.steps * self.rows, _TRAINING_ROWS[self.train])
+        """How much text to sample: after a few rounds over the same text, more helps little.
+
+        The smoothing scales need some even where nothing is trained.
+        """
+        wanted = max(self.steps * self.rows, _LEAST_TRAINING_ROWS)
+        return min(wanted, _TRAINING_ROWS[self.train])
 
     def __str__(self) -> str:
         return f"{self.steps} steps of {self.rows} x {LENGTH} tokens, training {self.train}"

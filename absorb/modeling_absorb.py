@@ -308,11 +308,13 @@ def _rescale(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
         _launch(_rescale_rows, out, out, lse, sinks.expand_as(lse))
         return out
     factor = torch.sigmoid(lse - sinks)[..., None]
-    if torch.compiler.is_compiling():
-        # Not in place: the compiler of torch 2.11 gives what was overwritten no gradient.
-        return (out * factor).to(out.dtype)
-    # In place, so that in half precision a factor in float32 costs nothing more.
-    return out.mul_(factor)
+    if not torch.compiler.is_compiling():
+        # In place, so that in half precision a factor in float32 costs nothing more.
+        return out.mul_(factor)
+    # A tensor of its own: to one that was overwritten, or cast to the dtype it had, the compiler of
+    # torch 2.11 gives no gradient, and says nothing.
+    rescaled = out * factor
+    return rescaled if rescaled.dtype == out.dtype else rescaled.to(out.dtype)
 
 
 def _row_products(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

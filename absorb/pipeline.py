@@ -47,7 +47,7 @@ def convert(job: Job, say: Say) -> Report:
         smooth(
             student,
             source.family,
-            smoothing_scales(student, source.family, draft.texts.calibration),
+            smoothing_scales(student, source.family, draft.texts.scaling),
         )
         prefix = torch.tensor(draft.plan.prefix)
         say(f"fine-tune: {plan}")
