@@ -63,6 +63,7 @@ def convert(job: Job, say: Say) -> Report:
             source.family,
             draft.texts.held_out,
             draft.texts.calibration,
+            job.thresholds,
         )
         report = Report(
             inspection=draft.inspection,
