@@ -16,7 +16,7 @@ from absorb.findings import find
 from absorb.graft import graft, smooth
 from absorb.measure import measure
 from absorb.plan import Plan, make_plan, smoothing_scales
-from absorb.prefix import find_prefix, lead_of
+from absorb.prefix import encoded, find_prefix, lead_of
 from absorb.report import Inspection, Report, layer_figures, versions
 from absorb.settings import Job
 from absorb.source import Source, load
@@ -88,13 +88,16 @@ def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
     say(f"loading {job.model.name}")
     source = load(job.model)
     model, family = source.model, source.family
-    without_bos(source.tokenizer)  # refused now rather than after an hour
+    # Refused now rather than after an hour.
+    without_bos(source.tokenizer)
+    text = job.calibration.prefix
+    wish = None if text is None else encoded(source, text)
     nn.Module.to(model, device)
     sketch = replace(source, model=sketch_of(model))
     texts = gather(sketch, job.calibration, training_rows)
     measurement = measure(model, family, texts.calibration, lead_of(source.tokenizer))
     findings = find(measurement, job.thresholds)
-    trials = find_prefix(sketch, job.calibration.prefix, texts.calibration, job.thresholds)
+    trials = find_prefix(sketch, wish, texts.calibration, job.thresholds)
     del sketch
     budget = job.thresholds.divergence
     plan = make_plan(
