@@ -15,7 +15,7 @@ from absorb.evaluate import Subject, evaluate
 from absorb.findings import find
 from absorb.graft import graft, smooth
 from absorb.measure import measure
-from absorb.plan import Plan, make_plan, smoothing_scales
+from absorb.plan import Plan, make_plan, residual_scales, smoothing_scales
 from absorb.prefix import encoded, find_prefix, lead_of
 from absorb.report import Inspection, Report, layer_figures, versions
 from absorb.settings import Job
@@ -99,9 +99,15 @@ def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
     findings = find(measurement, job.thresholds)
     trials = find_prefix(sketch, wish, texts.calibration, job.thresholds)
     del sketch
-    budget = job.thresholds.divergence
     plan = make_plan(
-        model, family, findings, trials[-1].prefix, texts.calibration, budget, job.sink
+        model,
+        family,
+        findings,
+        residual_scales(measurement, findings, job.residual_target),
+        trials[-1].prefix,
+        texts.calibration,
+        job.thresholds.divergence,
+        job.sink,
     )
     student = graft(model, family, plan)
     gap = divergence(model, student, torch.tensor(plan.prefix), texts.validation)
