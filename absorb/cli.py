@@ -57,6 +57,14 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
             help="How: one logit a head, which fast kernels know, or the prefix's key, which is "
             "exact.",
         ),
+        click.option(
+            "--residual-target",
+            type=click.FloatRange(0.001, 1e6),
+            default=1.0,
+            show_default=True,
+            help="Multiple of the median channel that an outlier channel is brought down to, by a "
+            "power of two.",
+        ),
         click.option("--prefix", help="Text that the sinks stand for.  [default: searched for]"),
         click.option(
             "--seed",
@@ -145,6 +153,7 @@ def _job(out: Path, force: bool, options: dict[str, Any]) -> Job:
         calibration=Calibration(**chosen(Calibration)),
         thresholds=Thresholds(**chosen(Thresholds)),
         sink=options["sink"],
+        residual_target=options["residual_target"],
         distillation=Distillation(**chosen(Distillation)),
         device=options["device"],
         force=force,

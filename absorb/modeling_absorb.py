@@ -601,18 +601,9 @@ def _hand_over_sinks(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 # --- the model -----------------------------------------------------------------------------------
 
 
-def _own(module: Any, name: str) -> Tensor:
-    """A parameter of a module, for a hook that runs outside of the module's forward."""
-    parameter: Tensor = getattr(module, name)
-    if parameter.is_meta and hasattr(module, "_hf_hook"):
-        # accelerate has put it elsewhere, and fetches it for the forward only.
-        hook = module._hf_hook
-        parameter = hook.weights_map[name].to(hook.execution_device)
-    return parameter
-
-
-def _scale_input(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (args[0] * _own(module, "input_scale").to(args[0].dtype), *args[1:])
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type to scale in: float16 holds what is written to the stream, not what a norm undoes."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _scaled_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
@@ -620,14 +611,52 @@ def _scaled_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
 
     This pays for what the sinks cost.
     """
-    scaled = hidden_states * module.input_scale.to(hidden_states.dtype)
-    return nn.functional.rms_norm(
-        scaled, module.weight.shape, module.weight, module.variance_epsilon
-    )
+    dtype = _wide(hidden_states.dtype)
+    scaled = hidden_states.to(dtype) * module.input_scale.to(dtype)
+    weight = module.weight.to(dtype)
+    normed = nn.functional.rms_norm(scaled, weight.shape, weight, module.variance_epsilon)
+    return normed.to(hidden_states.dtype)
 
 
-def _scale_output(module: Any, _: tuple[Tensor, ...], out: Tensor) -> Any:
-    return out * _own(module, "output_scale").to(out.dtype)
+def _scaled_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    """`output_scale * norm(input_scale * hidden_states)`, with the scales that the norm has."""
+    dtype = _wide(hidden_states.dtype)
+    scaled = hidden_states.to(dtype)
+    if hasattr(module, "input_scale"):
+        scaled = scaled * module.input_scale.to(dtype)
+    normed = _normed(module, scaled)
+    if hasattr(module, "output_scale"):
+        normed = normed * module.output_scale.to(dtype)
+    return normed.to(hidden_states.dtype)
+
+
+def _normed(module: Any, scaled: Tensor) -> Tensor:
+    """What the stock norm gives, in the type of `scaled`."""
+    if isinstance(module, nn.LayerNorm):
+        # Of the stock norms only this one wants its weights in the type of what it reads.
+        weight, bias = (p if p is None else p.to(scaled) for p in (module.weight, module.bias))
+        return nn.functional.layer_norm(scaled, module.normalized_shape, weight, bias, module.eps)
+    normed: Tensor = type(module).forward(module, scaled)
+    return normed
+
+
+def _scaled_embedding(module: Any, input_ids: Tensor) -> Tensor:
+    """The rows of a stock embedding times `output_scale`."""
+    scale: Tensor = module.output_scale.to(module.weight.dtype)
+    if hasattr(module, "embed_scale"):
+        # Gemma's factor, after which alone a row may not fit float16 any more.
+        scale = scale * module.embed_scale.to(scale.dtype)
+    return nn.Embedding.forward(module, input_ids) * scale
+
+
+def _scaling(module: nn.Module) -> Any:
+    """The forward that applies the scales of a module of this kind."""
+    if isinstance(module, nn.Embedding):
+        return _scaled_embedding
+    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+        # Llama's formula. Gemma's, which adds one to the weight, has another name for it.
+        return _scaled_rms_norm
+    return _scaled_norm
 
 
 class Absorbed(PreTrainedModel):
@@ -644,16 +673,10 @@ class Absorbed(PreTrainedModel):
             _add(module, "sink_key", *config.absorb["sink_shape"])
             _add(module, "sink_value", *config.absorb["sink_shape"])
             module.register_forward_pre_hook(_hand_over_sinks, with_kwargs=True)
-        for module in self._sites("input_scale"):
-            _add(module, "input_scale", hidden)
-            if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-                # Llama's formula. Gemma's, which adds one to the weight, has another name for it.
-                module.forward = MethodType(_scaled_rms_norm, module)
-            else:
-                module.register_forward_pre_hook(_scale_input)
-        for module in self._sites("output_scale"):
-            _add(module, "output_scale", hidden)
-            module.register_forward_hook(_scale_output)
+        for scale in ("input_scale", "output_scale"):
+            for module in self._sites(scale):
+                _add(module, scale, hidden)
+                module.forward = MethodType(_scaling(module), module)
         for module in self._sites("bias"):
             if module.bias is None:
                 module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))

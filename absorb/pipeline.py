@@ -15,8 +15,8 @@ from absorb.evaluate import Subject, evaluate
 from absorb.findings import find
 from absorb.graft import graft, smooth
 from absorb.measure import measure
-from absorb.plan import Plan, make_plan, smoothing_scales
-from absorb.prefix import find_prefix, lead_of
+from absorb.plan import Plan, make_plan, residual_scales, smoothing_scales
+from absorb.prefix import encoded, find_prefix, lead_of
 from absorb.report import Inspection, Report, layer_figures, versions
 from absorb.settings import Job
 from absorb.source import Source, load
@@ -63,6 +63,7 @@ def convert(job: Job, say: Say) -> Report:
             source.family,
             draft.texts.held_out,
             draft.texts.calibration,
+            job.thresholds,
         )
         report = Report(
             inspection=draft.inspection,
@@ -87,17 +88,26 @@ def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
     say(f"loading {job.model.name}")
     source = load(job.model)
     model, family = source.model, source.family
-    without_bos(source.tokenizer)  # refused now rather than after an hour
+    # Refused now rather than after an hour.
+    without_bos(source.tokenizer)
+    text = job.calibration.prefix
+    wish = None if text is None else encoded(source, text)
     nn.Module.to(model, device)
     sketch = replace(source, model=sketch_of(model))
     texts = gather(sketch, job.calibration, training_rows)
     measurement = measure(model, family, texts.calibration, lead_of(source.tokenizer))
     findings = find(measurement, job.thresholds)
-    trials = find_prefix(sketch, job.calibration.prefix, texts.calibration, job.thresholds)
+    trials = find_prefix(sketch, wish, texts.calibration, job.thresholds)
     del sketch
-    budget = job.thresholds.divergence
     plan = make_plan(
-        model, family, findings, trials[-1].prefix, texts.calibration, budget, job.sink
+        model,
+        family,
+        findings,
+        residual_scales(measurement, findings, job.residual_target),
+        trials[-1].prefix,
+        texts.calibration,
+        job.thresholds.divergence,
+        job.sink,
     )
     student = graft(model, family, plan)
     gap = divergence(model, student, torch.tensor(plan.prefix), texts.validation)

@@ -475,7 +475,7 @@ def test_a_model_exports() -> None:
 @pytest.mark.parametrize("form", ["logit", "key"])
 @torch.no_grad()
 def test_offloaded_layers_give_the_same(form: str, tmp_path: Path) -> None:
-    model = sinked("gemma2", form)  # has input and output scales, read outside of any forward
+    model = sinked("gemma2", form)  # has input and output scales
     for name, parameter in model.named_parameters():
         if name.endswith("_scale"):
             parameter.mul_(1.5)
