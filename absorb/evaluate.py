@@ -130,11 +130,18 @@ def _watched_logits(subject: Subject, family: Family, tokens: Tensor, tally: _Ta
 
 @torch.no_grad()
 def int8_perplexity(
-    subject: Subject, family: Family, held_out: Tensor, calibration: Tensor
+    subject: Subject,
+    family: Family,
+    held_out: Tensor,
+    calibration: Tensor,
+    ranges_of: Callable[..., dict[str, Tensor]] = input_peaks,
 ) -> float:
-    """Perplexity with static per-tensor INT8 activations and per-channel INT8 weights."""
-    peaks = input_peaks(subject.model, family, calibration, subject.lead)
-    with int8_static(subject.model, family, peaks):
+    """Perplexity with static per-tensor INT8 activations and per-channel INT8 weights.
+
+    The ranges are what `ranges_of` (input_peaks or clipped_ranges) finds on `calibration`.
+    """
+    ranges = ranges_of(subject.model, family, calibration, subject.lead)
+    with int8_static(subject.model, family, ranges):
         return perplexity(lambda tokens: _logits(subject, tokens), held_out, subject.model.device)
 
 
