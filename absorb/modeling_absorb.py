@@ -22,7 +22,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -583,11 +582,8 @@ def _refusal(name: str | None) -> ValueError:
     )
 
 
-def _hand_over_sinks(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Before an attention layer: sinks for a kernel that takes them; no attention without sinks."""
-    name = module.config._attn_implementation
-    if name in IMPLEMENTATIONS.values():
-        return None
+def _sinks_for(module: Any, name: str) -> Tensor:
+    """The sinks of a layer, for a kernel that takes them."""
     if name not in _KERNELS or ALL_ATTENTION_FUNCTIONS[name] is not flash_attention_forward:
         raise _refusal(name)
     if torch.is_grad_enabled() and module.sink.requires_grad:
@@ -595,10 +591,41 @@ def _hand_over_sinks(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             f"attention {name!r} has no gradient for sinks; train with attn_implementation 'sdpa' "
             "(the default), or call the model under torch.no_grad()"
         )
-    return args, {**kwargs, "s_aux": module.sink}
+    sink: Tensor = module.sink
+    return sink
 
 
 # --- the model -----------------------------------------------------------------------------------
+
+
+@cache
+def _with_forward(stock: Any, forward: Any) -> Any:
+    """A stock class with another forward.
+
+    A forward bound to the instance gets lost where modules are replicated, or where fast kernels
+    are put in place of a class's forward; engines replace a class whose name ends in RMSNorm.
+    """
+    name = f"{stock.__name__}Absorbed"
+    # Without the name of its stock class no kernel from the Hub takes its place.
+    body = {"__module__": __name__, "forward": forward, "kernel_layer_name": name}
+    return type(name, (stock,), body)
+
+
+def _change(module: Any, forward: Any) -> None:
+    stock: Any = type(module)
+    module.__class__ = _with_forward(stock, forward)
+
+
+def _stock(module: Any) -> Any:
+    return type(module).__mro__[1]
+
+
+def _attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """A stock attention layer that has sinks: it never runs without them."""
+    name = module.config._attn_implementation
+    if name not in IMPLEMENTATIONS.values():
+        kwargs["s_aux"] = _sinks_for(module, name)
+    return _stock(module).forward(module, *args, **kwargs)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -636,7 +663,7 @@ def _normed(module: Any, scaled: Tensor) -> Tensor:
         # Of the stock norms only this one wants its weights in the type of what it reads.
         weight, bias = (p if p is None else p.to(scaled) for p in (module.weight, module.bias))
         return nn.functional.layer_norm(scaled, module.normalized_shape, weight, bias, module.eps)
-    normed: Tensor = type(module).forward(module, scaled)
+    normed: Tensor = _stock(module).forward(module, scaled)
     return normed
 
 
@@ -668,15 +695,16 @@ class Absorbed(PreTrainedModel):
         heads, hidden = config.num_attention_heads, config.hidden_size
         for module in self._sites("sink"):
             _add(module, "sink", heads)
-            module.register_forward_pre_hook(_hand_over_sinks, with_kwargs=True)
+            _change(module, _attention)
         for module in self._sites("sink_key"):
             _add(module, "sink_key", *config.absorb["sink_shape"])
             _add(module, "sink_value", *config.absorb["sink_shape"])
-            module.register_forward_pre_hook(_hand_over_sinks, with_kwargs=True)
-        for scale in ("input_scale", "output_scale"):
-            for module in self._sites(scale):
-                _add(module, scale, hidden)
-                module.forward = MethodType(_scaling(module), module)
+            _change(module, _attention)
+        scaled = [(name, m) for name in ("input_scale", "output_scale") for m in self._sites(name)]
+        for name, module in scaled:
+            _add(module, name, hidden)
+        for module in {module for _, module in scaled}:
+            _change(module, _scaling(module))
         for module in self._sites("bias"):
             if module.bias is None:
                 module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))

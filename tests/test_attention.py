@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -353,6 +353,37 @@ def test_every_operator_finds_its_arguments(name: str, form: str) -> None:
     assert out.shape == inputs[0].shape
     out.backward(torch.empty_like(out))
     assert all(t.grad.shape == t.shape for t in tensors if t is not None)
+
+
+@EVERY
+def test_sinks_and_scales_outlive_a_change_of_forwards(family: str) -> None:
+    """As nn.DataParallel changes them in its replicas, and kernels from the Hub in a model."""
+    model = sinked(family)
+    for name, parameter in model.named_parameters():
+        if name.endswith("scale"):
+            parameter.copy_(draw(*parameter.shape).exp())
+    expected = model(texts()).logits
+    for module in model.modules():
+        module.forward = MethodType(type(module).forward, module)
+    assert torch.equal(model(texts()).logits, expected)
+
+
+@EVERY
+def test_no_engine_takes_a_changed_module_for_a_stock_one(family: str) -> None:
+    original = {type(module).__name__ for module in stock(family).modules()}
+    kernels = {
+        getattr(type(module), "kernel_layer_name", None) for module in stock(family).modules()
+    }
+    changed = [
+        m
+        for m in subject(family, "logit").modules()
+        if any("scale" in n or n == "sink" for n in m._parameters)
+    ]
+    assert changed
+    for module in changed:
+        assert type(module).__name__ not in original
+        assert not type(module).__name__.endswith("RMSNorm")
+        assert type(module).kernel_layer_name not in kernels
 
 
 def test_attention_without_gradients_takes_no_detour(monkeypatch: pytest.MonkeyPatch) -> None:
