@@ -92,6 +92,12 @@ def main() -> None:
     help="Of the fine-tune; 0 for none.  [default: 400 on a GPU, 12 on a CPU]",
 )
 @click.option(
+    "--minutes",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    help="Length of the fine-tune in place of --steps. Loading, sampling, planning and evaluating "
+    "take their time beside it.",
+)
+@click.option(
     "--train",
     type=click.Choice(["sinks", "scales", "all"]),
     help="What to train: sinks and their biases, residual scales too, or all weights.  "
@@ -104,6 +110,7 @@ def convert(out: Path, force: bool, as_json: bool, **options: Any) -> None:
     absorb convert demo --out smollm2-absorbed
     absorb convert Qwen/Qwen3-0.6B --out DIR --text corpus.jsonl --steps 400
     """
+    _refuse_contradictions(options)
     job = _job(out, force, options)
     with _Refusals():
         from absorb import pipeline, report
@@ -133,6 +140,11 @@ def inspect(as_json: bool, **options: Any) -> None:
             if as_json
             else report.listing(report.finding_rows(result))
         )
+
+
+def _refuse_contradictions(options: dict[str, Any]) -> None:
+    if options["steps"] is not None and options["minutes"] is not None:
+        raise click.UsageError("--steps and --minutes both set the length; drop one of them")
 
 
 def _job(out: Path, force: bool, options: dict[str, Any]) -> Job:

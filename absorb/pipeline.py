@@ -41,8 +41,8 @@ class Draft:
 def convert(job: Job, say: Say) -> Report:
     """Convert a model and write the checkpoint to job.out; `say` is told what is being done."""
     with staged(job.out, job.force) as folder:
-        plan = recipe(job.distillation, device_of(job.device))
-        draft = prepare(job, say, plan.training_rows)
+        fine_tune = recipe(job.distillation, device_of(job.device))
+        draft = prepare(job, say, fine_tune.training_rows)
         source, student = draft.source, draft.student
         smooth(
             student,
@@ -50,8 +50,10 @@ def convert(job: Job, say: Say) -> Report:
             smoothing_scales(student, source.family, draft.texts.calibration),
         )
         prefix = torch.tensor(draft.plan.prefix)
-        say(f"fine-tune: {plan}")
-        losses = distill(source.model, student, prefix, draft.texts, plan, job.distillation.seed)
+        say(f"fine-tune: {fine_tune}")
+        losses = distill(
+            source.model, student, prefix, draft.texts, fine_tune, job.distillation.seed
+        )
         as_stored(student, source.dtype)
         nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
         original, converted = evaluate(
@@ -66,7 +68,7 @@ def convert(job: Job, say: Say) -> Report:
         )
         report = Report(
             inspection=draft.inspection,
-            recipe=plan,
+            recipe=fine_tune,
             losses=losses,
             original=original,
             converted=converted,

@@ -45,9 +45,13 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
-    """The brief fine-tune. None lets the machine decide, and the choice is printed."""
+    """The brief fine-tune. None lets the machine decide, and the choice is printed.
+
+    It takes a number of steps or of minutes, not both.
+    """
 
     steps: int | None = None
+    minutes: float | None = None
     train: Train | None = None
     seed: int = 0
 
