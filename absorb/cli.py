@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from absorb import __version__
 from absorb.errors import AbsorbError
@@ -103,6 +104,12 @@ def main() -> None:
     help="What to train: sinks and their biases, residual scales too, or all weights.  "
     "[default: all on a GPU, sinks on a CPU]",
 )
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path),
+    help="Folder of a checkpoint, or the plan.safetensors in it: convert the same model as then, "
+    "without measuring or fitting anything.",
+)
 def convert(out: Path, force: bool, as_json: bool, **options: Any) -> None:
     """Convert MODEL and write a checkpoint that loads with trust_remote_code=True.
 
@@ -145,6 +152,12 @@ def inspect(as_json: bool, **options: Any) -> None:
 def _refuse_contradictions(options: dict[str, Any]) -> None:
     if options["steps"] is not None and options["minutes"] is not None:
         raise click.UsageError("--steps and --minutes both set the length; drop one of them")
+    if options["plan"] is not None:
+        origin = click.get_current_context().get_parameter_source
+        flags = {f.name: f"--threshold-{f.name.replace('_', '-')}" for f in fields(Thresholds)}
+        for name, flag in {"prefix": "--prefix", "sink": "--sink", **flags}.items():
+            if origin(name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--plan has decided what {flag} would; drop one of them")
 
 
 def _job(out: Path, force: bool, options: dict[str, Any]) -> Job:
@@ -158,6 +171,7 @@ def _job(out: Path, force: bool, options: dict[str, Any]) -> Job:
         thresholds=Thresholds(**chosen(Thresholds)),
         sink=options["sink"],
         distillation=Distillation(**chosen(Distillation)),
+        plan=options.get("plan"),
         device=options["device"],
         force=force,
     )

@@ -65,6 +65,7 @@ class Job:
     calibration: Calibration = field(default_factory=Calibration)
     thresholds: Thresholds = field(default_factory=Thresholds)
     sink: Sink = "logit"
+    plan: Path | None = None
     distillation: Distillation = field(default_factory=Distillation)
     device: str = "auto"
     force: bool = False
