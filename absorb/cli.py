@@ -58,6 +58,14 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
             help="How: one logit a head, which fast kernels know, or the prefix's key, which is "
             "exact.",
         ),
+        click.option(
+            "--residual-target",
+            type=click.FloatRange(0.001, 1e6),
+            default=1.0,
+            show_default=True,
+            help="Multiple of the median channel that an outlier channel is brought down to, by a "
+            "power of two.",
+        ),
         click.option("--prefix", help="Text that the sinks stand for.  [default: searched for]"),
         click.option(
             "--seed",
@@ -155,7 +163,8 @@ def _refuse_contradictions(options: dict[str, Any]) -> None:
     if options["plan"] is not None:
         origin = click.get_current_context().get_parameter_source
         flags = {f.name: f"--threshold-{f.name.replace('_', '-')}" for f in fields(Thresholds)}
-        for name, flag in {"prefix": "--prefix", "sink": "--sink", **flags}.items():
+        flags |= {n: f"--{n.replace('_', '-')}" for n in ("prefix", "sink", "residual_target")}
+        for name, flag in flags.items():
             if origin(name) is ParameterSource.COMMANDLINE:
                 raise click.UsageError(f"--plan has decided what {flag} would; drop one of them")
 
@@ -170,6 +179,7 @@ def _job(out: Path, force: bool, options: dict[str, Any]) -> Job:
         calibration=Calibration(**chosen(Calibration)),
         thresholds=Thresholds(**chosen(Thresholds)),
         sink=options["sink"],
+        residual_target=options["residual_target"],
         distillation=Distillation(**chosen(Distillation)),
         plan=options.get("plan"),
         device=options["device"],

@@ -33,6 +33,7 @@ _TRAINED: dict[Train, tuple[str, ...]] = {
     "all": (*_SINKS, "input_scale"),  # and all that is stock
 }
 _TRAINING_ROWS: dict[Train, int] = {"sinks": 32, "scales": 32, "all": 1024}
+_LEAST_TRAINING_ROWS = 32  # for the smoothing scales
 _WARM_UP = 0.1
 _CHECKS = 4  # how often the validation divergence is looked at: at every quarter
 
@@ -48,9 +49,14 @@ class Recipe:
 
     @property
     def training_rows(self) -> int:
-        """How much text to sample: after a few rounds over the same text, more helps little."""
+        """How much text to sample: after a few rounds over the same text, more helps little.
+
+        The smoothing scales need some even where nothing is trained.
+        """
         enough = _TRAINING_ROWS[self.train]
-        return enough if self.steps is None else min(self.steps * self.rows, enough)
+        if self.steps is None:
+            return enough
+        return min(max(self.steps * self.rows, _LEAST_TRAINING_ROWS), enough)
 
     def __str__(self) -> str:
         length = "" if self.steps is None else f"{self.steps} "

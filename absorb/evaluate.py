@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 from absorb.families import Family
 from absorb.plan import kl
 from absorb.quantize import input_peaks, int8_static
+from absorb.settings import Thresholds
 from absorb.watch import each_layers, eager, layers_of, led, watching
 
 _ROWS = 1  # the logits of one are a tenth of a gigabyte, and ten such tensors are alive at once
-# A massive activation is above both (arXiv 2402.17762).
-_MASSIVE_VALUE, _MASSIVE_RATIO = 100.0, 1000.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +64,12 @@ class _Tally:
         self.divergence += float(kl(teacher, student)[:, :-1].sum(dtype=torch.float64))
         self.tokens += tokens[:, 1:].numel()
 
-    def score(self, int8_perplexity: float) -> Score:
+    def score(self, int8_perplexity: float, thresholds: Thresholds) -> Score:
         peaks = torch.stack([torch.cat(rows).flatten() for rows in self.stream.values()])
         ratios = (
             peaks / torch.stack([torch.stack(m).mean() for m in self.medians.values()])[:, None]
         )
-        massive = (peaks > _MASSIVE_VALUE) & (ratios > _MASSIVE_RATIO)
+        massive = (peaks > thresholds.massive_value) & (ratios > thresholds.massive_ratio)
         return Score(
             perplexity=math.exp(self.loss / self.tokens),
             divergence=self.divergence / self.tokens,
@@ -89,11 +88,12 @@ def evaluate(
     family: Family,
     held_out: Tensor,
     calibration: Tensor,
+    thresholds: Thresholds,
 ) -> list[Score]:
     """Score every subject on `held_out` (rows, length).
 
     Perplexity counts each row's tokens but the first, whatever lead a model is given. Static INT8
-    ranges come from `calibration` (rows, length).
+    ranges come from `calibration` (rows, length); `thresholds` say which activations are massive.
     """
     tallies = [_Tally() for _ in subjects]
     for batch in tqdm(held_out.split(_ROWS), desc="evaluating", unit="row"):
@@ -102,7 +102,9 @@ def evaluate(
         for subject, tally in zip(subjects, tallies, strict=True):
             tally.see_logits(_watched_logits(subject, family, tokens, tally), target, tokens)
     int8 = [int8_perplexity(subject, family, held_out, calibration) for subject in subjects]
-    return [tally.score(perplexity) for tally, perplexity in zip(tallies, int8, strict=True)]
+    return [
+        tally.score(perplexity, thresholds) for tally, perplexity in zip(tallies, int8, strict=True)
+    ]
 
 
 def _logits(subject: Subject, tokens: Tensor) -> Tensor:
@@ -128,11 +130,18 @@ def _watched_logits(subject: Subject, family: Family, tokens: Tensor, tally: _Ta
 
 @torch.no_grad()
 def int8_perplexity(
-    subject: Subject, family: Family, held_out: Tensor, calibration: Tensor
+    subject: Subject,
+    family: Family,
+    held_out: Tensor,
+    calibration: Tensor,
+    ranges_of: Callable[..., dict[str, Tensor]] = input_peaks,
 ) -> float:
-    """Perplexity with static per-tensor INT8 activations and per-channel INT8 weights."""
-    peaks = input_peaks(subject.model, family, calibration, subject.lead)
-    with int8_static(subject.model, family, peaks):
+    """Perplexity with static per-tensor INT8 activations and per-channel INT8 weights.
+
+    The ranges are what `ranges_of` (input_peaks or clipped_ranges) finds on `calibration`.
+    """
+    ranges = ranges_of(subject.model, family, calibration, subject.lead)
+    with int8_static(subject.model, family, ranges):
         return perplexity(lambda tokens: _logits(subject, tokens), held_out, subject.model.device)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class Measurement:
     tokens: Tensor  # (rows, length): the ids that were read, lead included
     channel_mean: Tensor  # (layers, hidden): mean magnitude of each channel, on ordinary tokens
     channel_share: Tensor  # (layers, hidden): its mean share of the squared norm, likewise
+    channel_peak: Tensor  # (hidden,): largest magnitude of each, wherever it is read or written
     median: Tensor  # (layers,): median magnitude of the stream
     token_peak: Tensor  # (layers, rows, length): largest magnitude of each token
     token_channel: Tensor  # (layers, rows, length): the channel that has it
@@ -46,6 +48,7 @@ class _Tally:
         self.layers, layers = len(layers_of(model, family)), len(layers_of(model, family))
         self.mean: list[list[Tensor]] = [[] for _ in range(layers)]
         self.share: list[list[Tensor]] = [[] for _ in range(layers)]
+        self.reach: list[Tensor] = []
         self.median: list[list[Tensor]] = [[] for _ in range(layers)]
         self.peak: list[list[Tensor]] = [[] for _ in range(layers)]
         self.channel: list[list[Tensor]] = [[] for _ in range(layers)]
@@ -69,6 +72,10 @@ class _Tally:
         self.median[layer].append(size.median())
         self.peak[layer].append(peak)
         self.channel[layer].append(channel)
+
+    def channels(self, _: int, part: Tensor) -> None:
+        """part is (..., hidden): the stream, or what is added to it."""
+        self.reach.append(part.float().abs().flatten(0, -2).amax(0))
 
     def weights(self, layer: int, weights: Tensor) -> None:
         """weights is (batch, heads, queries, keys)."""
@@ -97,13 +104,18 @@ class _Tally:
 def _counting(model: PreTrainedModel, family: Family, tally: _Tally) -> Iterator[None]:
     layers = layers_of(model, family)
     down = [module_at(layer, family.down) for layer in layers]
-    writers = [module_at(layer, family.writes[-1]) for layer in layers]
+    reads = [module_at(layer, name) for layer in layers for name in family.reads]
+    writes = [[module_at(layer, name) for layer in layers] for name in family.writes]
     with ExitStack() as stack:
         stack.enter_context(eager(model))
         stack.enter_context(watching(layers, tally.stream))
         stack.enter_context(watching_neurons(down, tally.activation))
         stack.enter_context(watching(down, tally.down))
-        stack.enter_context(watching(writers, tally.written))
+        stack.enter_context(watching(writes[-1], tally.written))
+        # Inside a layer a channel may be larger than in what the layer hands on.
+        last = model.get_submodule(family.final_norm)
+        stack.enter_context(watching([*reads, last], tally.channels, inputs=True))
+        stack.enter_context(watching(chain(*writes), tally.channels))
         stack.enter_context(_weights(each_layers(model, family, family.attention), tally))
         yield
 
@@ -133,6 +145,7 @@ def measure(model: PreTrainedModel, family: Family, tokens: Tensor, lead: Tensor
         tokens=rows.cpu(),
         channel_mean=_mean(tally.mean),
         channel_share=_mean(tally.share),
+        channel_peak=torch.stack(tally.reach).amax(0).cpu(),
         median=_mean(tally.median),
         token_peak=_rows(tally.peak),
         token_channel=_rows(tally.channel),

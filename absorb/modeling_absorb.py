@@ -17,13 +17,13 @@ caches and masks are those of the text alone, and no sliding window leaves a sin
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -150,58 +150,101 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 # --- the operators of stock attention ------------------------------------------------------------
 
-# What the schemas of the operators call differently.
-_ALIASES = {
-    "attn_bias": "attn_mask",
-    "grad_out_": "grad_out",
-    "log_sumexp": "logsumexp",
-    "output": "out",
-    "rng_state": "philox_seed",
-    "unused": "philox_offset",
-}
-# Nobody trains a mask: the memory-efficient backward need not give its gradient.
-_ALWAYS = {"compute_log_sumexp": True, "grad_input_mask": [True, True, True, False]}
+_aten: Any = torch.ops.aten
 
 
-class _Call:
-    """An operator that finds its arguments in a dict, under one set of names for all operators."""
+class _How(NamedTuple):
+    dropout: float
+    causal: bool
+    scale: float
 
-    def __init__(self, name: str) -> None:
-        self.operator = getattr(torch.ops.aten, name).default
-        schema = self.operator._schema
-        ours = [(_ALIASES.get(arg.name, arg.name), arg) for arg in schema.arguments]
-        self.positional = [(name, arg.default_value) for name, arg in ours if not arg.kwarg_only]
-        self.keywords = [(name, arg.name) for name, arg in ours if arg.kwarg_only]
-        self.takes = [name for name, _ in ours]
-        self.gives = [_ALIASES.get(result.name, result.name) for result in schema.returns]
 
-    def __call__(self, known: dict[str, Any]) -> Any:
-        # By position: a compiler takes an argument named `out` for one to write to.
-        return self.operator(
-            *(known.get(name, default) for name, default in self.positional),
-            **{theirs: known[name] for name, theirs in self.keywords},
+class _Given(NamedTuple):
+    """What an operator gives: seed and offset are those of its dropout."""
+
+    out: Tensor
+    lse: Tensor
+    seed: Tensor | None = None
+    offset: Tensor | None = None
+
+
+def _cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: _How) -> _Given:
+    return _Given(
+        *_aten._scaled_dot_product_flash_attention_for_cpu.default(
+            query, key, value, how.dropout, how.causal, attn_mask=mask, scale=how.scale
         )
+    )
+
+
+def _cpu_backward(gradient: Tensor, inputs: Sequence[Any], given: _Given, how: _How) -> Any:
+    query, key, value, mask = inputs
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+        gradient, query, key, value, *given[:2], how.dropout, how.causal, attn_mask=mask,
+        scale=how.scale,
+    )  # fmt: skip
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: _How) -> _Given:
+    out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention.default(
+        query, key, value, mask, True, how.dropout, how.causal, scale=how.scale
+    )
+    return _Given(out, lse, seed, offset)
+
+
+def _cudnn_backward(gradient: Tensor, inputs: Sequence[Any], given: _Given, how: _How) -> Any:
+    query, key, value, mask = inputs
+    return _aten._scaled_dot_product_cudnn_attention_backward.default(
+        gradient, query, key, value, *given, mask, None, None, query.shape[2], key.shape[2],
+        how.dropout, how.causal, scale=how.scale,
+    )  # fmt: skip
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, how: _How) -> _Given:
+    out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_flash_attention.default(
+        query, key, value, how.dropout, how.causal, scale=how.scale
+    )
+    return _Given(out, lse, seed, offset)
+
+
+def _flash_backward(gradient: Tensor, inputs: Sequence[Any], given: _Given, how: _How) -> Any:
+    query, key, value, _ = inputs
+    return _aten._scaled_dot_product_flash_attention_backward.default(
+        gradient, query, key, value, *given[:2], None, None, query.shape[2], key.shape[2],
+        how.dropout, how.causal, *given[2:], scale=how.scale,
+    )  # fmt: skip
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: _How) -> _Given:
+    return _Given(
+        *_aten._scaled_dot_product_efficient_attention.default(
+            query, key, value, mask, True, how.dropout, how.causal, scale=how.scale
+        )
+    )
+
+
+def _efficient_backward(gradient: Tensor, inputs: Sequence[Any], given: _Given, how: _How) -> Any:
+    query, key, value, mask = inputs
+    # Nobody trains a mask: its gradient, the last, is not asked for.
+    return _aten._scaled_dot_product_efficient_attention_backward.default(
+        gradient, query, key, value, mask, *given, how.dropout, [True, True, True, False],
+        how.causal, scale=how.scale,
+    )[:3]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Operator:
     """One of the operators behind scaled_dot_product_attention."""
 
-    forward: _Call
-    backward: _Call
+    forward: Callable[..., _Given]
+    backward: Callable[..., Any]
     grouped: bool  # one mask and one KV head may serve several query heads
     rereads: bool  # but then it reads keys and values once for each of them
 
 
-def _operator(name: str, suffix: str = "", *, grouped: bool, rereads: bool) -> _Operator:
-    name = f"_scaled_dot_product_{name}_attention{suffix}"
-    return _Operator(_Call(name), _Call(f"{name}_backward"), grouped, rereads)
-
-
-_CPU = _operator("flash", "_for_cpu", grouped=True, rereads=True)
-_CUDNN = _operator("cudnn", grouped=True, rereads=False)
-_FLASH = _operator("flash", grouped=True, rereads=False)
-_EFFICIENT = _operator("efficient", grouped=False, rereads=True)
+_CPU = _Operator(_cpu, _cpu_backward, grouped=True, rereads=True)
+_CUDNN = _Operator(_cudnn, _cudnn_backward, grouped=True, rereads=False)
+_FLASH = _Operator(_flash, _flash_backward, grouped=True, rereads=False)
+_EFFICIENT = _Operator(_efficient, _efficient_backward, grouped=False, rereads=True)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -246,10 +289,14 @@ def _choose(query: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -
 # --- two passes over the output, each one kernel on a GPU ----------------------------------------
 
 
+# Launching a kernel of ours takes as long as six of torch's: it pays where there is much to read.
+_MUCH = 2**18
+
+
 def _fusible(out: Tensor) -> bool:
-    """Whether a kernel of ours may read a tensor. A compiler makes its own kernels."""
+    """Whether a kernel of ours may read a tensor, and should. A compiler makes its own kernels."""
     here = triton is not None and out.device.type == "cuda" and out.stride(-1) == 1
-    return here and not torch.compiler.is_compiling()
+    return here and out.numel() > _MUCH and not torch.compiler.is_compiling()
 
 
 def _rescale(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -261,11 +308,13 @@ def _rescale(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
         _launch(_rescale_rows, out, out, lse, sinks.expand_as(lse))
         return out
     factor = torch.sigmoid(lse - sinks)[..., None]
-    if torch.compiler.is_compiling():
-        # Not in place: the compiler of torch 2.11 gives what was overwritten no gradient.
-        return (out * factor).to(out.dtype)
-    # In place, so that in half precision a factor in float32 costs nothing more.
-    return out.mul_(factor)
+    if not torch.compiler.is_compiling():
+        # In place, so that in half precision a factor in float32 costs nothing more.
+        return out.mul_(factor)
+    # A tensor of its own: to one that was overwritten, or cast to the dtype it had, the compiler of
+    # torch 2.11 gives no gradient, and says nothing.
+    rescaled = out * factor
+    return rescaled if rescaled.dtype == out.dtype else rescaled.to(out.dtype)
 
 
 def _row_products(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -337,22 +386,21 @@ if triton is not None:
 
 
 def _attend(
-    operator: _Operator, known: dict[str, Any], logits: Tensor, values: Tensor | None
-) -> dict[str, Any]:
-    """Adds to what is known what the operator gives, with the sinks in `out`."""
-    known = {**known, **dict(zip(operator.forward.gives, operator.forward(known), strict=True))}
-    out, lse, sinks = known["out"], _rows(known), _together(logits)
-    out = _rescale(out, lse, sinks)
+    operator: _Operator, inputs: Sequence[Any], how: _How, logits: Tensor, values: Tensor | None
+) -> _Given:
+    """What the operator gives for query, key, value and mask, with the sinks in its output."""
+    given = operator.forward(*inputs, how)
+    lse, sinks = _rows(given.lse, inputs[0]), _together(logits)
+    out = _rescale(given.out, lse, sinks)
     if values is not None:
         weights = torch.exp(logits - torch.logaddexp(lse, sinks)[..., None])
         out = out + weights.to(out.dtype) @ values.to(out.dtype)
-    return {**known, "out": out}
+    return given._replace(out=out)
 
 
-def _rows(known: dict[str, Any]) -> Tensor:
+def _rows(lse: Tensor, query: Tensor) -> Tensor:
     """Log-sum-exp of every row: (batch, heads, queries). Some operators pad it, or add a 1."""
-    rows: Tensor = known["logsumexp"].flatten(2)[..., : known["query"].shape[2]]
-    return rows
+    return lse.flatten(2)[..., : query.shape[2]]
 
 
 class _WithSinks(torch.autograd.Function):
@@ -367,40 +415,34 @@ class _WithSinks(torch.autograd.Function):
     def forward(
         ctx: Any,
         operator: _Operator,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        how: _How,
         logits: Tensor,
         values: Tensor | None,
-        mask: Tensor | None,
-        settings: dict[str, Any],
+        *inputs: Any,
     ) -> Tensor:
-        known = {**settings, "query": query, "key": key, "value": value, "attn_mask": mask}
-        known = _attend(operator, known, logits, values)
+        given = _attend(operator, inputs, how, logits, values)
         # In place, so that padding stays: only the operator and this function ever see it.
-        rows = _rows(known)
+        rows = _rows(given.lse, inputs[0])
         rows.copy_(torch.logaddexp(rows, _together(logits)))
-        kept = {name: known[name] for name in operator.backward.takes if name in known}
-        kept |= {"logits": logits, "values": values}
-        tensors = {name: kept.pop(name) for name in list(kept) if torch.is_tensor(kept[name])}
-        ctx.save_for_backward(*tensors.values())
-        ctx.operator, ctx.names, ctx.rest = operator, list(tensors), kept
-        return known["out"]  # type: ignore[no-any-return]
+        ctx.save_for_backward(logits, values, *inputs, *given)
+        ctx.operator, ctx.how = operator, how
+        return given.out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        known = {**ctx.rest, **saved, "grad_out": gradient}
-        out, logits, values, total = known["out"], known["logits"], known["values"], _rows(known)
-        grads = ctx.operator.backward(known)[:3]
+        logits, values, *saved = ctx.saved_tensors
+        inputs, given = saved[:4], _Given(*saved[4:])
+        total = _rows(given.lse, inputs[0])
+        grads = ctx.operator.backward(gradient, inputs, given, ctx.how)
         weights = torch.exp(logits - total[..., None])
-        effect, grad_values = -_row_products(gradient, out, total.dtype)[..., None], None
+        effect = -_row_products(gradient, given.out, total.dtype)[..., None]
+        grad_values = None
         if values is not None:
             wide = gradient.to(total.dtype)
             effect = effect + wide @ values.to(total.dtype).mT
             grad_values = (weights.mT @ wide).sum(0, keepdim=True).to(values.dtype)
         grad_logits = (weights * effect).sum_to_size(logits.shape).to(logits.dtype)
-        return None, *grads, grad_logits, grad_values, None, None
+        return None, None, grad_logits, grad_values, *grads, None
 
 
 def sink_attention(
@@ -432,13 +474,12 @@ def sink_attention(
     if mask is not None and not operator.grouped:
         mask = mask.expand(*query.shape[:3], -1)
     logits, values = _sinks(module, query, scaling, None)
-    settings = {**_ALWAYS, "dropout_p": dropout, "is_causal": causal, "scale": scaling}
-    tensors = (query, key, value, logits, values)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out = _WithSinks.apply(operator, *tensors, mask, settings)  # type: ignore[no-untyped-call]
+    inputs, how = (query, key, value, mask), _How(dropout, causal, scaling)
+    trained = (query, key, value, logits, values)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
+        out = _WithSinks.apply(operator, how, logits, values, *inputs)  # type: ignore[no-untyped-call]
     else:
-        known = {**settings, "query": query, "key": key, "value": value, "attn_mask": mask}
-        out = _attend(operator, known, logits, values)["out"]
+        out = _attend(operator, inputs, how, logits, values).out
     return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
@@ -560,18 +601,9 @@ def _hand_over_sinks(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 # --- the model -----------------------------------------------------------------------------------
 
 
-def _own(module: Any, name: str) -> Tensor:
-    """A parameter of a module, for a hook that runs outside of the module's forward."""
-    parameter: Tensor = getattr(module, name)
-    if parameter.is_meta and hasattr(module, "_hf_hook"):
-        # accelerate has put it elsewhere, and fetches it for the forward only.
-        hook = module._hf_hook
-        parameter = hook.weights_map[name].to(hook.execution_device)
-    return parameter
-
-
-def _scale_input(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (args[0] * _own(module, "input_scale").to(args[0].dtype), *args[1:])
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type to scale in: float16 holds what is written to the stream, not what a norm undoes."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _scaled_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
@@ -579,14 +611,52 @@ def _scaled_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
 
     This pays for what the sinks cost.
     """
-    scaled = hidden_states * module.input_scale.to(hidden_states.dtype)
-    return nn.functional.rms_norm(
-        scaled, module.weight.shape, module.weight, module.variance_epsilon
-    )
+    dtype = _wide(hidden_states.dtype)
+    scaled = hidden_states.to(dtype) * module.input_scale.to(dtype)
+    weight = module.weight.to(dtype)
+    normed = nn.functional.rms_norm(scaled, weight.shape, weight, module.variance_epsilon)
+    return normed.to(hidden_states.dtype)
 
 
-def _scale_output(module: Any, _: tuple[Tensor, ...], out: Tensor) -> Any:
-    return out * _own(module, "output_scale").to(out.dtype)
+def _scaled_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    """`output_scale * norm(input_scale * hidden_states)`, with the scales that the norm has."""
+    dtype = _wide(hidden_states.dtype)
+    scaled = hidden_states.to(dtype)
+    if hasattr(module, "input_scale"):
+        scaled = scaled * module.input_scale.to(dtype)
+    normed = _normed(module, scaled)
+    if hasattr(module, "output_scale"):
+        normed = normed * module.output_scale.to(dtype)
+    return normed.to(hidden_states.dtype)
+
+
+def _normed(module: Any, scaled: Tensor) -> Tensor:
+    """What the stock norm gives, in the type of `scaled`."""
+    if isinstance(module, nn.LayerNorm):
+        # Of the stock norms only this one wants its weights in the type of what it reads.
+        weight, bias = (p if p is None else p.to(scaled) for p in (module.weight, module.bias))
+        return nn.functional.layer_norm(scaled, module.normalized_shape, weight, bias, module.eps)
+    normed: Tensor = type(module).forward(module, scaled)
+    return normed
+
+
+def _scaled_embedding(module: Any, input_ids: Tensor) -> Tensor:
+    """The rows of a stock embedding times `output_scale`."""
+    scale: Tensor = module.output_scale.to(module.weight.dtype)
+    if hasattr(module, "embed_scale"):
+        # Gemma's factor, after which alone a row may not fit float16 any more.
+        scale = scale * module.embed_scale.to(scale.dtype)
+    return nn.Embedding.forward(module, input_ids) * scale
+
+
+def _scaling(module: nn.Module) -> Any:
+    """The forward that applies the scales of a module of this kind."""
+    if isinstance(module, nn.Embedding):
+        return _scaled_embedding
+    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+        # Llama's formula. Gemma's, which adds one to the weight, has another name for it.
+        return _scaled_rms_norm
+    return _scaled_norm
 
 
 class Absorbed(PreTrainedModel):
@@ -603,16 +673,10 @@ class Absorbed(PreTrainedModel):
             _add(module, "sink_key", *config.absorb["sink_shape"])
             _add(module, "sink_value", *config.absorb["sink_shape"])
             module.register_forward_pre_hook(_hand_over_sinks, with_kwargs=True)
-        for module in self._sites("input_scale"):
-            _add(module, "input_scale", hidden)
-            if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-                # Llama's formula. Gemma's, which adds one to the weight, has another name for it.
-                module.forward = MethodType(_scaled_rms_norm, module)
-            else:
-                module.register_forward_pre_hook(_scale_input)
-        for module in self._sites("output_scale"):
-            _add(module, "output_scale", hidden)
-            module.register_forward_hook(_scale_output)
+        for scale in ("input_scale", "output_scale"):
+            for module in self._sites(scale):
+                _add(module, scale, hidden)
+                module.forward = MethodType(_scaling(module), module)
         for module in self._sites("bias"):
             if module.bias is None:
                 module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))

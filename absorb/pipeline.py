@@ -16,11 +16,11 @@ from absorb.evaluate import Subject, evaluate
 from absorb.findings import find
 from absorb.graft import graft, smooth
 from absorb.measure import measure
-from absorb.plan import Plan, make_plan, smoothing_scales
+from absorb.plan import Plan, make_plan, residual_scales, smoothing_scales
 from absorb.plan_file import read_plan, write_plan
-from absorb.prefix import Trial, find_prefix, lead_of
+from absorb.prefix import Trial, encoded, find_prefix, lead_of
 from absorb.report import Inspection, Report, layer_figures, versions
-from absorb.settings import Job
+from absorb.settings import Job, Thresholds
 from absorb.source import Source, load
 from absorb.text import Texts, gather
 from absorb.write import as_stored, without_bos, write
@@ -47,7 +47,7 @@ def convert(job: Job, say: Say) -> Report:
         draft = prepare(job, say, fine_tune.training_rows)
         source, student, plan = draft.source, draft.student, draft.plan
         if job.plan is None:  # a plan that was read holds the scales, and they are grafted
-            scales = smoothing_scales(student, source.family, draft.texts.calibration)
+            scales = smoothing_scales(student, source.family, draft.texts.scaling)
             smooth(student, source.family, scales)
             plan = replace(plan, smoothing=scales)
         write_plan(folder, plan, draft.inspection)
@@ -67,6 +67,7 @@ def convert(job: Job, say: Say) -> Report:
             source.family,
             draft.texts.held_out,
             draft.texts.calibration,
+            Thresholds(**draft.inspection.arguments["thresholds"]),  # a plan brings its own
         )
         report = Report(
             inspection=draft.inspection,
@@ -115,11 +116,13 @@ def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
 
 def read(job: Job, source: Source, training_rows: int | None) -> tuple[Texts, list[Trial]]:
     """The text, and the prefixes that were tried on it: none where a plan has the prefix."""
+    text = job.calibration.prefix
+    wish = None if text is None else encoded(source, text)  # refused before any text is sampled
     sketch = replace(source, model=sketch_of(source.model))
     texts = gather(sketch, job.calibration, training_rows)
     if job.plan is not None:
         return texts, []
-    return texts, find_prefix(sketch, job.calibration.prefix, texts.calibration, job.thresholds)
+    return texts, find_prefix(sketch, wish, texts.calibration, job.thresholds)
 
 
 def survey(job: Job, source: Source, texts: Texts, trials: list[Trial]) -> tuple[Plan, Inspection]:
@@ -130,8 +133,9 @@ def survey(job: Job, source: Source, texts: Texts, trials: list[Trial]) -> tuple
     model, family, text = source.model, source.family, texts.calibration
     measurement = measure(model, family, text, lead_of(source.tokenizer))
     findings = find(measurement, job.thresholds)
+    residual = residual_scales(measurement, findings, job.residual_target)
     prefix, budget = trials[-1].prefix, job.thresholds.divergence
-    plan = make_plan(model, family, findings, prefix, text, budget, job.sink)
+    plan = make_plan(model, family, findings, residual, prefix, text, budget, job.sink)
     decode: Callable[[list[int]], Any] = source.tokenizer.decode
     inspection = Inspection(
         model=source.name,
@@ -160,7 +164,7 @@ def survey(job: Job, source: Source, texts: Texts, trials: list[Trial]) -> tuple
 def recalled(job: Job, source: Source, texts: Texts, made: Inspection) -> Inspection:
     """What was found when a plan was drawn up, in a report on this conversion by it."""
     assert job.plan is not None
-    decided = {name: made.arguments[name] for name in ("sink", "thresholds")}
+    decided = {name: made.arguments[name] for name in ("sink", "residual_target", "thresholds")}
     return replace(
         made,
         model=source.name,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from absorb.families import Family
 from absorb.findings import Findings, SpikeNeuron
+from absorb.measure import Measurement
 from absorb.quantize import input_peaks
 from absorb.settings import Sink
 from absorb.sinks import Prefix, Sinks, fit_sinks, prefix_of, prefixed
@@ -20,6 +21,8 @@ from absorb.weights import column, heads_of, weight_at
 
 # Sink tokens are among the first of a text, and on them spike neurons write.
 _ROWS, _BEGINNING = 4, 128
+# Half of the largest number in float16: other text may reach further than that of the calibration.
+_FLOAT16 = 2.0**15
 _ALPHA = 0.5  # SmoothQuant's exponent (arXiv 2211.10438): activations and weights share the range
 
 
@@ -60,6 +63,7 @@ def make_plan(
     model: PreTrainedModel,
     family: Family,
     findings: Findings,
+    residual: Tensor,
     prefix_tokens: tuple[int, ...],
     tokens: Tensor,
     budget: float,
@@ -81,7 +85,7 @@ def make_plan(
         prefix=prefix_tokens,
         sinks=sinks,
         removals=removals,
-        residual=residual_scales(findings, model.config.hidden_size),
+        residual=residual,
         smoothing={},
     )
 
@@ -144,12 +148,17 @@ def kl(teacher: Tensor, student: Tensor) -> Tensor:
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 
-def residual_scales(findings: Findings, hidden: int) -> Tensor:
-    """λ: for each outlier channel the power of two that brings it near the median channel."""
-    scales = torch.ones(hidden)
+def residual_scales(measurement: Measurement, findings: Findings, target: float) -> Tensor:
+    """λ, powers of two not below one: (hidden,).
+
+    Each brings an outlier channel near `target` times the median channel, and the largest magnitude
+    of any channel, seen on calibration text, below _FLOAT16.
+    """
+    scales = 2.0 ** (measurement.channel_peak / _FLOAT16).log2().ceil()
     for found in findings.outlier_channels:
-        scales[found.channel] = 2.0 ** round(log2(found.ratio))
-    return scales
+        level = 2.0 ** round(log2(found.ratio / target))
+        scales[found.channel] = scales[found.channel].clamp_min(level)
+    return scales.clamp_min(1)
 
 
 def smoothing_scales(student: PreTrainedModel, family: Family, tokens: Tensor) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from absorb.findings import find
 from absorb.measure import measure
 from absorb.settings import Thresholds
 from absorb.source import Source
+from absorb.text import LENGTH
 from absorb.watch import led
 
 # Candidates are told apart on the beginnings of a few rows; an extension must prove itself on more.
@@ -39,17 +40,17 @@ class Trial:
 
 @torch.no_grad()
 def find_prefix(
-    source: Source, text: str | None, tokens: Tensor, thresholds: Thresholds
+    source: Source, wish: tuple[int, ...] | None, tokens: Tensor, thresholds: Thresholds
 ) -> list[Trial]:
     """The prefixes that were tried on calibration text `tokens` (rows, length); the last one won.
 
-    `text`, if given, is the prefix; otherwise it is BOS where the tokenizer adds one, else the
+    `wish`, if given, is the prefix; otherwise it is BOS where the tokenizer adds one, else the
     candidate with the lowest loss (BOS by preference), and then the tokens that are attention
     sinks even behind it.
     """
     tokens = tokens[:_ROWS]
-    if text is not None:
-        return [_try(source, _encoded(source.tokenizer, text), tokens)]
+    if wish is not None:
+        return [_try(source, wish, tokens)]
     known = source.model.config.vocab_size  # a tokenizer may have more: padding that was added
     candidates = [token for token in _candidates(source.tokenizer) if token < known]
     candidates = tqdm(candidates, desc="choosing the prefix", unit="token")
@@ -86,10 +87,17 @@ def lead_of(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(ids[:1] if ids[:1] == [tokenizer.bos_token_id] else [], dtype=torch.long)
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+def encoded(source: Source, text: str) -> tuple[int, ...]:
+    """The tokens of the prefix that the user wishes for."""
+    ids = source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise AbsorbError(f"--prefix {text!r} holds no token; give text, or leave --prefix out")
+    room = source.model.config.max_position_embeddings - LENGTH
+    if source.family.positions is not None and len(ids) > room:
+        raise AbsorbError(
+            f"--prefix is {len(ids)} tokens long and {source.name} has positions for {room} before "
+            f"the {LENGTH} tokens that absorb measures on; give a shorter --prefix"
+        )
     return tuple(ids)
 
 

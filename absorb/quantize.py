@@ -17,6 +17,10 @@ from absorb.weights import weight_at
 
 _ROWS = 4
 _LEVELS = 127
+# Where a range may end, as fractions of the largest magnitude seen, and on how many tokens it is
+# tried.
+_FRACTIONS = [0.85**step for step in range(20)]
+_TRIED = 512
 
 
 @torch.no_grad()
@@ -47,6 +51,50 @@ def input_peaks(
     return peaks
 
 
+@torch.no_grad()
+def clipped_ranges(
+    model: PreTrainedModel, family: Family, tokens: Tensor, lead: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Where a static INT8 grid had best end: a scalar under each name that `input_peaks` gives.
+
+    That is where the output has the least squared error, if errors of different inputs do not add
+    up: `sum_i |W_i|^2 (rounded(x_i) - x_i)^2`. What lies beyond is clipped. tokens is (rows,
+    length), all read at once, each row after the tokens `lead` (n,).
+    """
+    linears = linears_of(model, family)
+    names = list(linears)
+    ranges: dict[str, Tensor] = {}
+
+    def see(name: str, value: Tensor) -> None:
+        ranges[name] = _best_range(value.float(), weight_at(model, name))
+
+    rows = tokens if lead is None else led(tokens, lead)
+    inside = watching_experts(model, family, see)
+    bar = tqdm(total=len(names), desc="choosing INT8 ranges", unit="matrix")
+
+    def see_linear(index: int, value: Tensor) -> None:
+        see(names[index], value.flatten(0, -2))
+        bar.update()
+
+    with bar, inside, watching(linears.values(), see_linear, inputs=True):
+        model.base_model(rows.to(model.device), use_cache=False)
+    return ranges
+
+
+def _best_range(inputs: Tensor, weight: Tensor) -> Tensor:
+    """For inputs (tokens, ..., channels) of a weight (..., outputs, channels)."""
+    peak = inputs.abs().max()
+    tried = inputs[:: max(1, len(inputs) // _TRIED)]
+    importance = weight.float().square().sum(-2)
+    if importance.ndim == inputs.ndim:  # experts that read the same stream
+        importance = importance.sum(0)
+    errors = [
+        ((rounded(tried, peak * fraction) - tried).square() * importance).sum()
+        for fraction in _FRACTIONS
+    ]
+    return peak * _FRACTIONS[int(torch.stack(errors).argmin())]
+
+
 def rounded(values: Tensor, peak: Tensor) -> Tensor:
     """Values on the symmetric INT8 grid that reaches to `peak`, which broadcasts against them."""
     # In float32: no half precision holds the least step there is, or the products exactly.
@@ -55,8 +103,13 @@ def rounded(values: Tensor, peak: Tensor) -> Tensor:
 
 
 @contextmanager
-def int8_static(model: PreTrainedModel, family: Family, peaks: dict[str, Tensor]) -> Iterator[None]:
-    """W8A8 for a while: weights per output channel, activations per tensor with fixed `peaks`."""
+def int8_static(
+    model: PreTrainedModel, family: Family, ranges: dict[str, Tensor]
+) -> Iterator[None]:
+    """W8A8 for a while: weights per output channel, activations per tensor with fixed ranges.
+
+    A range is the largest of the tensor under the name that `input_peaks` gives.
+    """
     linears, experts = linears_of(model, family), experts_of(model, family)
     names = [*linears, *(name for names in experts for name in names)]
     weights = [weight_at(model, name).detach() for name in names]
@@ -64,11 +117,11 @@ def int8_static(model: PreTrainedModel, family: Family, peaks: dict[str, Tensor]
     for weight in weights:
         weight.copy_(rounded(weight, weight.abs().amax(-1, True)))
     handles = [
-        linear.register_forward_pre_hook(_rounding(peaks[name].max()))
+        linear.register_forward_pre_hook(_rounding(ranges[name].max()))
         for name, linear in linears.items()
     ]
     for (up, down), module in experts.items():
-        module.forward = partial(_rounded_experts, module, peaks[up].max(), peaks[down].max())
+        module.forward = partial(_rounded_experts, module, ranges[up].max(), ranges[down].max())
     try:
         yield
     finally:

@@ -236,8 +236,17 @@ def _channels(findings: Findings, layers: int) -> str:
 
 
 def _scales(inspection: Inspection) -> str:
-    shown = [f"{channel}: {scale:g}" for channel, scale in inspection.residual_scales.items()]
-    return _listed(shown[:8], len(shown))
+    """The scales of outlier channels one by one, those of all others as a range."""
+    outliers = {found.channel for found in inspection.findings.outlier_channels}
+    scales = inspection.residual_scales
+    shown = [f"{channel}: {scale:g}" for channel, scale in scales.items() if channel in outliers]
+    others = [scale for channel, scale in scales.items() if channel not in outliers]
+    text = _listed(shown[:8], len(shown))
+    if not others:
+        return text
+    span = " to ".join(f"{scale:g}" for scale in sorted({min(others), max(others)}))
+    fitted = f"{span} on {len(others)} channels to fit float16"
+    return f"{text}; {fitted}" if shown else fitted
 
 
 def _listed(shown: list[str], total: int) -> str:

@@ -65,6 +65,8 @@ class Job:
     calibration: Calibration = field(default_factory=Calibration)
     thresholds: Thresholds = field(default_factory=Thresholds)
     sink: Sink = "logit"
+    # What an outlier channel is brought down to, as a multiple of the median channel's mean.
+    residual_target: float = 1.0
     plan: Path | None = None
     distillation: Distillation = field(default_factory=Distillation)
     device: str = "auto"

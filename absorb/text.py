@@ -22,6 +22,7 @@ LENGTH = 256
 CALIBRATION_ROWS = 12
 VALIDATION_ROWS = 4
 HELD_OUT_ROWS = 24
+_SCALING_ROWS = 48
 _SAMPLED_AT_ONCE = {"cpu": 64, "cuda": 128}
 # Without it a small model soon rambles, and top-p costs a sort of the vocabulary at every step.
 _TOP_K = 100
@@ -42,6 +43,12 @@ class Texts:
     held_out: Tensor
     training: Tensor
     origin: str
+
+    @property
+    def scaling(self) -> Tensor:
+        """What smoothing scales are taken from: largest values need more text than averages do."""
+        known = torch.cat([self.calibration, self.validation, self.training])
+        return known[:_SCALING_ROWS]
 
     @property
     def fingerprint(self) -> str:

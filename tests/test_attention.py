@@ -347,8 +347,9 @@ def test_every_operator_finds_its_arguments(name: str, form: str) -> None:
     logits = torch.empty((1, 4, 1, 1) if form == "logit" else (2, 4, 40, N), device="meta")
     values = None if form == "logit" else sinks[1][None]
     tensors = [t if t is None else t.requires_grad_() for t in (*inputs, logits, values)]
-    settings = {"dropout_p": 0.0, "is_causal": True, "scale": 0.125, **modeling_absorb._ALWAYS}
-    out = modeling_absorb._WithSinks.apply(operator, *tensors, None, settings)
+    *inputs, logits, values = tensors
+    how = modeling_absorb._How(dropout=0.0, causal=True, scale=0.125)
+    out = modeling_absorb._WithSinks.apply(operator, how, logits, values, *inputs, None)
     assert out.shape == inputs[0].shape
     out.backward(torch.empty_like(out))
     assert all(t.grad.shape == t.shape for t in tensors if t is not None)
@@ -474,7 +475,7 @@ def test_a_model_exports() -> None:
 @pytest.mark.parametrize("form", ["logit", "key"])
 @torch.no_grad()
 def test_offloaded_layers_give_the_same(form: str, tmp_path: Path) -> None:
-    model = sinked("gemma2", form)  # has input and output scales, read outside of any forward
+    model = sinked("gemma2", form)  # has input and output scales
     for name, parameter in model.named_parameters():
         if name.endswith("_scale"):
             parameter.mul_(1.5)

@@ -10,7 +10,7 @@ from absorb.distill import divergence
 from absorb.findings import find
 from absorb.graft import graft
 from absorb.measure import measure
-from absorb.plan import make_plan
+from absorb.plan import make_plan, residual_scales
 from absorb.settings import ModelRef, Thresholds
 from absorb.source import load
 
@@ -29,7 +29,8 @@ def test_the_outliers_of_the_demo_model_are_found_and_absorbed() -> None:
     model, family = source.model, source.family
     ids = source.tokenizer(LICENSE.read_text())["input_ids"]
     text = torch.tensor(ids[: 8 * 256]).view(8, 256)
-    found = find(measure(model, family, text, NOTHING), Thresholds())
+    measurement = measure(model, family, text, NOTHING)
+    found = find(measurement, Thresholds())
     spikes = {(spike.layer, spike.neuron) for spike in found.spike_neurons}
     assert spikes >= {(11, 1229), (11, 1487), (28, 678)}
     assert found.massive_activations[0].channel == 507
@@ -40,7 +41,8 @@ def test_the_outliers_of_the_demo_model_are_found_and_absorbed() -> None:
     the = source.tokenizer(" the")["input_ids"][0]
     prefix = (source.tokenizer.bos_token_id, the)
     fitted, unseen = text[:6], text[6:]
-    plan = make_plan(model, family, found, prefix, fitted, budget=0.01)
+    scales = residual_scales(measurement, found, target=1)
+    plan = make_plan(model, family, found, scales, prefix, fitted, budget=0.01)
     assert {(removal.spike.layer, removal.spike.neuron) for removal in plan.removals} >= spikes
     student = graft(model, family, plan)
     left = find(measure(student, family, unseen, NOTHING), Thresholds())

@@ -1,6 +1,7 @@
 """Scores agree with computations that share no code with them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from absorb.evaluate import Score, Subject, evaluate
 from absorb.families import FAMILIES
 from absorb.graft import twin
 from absorb.plan import kl
+from absorb.settings import Thresholds
 
 NOTHING = torch.tensor([], dtype=torch.long)
 BOS = torch.tensor([1])
@@ -23,8 +25,11 @@ def model() -> PreTrainedModel:
     return tiny("llama", torch.float32)
 
 
-def score(model: PreTrainedModel, text: Tensor, lead: Tensor, teacher: Subject) -> Score:
-    [found] = evaluate([Subject(model=model, lead=lead)], teacher, LLAMA, text, text)
+def score(
+    model: PreTrainedModel, text: Tensor, lead: Tensor, teacher: Subject, **changes: float
+) -> Score:
+    thresholds = replace(Thresholds(), **changes)
+    [found] = evaluate([Subject(model=model, lead=lead)], teacher, LLAMA, text, text, thresholds)
     return found
 
 
@@ -71,6 +76,18 @@ def test_massive_activations_are_counted_by_token(model: PreTrainedModel, tokens
 
 
 @torch.no_grad()
+def test_the_thresholds_decide_which_activations_are_massive(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    teacher = Subject(model=model, lead=NOTHING)
+    limits = {"massive_value": 0.0, "massive_ratio": 0.0}
+    assert score(model, tokens, NOTHING, teacher, **limits).massive_tokens == tokens.numel()
+    for name in limits:
+        fewer = score(model, tokens, NOTHING, teacher, **{**limits, name: 1e9})
+        assert fewer.massive_tokens == 0
+
+
+@torch.no_grad()
 def test_the_weight_on_the_first_token_is_a_mean_over_queries_after_it(
     model: PreTrainedModel, tokens: Tensor
 ) -> None:
@@ -85,6 +102,6 @@ def test_the_weight_on_the_first_token_is_a_mean_over_queries_after_it(
 def test_a_neutral_twin_scores_like_its_original(model: PreTrainedModel, tokens: Tensor) -> None:
     teacher = Subject(model=model, lead=NOTHING)
     student = Subject(model=twin(model, LLAMA), lead=NOTHING)
-    original, converted = evaluate([teacher, student], teacher, LLAMA, tokens, tokens)
+    original, converted = evaluate([teacher, student], teacher, LLAMA, tokens, tokens, Thresholds())
     assert converted.perplexity == pytest.approx(original.perplexity, rel=1e-5)
     assert converted.int8_perplexity == pytest.approx(original.int8_perplexity, rel=1e-3)

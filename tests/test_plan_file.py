@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import tiny
+from tiny import HIDDEN, tiny
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
@@ -114,6 +114,7 @@ def test_a_conversion_by_a_plan_can_be_fine_tuned(model: Path, made: Path, tmp_p
 # Every family
 
 
+RESIDUAL = 2.0 ** (torch.arange(HIDDEN) % 5)
 NOTHING = Findings(
     sink_heads=(),
     sink_tokens=(),
@@ -167,12 +168,11 @@ def test_a_plan_of_any_family_survives_being_written_and_read(
     family: Family, sink: str, tokens: Tensor, tmp_path: Path
 ) -> None:
     source = source_of(family)
-    plan = make_plan(source.model, family, NOTHING, (1, 9), tokens, 0.0, sink)
+    plan = make_plan(source.model, family, NOTHING, RESIDUAL, (1, 9), tokens, 0.0, sink)
     spike = SpikeNeuron(layer=1, neuron=7, contribution=1.0)
     plan = replace(
         plan,
         removals=(Removal(spike=spike, divergence=0.0),),
-        residual=2.0 ** (torch.arange(len(plan.residual)) % 5),
         smoothing=smoothing_scales(graft(source.model, family, plan), family, tokens),
     )
     write_plan(tmp_path, plan, inspected(source, plan, sink))
@@ -305,7 +305,12 @@ def test_a_refusal_is_one_sentence_and_leaves_nothing(model: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "option",
-    [("--prefix", "a"), ("--sink", "logit"), ("--threshold-divergence", "0.01")],
+    [
+        ("--prefix", "a"),
+        ("--sink", "logit"),
+        ("--residual-target", "1"),
+        ("--threshold-divergence", "0.01"),
+    ],
     ids=lambda option: option[0],
 )
 def test_what_the_plan_has_decided_cannot_be_asked_for(

@@ -5,7 +5,7 @@ from tiny import tiny
 from torch import Tensor, nn
 
 from absorb.families import FAMILIES
-from absorb.quantize import input_peaks, int8_static, rounded
+from absorb.quantize import clipped_ranges, input_peaks, int8_static, rounded
 from absorb.watch import linears_of
 
 LLAMA = FAMILIES["llama"]
@@ -62,3 +62,26 @@ def test_the_model_is_left_as_it_was(tokens: Tensor) -> None:
     assert torch.equal(model(tokens).logits, before)
     hooks = [m._forward_pre_hooks for m in model.modules() if isinstance(m, nn.Linear)]
     assert not any(hooks)
+
+
+@torch.no_grad()
+def test_a_range_is_clipped_where_rare_values_cost_more_than_they_are_worth(tokens: Tensor) -> None:
+    model = tiny("llama", torch.float32)
+    peaks, ranges = input_peaks(model, LLAMA, tokens), clipped_ranges(model, LLAMA, tokens)
+    assert peaks.keys() == ranges.keys()
+    assert all(0 < ranges[name] <= peaks[name].max() * (1 + 1e-6) for name in peaks)
+    # A channel that hardly matters would coarsen the grid of all.
+    name = "model.layers.1.mlp.down_proj"
+    down, seen = model.get_submodule(name), {}
+    down.weight[:, 3] = 1e-6
+    up = model.get_submodule("model.layers.1.mlp.up_proj")
+    up.weight[3] *= 20
+    watched = down.register_forward_pre_hook(lambda _, args: seen.update(inputs=args[0]))
+    ranges = clipped_ranges(model, LLAMA, tokens)
+    watched.remove()
+    inputs = seen["inputs"].flatten(0, 1)
+    errors = [
+        ((rounded(inputs, end) - inputs) @ down.weight.T).square().sum()
+        for end in (ranges[name], inputs.abs().max())
+    ]
+    assert errors[0] < errors[1] / 10

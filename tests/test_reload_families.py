@@ -20,6 +20,7 @@ from absorb.findings import SpikeNeuron
 from absorb.graft import graft
 from absorb.plan import Plan, Removal
 from absorb.sinks import fit_sinks, prefix_of
+from absorb.text import LENGTH
 
 LOAD = """
 import sys
@@ -64,6 +65,25 @@ def test_a_model_with_learned_positions_converts_exactly(tmp_path: Path) -> None
     assert json.loads((out / "absorb.json").read_text())["inspection"]["divergence"] < 1e-6
     assert json.loads((out / "config.json").read_text())["n_positions"] == 1023
     assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 1023
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_a_prefix_that_runs_off_the_position_table_is_refused(
+    model_type: str, tmp_path: Path
+) -> None:
+    room = 40
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    settings = {"max_position_embeddings": LENGTH + room, "vocab_size": len(tokenizer)}
+    tiny(model_type, torch.float32, **settings).save_pretrained(tmp_path)
+    fits = CliRunner().invoke(main, ["inspect", str(tmp_path), "--prefix", "a" * room])
+    assert fits.exit_code == 0, fits.output
+    refused = CliRunner().invoke(main, ["inspect", str(tmp_path), "--prefix", "a" * (room + 1)])
+    assert refused.exit_code == 1
+    said = f"--prefix is {room + 1} tokens long and {tmp_path.name} has positions for {room} before"
+    assert said in refused.stderr
+    assert "sampling" not in refused.stderr  # it is refused before anything takes long
+    assert "Traceback" not in refused.stderr
 
 
 @pytest.fixture(scope="module")
