@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from absorb.device import hastened
 from absorb.errors import AbsorbError
 from absorb.modeling_absorb import NEUTRAL
 from absorb.plan import kl
@@ -203,7 +204,8 @@ def _step(
 ) -> float:
     total = 0.0
     for part in batch.split(_rows_at_once(student)):
-        loss = _divergence(teacher, student, prefix, part) * len(part) / len(batch)
+        with hastened(student.device):
+            loss = _divergence(teacher, student, prefix, part) * len(part) / len(batch)
         loss.backward()
         total += loss.item()
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -23,7 +23,7 @@ CALIBRATION_ROWS = 12
 VALIDATION_ROWS = 4
 HELD_OUT_ROWS = 24
 _SCALING_ROWS = 48
-_SAMPLED_AT_ONCE = {"cpu": 64, "cuda": 128}
+_SAMPLED_AT_ONCE = {"cpu": 64, "cuda": 512}
 # Without it a small model soon rambles, and top-p costs a sort of the vocabulary at every step.
 _TOP_K = 100
 # Rows of sampled text start up to this many tokens into a text, as windows of a file do: sinks
