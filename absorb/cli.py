@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from absorb import __version__
 from absorb.errors import AbsorbError
@@ -100,10 +101,22 @@ def main() -> None:
     help="Of the fine-tune; 0 for none.  [default: 400 on a GPU, 12 on a CPU]",
 )
 @click.option(
+    "--minutes",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    help="Length of the fine-tune in place of --steps. Loading, sampling, planning and evaluating "
+    "take their time beside it.",
+)
+@click.option(
     "--train",
     type=click.Choice(["sinks", "scales", "all"]),
     help="What to train: sinks and their biases, residual scales too, or all weights.  "
     "[default: all on a GPU, sinks on a CPU]",
+)
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path),
+    help="Folder of a checkpoint, or the plan.safetensors in it: convert the same model as then, "
+    "without measuring or fitting anything.",
 )
 def convert(out: Path, force: bool, as_json: bool, **options: Any) -> None:
     """Convert MODEL and write a checkpoint that loads with trust_remote_code=True.
@@ -112,6 +125,7 @@ def convert(out: Path, force: bool, as_json: bool, **options: Any) -> None:
     absorb convert demo --out smollm2-absorbed
     absorb convert Qwen/Qwen3-0.6B --out DIR --text corpus.jsonl --steps 400
     """
+    _refuse_contradictions(options)
     job = _job(out, force, options)
     with _Refusals():
         from absorb import pipeline, report
@@ -143,6 +157,18 @@ def inspect(as_json: bool, **options: Any) -> None:
         )
 
 
+def _refuse_contradictions(options: dict[str, Any]) -> None:
+    if options["steps"] is not None and options["minutes"] is not None:
+        raise click.UsageError("--steps and --minutes both set the length; drop one of them")
+    if options["plan"] is not None:
+        origin = click.get_current_context().get_parameter_source
+        flags = {f.name: f"--threshold-{f.name.replace('_', '-')}" for f in fields(Thresholds)}
+        flags |= {n: f"--{n.replace('_', '-')}" for n in ("prefix", "sink", "residual_target")}
+        for name, flag in flags.items():
+            if origin(name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--plan has decided what {flag} would; drop one of them")
+
+
 def _job(out: Path, force: bool, options: dict[str, Any]) -> Job:
     def chosen(names: type) -> dict[str, Any]:
         return {f.name: options[f.name] for f in fields(names) if f.name in options}
@@ -155,6 +181,7 @@ def _job(out: Path, force: bool, options: dict[str, Any]) -> Job:
         sink=options["sink"],
         residual_target=options["residual_target"],
         distillation=Distillation(**chosen(Distillation)),
+        plan=options.get("plan"),
         device=options["device"],
         force=force,
     )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from time import monotonic
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +36,15 @@ _TRAINED: dict[Train, tuple[str, ...]] = {
 _TRAINING_ROWS: dict[Train, int] = {"sinks": 32, "scales": 32, "all": 1024}
 _LEAST_TRAINING_ROWS = 32  # for the smoothing scales
 _WARM_UP = 0.1
-_CHECKS = 4  # how often the held-out divergence is looked at
+_CHECKS = 4  # how often the validation divergence is looked at: at every quarter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What the fine-tune will do."""
+    """What the fine-tune will do, in a number of steps or until so many minutes are over."""
 
-    steps: int
+    steps: int | None
+    minutes: float | None = None
     train: Train
     rows: int  # of text in a step
 
@@ -52,11 +54,15 @@ class Recipe:
 
         The smoothing scales need some even where nothing is trained.
         """
-        wanted = max(self.steps * self.rows, _LEAST_TRAINING_ROWS)
-        return min(wanted, _TRAINING_ROWS[self.train])
+        enough = _TRAINING_ROWS[self.train]
+        if self.steps is None:
+            return enough
+        return min(max(self.steps * self.rows, _LEAST_TRAINING_ROWS), enough)
 
     def __str__(self) -> str:
-        return f"{self.steps} steps of {self.rows} x {LENGTH} tokens, training {self.train}"
+        length = "" if self.steps is None else f"{self.steps} "
+        limit = "" if self.minutes is None else f"{self.minutes:g} minutes of "
+        return f"{limit}{length}steps of {self.rows} x {LENGTH} tokens, training {self.train}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +80,14 @@ def recipe(wish: Distillation, device: torch.device) -> Recipe:
     On a GPU everything is trained. On a CPU there is time for the sinks and their biases only.
     """
     gpu = device.type == "cuda"
-    steps = wish.steps if wish.steps is not None else (400 if gpu else 12)
+    steps = wish.steps
+    if steps is None and wish.minutes is None:
+        steps = 400 if gpu else 12
     return Recipe(
-        steps=steps, train=wish.train or ("all" if gpu else "sinks"), rows=32 if gpu else 8
+        steps=steps,
+        minutes=wish.minutes,
+        train=wish.train or ("all" if gpu else "sinks"),
+        rows=32 if gpu else 8,
     )
 
 
@@ -85,31 +96,60 @@ def distill(
     student: PreTrainedModel,
     prefix: Tensor,
     texts: Texts,
-    plan: Recipe,
+    fine_tune: Recipe,
     seed: int,
 ) -> Losses:
     """Train the student in place, and keep its best step by the divergence on validation text.
 
-    The teacher reads the tokens `prefix` (n,) first, the student never does.
+    The teacher reads the tokens `prefix` (n,) first, the student never does. Limited by minutes,
+    no two runs are the same to the bit: how many steps there are, and the learning rate of each,
+    depend on how fast the machine is.
     """
     student.eval()  # dropout would only blur what is to be matched
-    parameters = _choose(student, plan.train)
+    parameters = _choose(student, fine_tune.train)
     check = _Check(teacher, student, prefix, texts.validation, parameters)
     check(0)
     losses = []
-    if plan.steps:
-        optimizer = _optimizer(student, parameters)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, plan.steps))
-        batches = _batches(texts.training, plan.rows, seed)
-        for step in tqdm(range(1, plan.steps + 1), desc="fine-tuning", unit="step"):
+    optimizer = _optimizer(student, parameters)
+    batches = _batches(texts.training, fine_tune.rows, seed)
+    pace = _Pace(fine_tune)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: _rate(pace.done, pace.whole))
+    with pace.bar:
+        while pace.done < pace.whole:
             loss = _step(teacher, student, prefix, next(batches), optimizer, parameters)
-            losses.append((step, loss))
+            check_is_due = pace.count()
+            losses.append((pace.steps, loss))
             schedule.step()
-            if step % max(1, plan.steps // _CHECKS) == 0 or step == plan.steps:
-                check(step)
+            if check_is_due:
+                check(pace.steps)
     check.restore()
     student.requires_grad_(False)
     return Losses(training=tuple(losses), held_out=tuple(check.seen), kept=check.kept)
+
+
+class _Pace:
+    """How far a fine-tune is: `done` of `whole`, in steps or, limited by minutes, in seconds."""
+
+    def __init__(self, fine_tune: Recipe) -> None:
+        self.timed = fine_tune.minutes is not None
+        self.whole: float = fine_tune.steps or 60 * (fine_tune.minutes or 0)
+        self.done: float = 0
+        self.steps = 0
+        self.started = monotonic()
+        self.bar = tqdm(
+            total=self.whole,
+            desc="fine-tuning",
+            unit="s" if self.timed else "step",
+            unit_scale=self.timed,
+            disable=not self.whole,
+        )
+
+    def count(self) -> bool:
+        """Count a step that is over; whether it was the last one of a quarter."""
+        before, self.steps = self.done, self.steps + 1
+        self.done = monotonic() - self.started if self.timed else self.steps
+        self.bar.update(min(self.done, self.whole) - before)
+        return _CHECKS * self.done // self.whole > _CHECKS * before // self.whole
 
 
 def _choose(student: PreTrainedModel, train: Train) -> list[nn.Parameter]:
@@ -133,12 +173,14 @@ def _optimizer(student: PreTrainedModel, parameters: list[nn.Parameter]) -> torc
     return torch.optim.AdamW(settings, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-def _rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to zero."""
-    warm = max(1, round(_WARM_UP * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+def _rate(done: float, whole: float) -> float:
+    """Linear warm-up, then a cosine down to zero, after `done` of `whole` steps or seconds."""
+    warm = max(1, round(_WARM_UP * whole))
+    if done >= whole:
+        return 0.0
+    if done < warm:
+        return min(1.0, (done + 1) / warm)
+    return 0.5 * (1 + math.cos(math.pi * (done - warm) / (whole - warm)))
 
 
 def _batches(training: Tensor, rows: int, seed: int) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from math import nan
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from absorb.findings import find
 from absorb.graft import graft, smooth
 from absorb.measure import measure
 from absorb.plan import Plan, make_plan, residual_scales, smoothing_scales
-from absorb.prefix import encoded, find_prefix, lead_of
+from absorb.plan_file import read_plan, write_plan
+from absorb.prefix import Trial, encoded, find_prefix, lead_of
 from absorb.report import Inspection, Report, layer_figures, versions
-from absorb.settings import Job
+from absorb.settings import Job, Thresholds
 from absorb.source import Source, load
 from absorb.text import Texts, gather
 from absorb.write import as_stored, without_bos, write
@@ -41,17 +43,19 @@ class Draft:
 def convert(job: Job, say: Say) -> Report:
     """Convert a model and write the checkpoint to job.out; `say` is told what is being done."""
     with staged(job.out, job.force) as folder:
-        plan = recipe(job.distillation, device_of(job.device))
-        draft = prepare(job, say, plan.training_rows)
-        source, student = draft.source, draft.student
-        smooth(
-            student,
-            source.family,
-            smoothing_scales(student, source.family, draft.texts.scaling),
+        fine_tune = recipe(job.distillation, device_of(job.device))
+        draft = prepare(job, say, fine_tune.training_rows)
+        source, student, plan = draft.source, draft.student, draft.plan
+        if job.plan is None:  # a plan that was read holds the scales, and they are grafted
+            scales = smoothing_scales(student, source.family, draft.texts.scaling)
+            smooth(student, source.family, scales)
+            plan = replace(plan, smoothing=scales)
+        write_plan(folder, plan, draft.inspection)
+        prefix = torch.tensor(plan.prefix)
+        say(f"fine-tune: {fine_tune}")
+        losses = distill(
+            source.model, student, prefix, draft.texts, fine_tune, job.distillation.seed
         )
-        prefix = torch.tensor(draft.plan.prefix)
-        say(f"fine-tune: {plan}")
-        losses = distill(source.model, student, prefix, draft.texts, plan, job.distillation.seed)
         as_stored(student, source.dtype)
         nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
         original, converted = evaluate(
@@ -63,11 +67,11 @@ def convert(job: Job, say: Say) -> Report:
             source.family,
             draft.texts.held_out,
             draft.texts.calibration,
-            job.thresholds,
+            Thresholds(**draft.inspection.arguments["thresholds"]),  # a plan brings its own
         )
         report = Report(
             inspection=draft.inspection,
-            recipe=plan,
+            recipe=fine_tune,
             losses=losses,
             original=original,
             converted=converted,
@@ -83,40 +87,61 @@ def inspect(job: Job, say: Say) -> Inspection:
 
 
 def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
-    """Measure the model, plan its conversion and graft the plan onto a copy of it."""
+    """Plan the conversion, or take the plan that the user names, and graft it onto a copy."""
     device = device_of(job.device)
     say(f"loading {job.model.name}")
     source = load(job.model)
     model, family = source.model, source.family
-    # Refused now rather than after an hour.
-    without_bos(source.tokenizer)
-    text = job.calibration.prefix
-    wish = None if text is None else encoded(source, text)
+    without_bos(source.tokenizer)  # refused now rather than after an hour
+    made = None if job.plan is None else read_plan(job.plan, source)
     nn.Module.to(model, device)
-    sketch = replace(source, model=sketch_of(model))
-    texts = gather(sketch, job.calibration, training_rows)
-    measurement = measure(model, family, texts.calibration, lead_of(source.tokenizer))
-    findings = find(measurement, job.thresholds)
-    trials = find_prefix(sketch, wish, texts.calibration, job.thresholds)
-    del sketch
-    plan = make_plan(
-        model,
-        family,
-        findings,
-        residual_scales(measurement, findings, job.residual_target),
-        trials[-1].prefix,
-        texts.calibration,
-        job.thresholds.divergence,
-        job.sink,
-    )
+    texts, trials = read(job, source, training_rows)
+    if made is None:
+        plan, inspection = survey(job, source, texts, trials)
+    else:
+        plan, found = made
+        inspection = recalled(job, source, texts, found)
+        say(f"plan: read from {job.plan}, so nothing is measured or fitted")
     student = graft(model, family, plan)
     gap = divergence(model, student, torch.tensor(plan.prefix), texts.validation)
     say(f"KL from the teacher after the graft, untrained: {gap:.4f} nats per token")
+    return Draft(
+        source=source,
+        texts=texts,
+        plan=plan,
+        student=student,
+        inspection=replace(inspection, divergence=gap),
+    )
+
+
+def read(job: Job, source: Source, training_rows: int | None) -> tuple[Texts, list[Trial]]:
+    """The text, and the prefixes that were tried on it: none where a plan has the prefix."""
+    text = job.calibration.prefix
+    wish = None if text is None else encoded(source, text)  # refused before any text is sampled
+    sketch = replace(source, model=sketch_of(source.model))
+    texts = gather(sketch, job.calibration, training_rows)
+    if job.plan is not None:
+        return texts, []
+    return texts, find_prefix(sketch, wish, texts.calibration, job.thresholds)
+
+
+def survey(job: Job, source: Source, texts: Texts, trials: list[Trial]) -> tuple[Plan, Inspection]:
+    """Measure the model and plan its conversion, for the last of the prefixes that were tried.
+
+    The inspection lacks the divergence, which needs the grafted model.
+    """
+    model, family, text = source.model, source.family, texts.calibration
+    measurement = measure(model, family, text, lead_of(source.tokenizer))
+    findings = find(measurement, job.thresholds)
+    residual = residual_scales(measurement, findings, job.residual_target)
+    prefix, budget = trials[-1].prefix, job.thresholds.divergence
+    plan = make_plan(model, family, findings, residual, prefix, text, budget, job.sink)
     decode: Callable[[list[int]], Any] = source.tokenizer.decode
     inspection = Inspection(
         model=source.name,
         commit=source.commit,
         license=source.license,
+        fingerprint=source.fingerprint,
         family=family.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
         layers=layer_figures(measurement, plan),
@@ -129,8 +154,25 @@ def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
         findings=findings,
         removals=plan.removals,
         residual_scales={i: s for i, s in enumerate(plan.residual.tolist()) if s != 1},
-        divergence=gap,
+        divergence=nan,
         versions=versions(),
         arguments=asdict(job),
     )
-    return Draft(source=source, texts=texts, plan=plan, student=student, inspection=inspection)
+    return plan, inspection
+
+
+def recalled(job: Job, source: Source, texts: Texts, made: Inspection) -> Inspection:
+    """What was found when a plan was drawn up, in a report on this conversion by it."""
+    assert job.plan is not None
+    decided = {name: made.arguments[name] for name in ("sink", "residual_target", "thresholds")}
+    return replace(
+        made,
+        model=source.name,
+        commit=source.commit,
+        license=source.license,
+        dtype=str(source.dtype).removeprefix("torch."),
+        text_origin=texts.origin,
+        text_sha256=texts.fingerprint,
+        versions=versions(),
+        arguments={**asdict(job), **decided, "plan": job.plan.resolve().name},
+    )

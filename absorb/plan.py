@@ -77,8 +77,7 @@ def make_plan(
     removals = removable(model, family, prefix, findings, tokens, budget)
     sinks: Sinks | Prefix
     if form == "key":
-        before = 0 if family.positions else -len(prefix_tokens)
-        sinks = prefix_of(model, prefix.tokens, before)
+        sinks = prefix_of(model, prefix.tokens, start_of(family, prefix_tokens))
     else:
         with without(model, family, tuple(removal.spike for removal in removals)):
             sinks = fit_sinks(model, family, prefix, tokens)
@@ -89,6 +88,14 @@ def make_plan(
         residual=residual,
         smoothing={},
     )
+
+
+def start_of(family: Family, prefix: tuple[int, ...]) -> int:
+    """The position from which a prefix is read whose keys and values are kept: text is at 0 on.
+
+    With learned positions the text moves instead, because none of them is negative.
+    """
+    return 0 if family.positions else -len(prefix)
 
 
 @contextmanager

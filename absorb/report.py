@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from absorb import __version__
 from absorb.distill import Losses, Recipe
@@ -17,6 +17,7 @@ from absorb.plan import Plan, Removal
 from absorb.prefix import Trial
 
 Row = tuple[str, ...]
+Kind = TypeVar("Kind", "Inspection", "Report")
 _WIDTH = 100
 
 
@@ -37,6 +38,7 @@ class Inspection:
     model: str
     commit: str | None
     license: str | None
+    fingerprint: str  # of the weights
     family: str
     dtype: str
     layers: tuple[LayerFigures, ...]
@@ -100,11 +102,11 @@ def _plain(value: object) -> str:
     return value.name  # where it lay on somebody's disk is nobody's business
 
 
-def from_json(text: str) -> Report:
-    """The report that `to_json` wrote."""
-    report = _built(Report, json.loads(text))
-    assert isinstance(report, Report)
-    return report
+def from_json(kind: type[Kind], text: str) -> Kind:
+    """The inspection or report that `to_json` wrote."""
+    data = _built(kind, json.loads(text))
+    assert isinstance(data, kind)
+    return data
 
 
 def _built(kind: Any, data: Any) -> Any:
@@ -170,6 +172,7 @@ def finding_rows(inspection: Inspection) -> list[Row]:
     """The findings and the plan, a line each."""
     findings, layers = inspection.findings, len(inspection.layers)
     return [
+        *_origin(inspection),
         ("attention sinks", _sinks(inspection)),
         ("massive activations", _massive(inspection)),
         ("spike neurons", _neurons(inspection)),
@@ -179,6 +182,13 @@ def finding_rows(inspection: Inspection) -> list[Row]:
         ("residual scales", _scales(inspection)),
         ("KL after the graft, nats", f"{inspection.divergence:.4f}"),
     ]
+
+
+def _origin(inspection: Inspection) -> list[Row]:
+    plan = inspection.arguments.get("plan")
+    if plan is None:
+        return []
+    return [("plan", f"read from {plan}, and the findings with it")]
 
 
 def _name(inspection: Inspection, token: int) -> str:

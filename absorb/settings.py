@@ -45,9 +45,13 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
-    """The brief fine-tune. None lets the machine decide, and the choice is printed."""
+    """The brief fine-tune. None lets the machine decide, and the choice is printed.
+
+    It takes a number of steps or of minutes, not both.
+    """
 
     steps: int | None = None
+    minutes: float | None = None
     train: Train | None = None
     seed: int = 0
 
@@ -63,6 +67,7 @@ class Job:
     sink: Sink = "logit"
     # What an outlier channel is brought down to, as a multiple of the median channel's mean.
     residual_target: float = 1.0
+    plan: Path | None = None
     distillation: Distillation = field(default_factory=Distillation)
     device: str = "auto"
     force: bool = False

@@ -4,6 +4,7 @@ What can be refused from the configuration and the list of files is refused befo
 downloaded or read.
 """
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Up to this size a progress bar would be gone before it is read.
 QUIET_BYTES = 2_000_000_000
 
+_FINGERPRINT_VALUES = 4096  # of each parameter, at most
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -44,6 +47,20 @@ class Source:
     dtype: torch.dtype  # that most weights were stored in; float32 for a quantised .gguf file
     license: str | None
     commit: str | None  # of the Hub repository
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the parameters: their names, shapes, and some thousand values of each.
+
+        It takes a fraction of a second, and no two trainings have it in common. Rounding the
+        weights changes it.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            every = -(-parameter.numel() // _FINGERPRINT_VALUES)
+            values = parameter.detach().flatten()[::every].cpu().contiguous()
+            digest.update(f"{name} {tuple(parameter.shape)} ".encode() + values.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def load(ref: ModelRef) -> Source:

@@ -1,6 +1,8 @@
 """The fine-tune: it trains what it was told to, gets closer, and never hands back a worse step."""
 
 from dataclasses import replace
+from itertools import count
+from time import monotonic
 
 import pytest
 import torch
@@ -58,8 +60,8 @@ def test_only_what_was_asked_for_is_trained(
     for name, parameter in student.named_parameters():
         if name.endswith("sink"):
             parameter.data.fill_(0.5)  # a sink far below the logits has next to no gradient
-    plan = Recipe(steps=8, train=train, rows=4)
-    losses = distill(teacher, student, PREFIX, texts(), plan, seed=0)
+    fine_tune = Recipe(steps=8, train=train, rows=4)
+    losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
     assert losses.kept > 0
     assert changed(student, before) == expected
     assert not any(parameter.requires_grad for parameter in student.parameters())
@@ -69,8 +71,8 @@ def test_training_brings_the_student_closer(
     teacher: PreTrainedModel, student: PreTrainedModel
 ) -> None:
     start = divergence(teacher, student, PREFIX, texts().validation)
-    plan = Recipe(steps=30, train="all", rows=8)
-    losses = distill(teacher, student, PREFIX, texts(), plan, seed=0)
+    fine_tune = Recipe(steps=30, train="all", rows=8)
+    losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
     assert losses.held_out[0] == (0, pytest.approx(start))
     reached = divergence(teacher, student, PREFIX, texts().validation)
     assert reached < 0.9 * start
@@ -83,8 +85,8 @@ def test_the_best_step_is_kept_even_if_it_is_the_untrained_one(
 ) -> None:
     monkeypatch.setattr(module, "_WEIGHT_RATE", 1.0)  # ruins every weight at the first step
     before = {name: value.clone() for name, value in student.named_parameters()}
-    plan = Recipe(steps=2, train="all", rows=4)
-    losses = distill(teacher, student, PREFIX, texts(), plan, seed=0)
+    fine_tune = Recipe(steps=2, train="all", rows=4)
+    losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
     assert losses.kept == 0
     assert losses.held_out[-1][1] > losses.held_out[0][1]
     assert not changed(student, before)
@@ -93,8 +95,8 @@ def test_the_best_step_is_kept_even_if_it_is_the_untrained_one(
 def test_no_steps_change_nothing(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     before = {name: value.clone() for name, value in student.named_parameters()}
     nothing = replace(texts(), training=torch.empty(0, 12, dtype=torch.long))
-    plan = Recipe(steps=0, train="all", rows=4)
-    losses = distill(teacher, student, PREFIX, nothing, plan, seed=0)
+    fine_tune = Recipe(steps=0, train="all", rows=4)
+    losses = distill(teacher, student, PREFIX, nothing, fine_tune, seed=0)
     assert (losses.training, losses.kept) == ((), 0)
     assert not changed(student, before)
 
@@ -103,9 +105,9 @@ def test_a_fine_tune_that_diverges_is_told(
     teacher: PreTrainedModel, student: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_WEIGHT_RATE", 1e30)
-    plan = Recipe(steps=20, train="all", rows=4)
+    fine_tune = Recipe(steps=20, train="all", rows=4)
     with pytest.raises(AbsorbError, match=r"diverged.*--steps 0"):
-        distill(teacher, student, PREFIX, texts(), plan, seed=0)
+        distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
 
 
 def test_a_student_that_gives_no_numbers_is_told(
@@ -117,10 +119,10 @@ def test_a_student_that_gives_no_numbers_is_told(
 
 
 def test_the_same_seed_gives_the_same_student(teacher: PreTrainedModel) -> None:
-    plan = Recipe(steps=4, train="all", rows=4)
+    fine_tune = Recipe(steps=4, train="all", rows=4)
     students = [twin(teacher, FAMILIES["llama"]) for _ in range(3)]
     for seed, student in zip((0, 0, 1), students, strict=True):
-        distill(teacher, student, PREFIX, texts(), plan, seed)
+        distill(teacher, student, PREFIX, texts(), fine_tune, seed)
     first, second, other = (student.state_dict() for student in students)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert any(not torch.equal(value, other[name]) for name, value in first.items())
@@ -163,7 +165,61 @@ def test_dropout_does_not_blur_the_student() -> None:
     teacher = tiny("gpt2", torch.float32)
     student = twin(teacher, FAMILIES["gpt2"])
     start = divergence(teacher, student, PREFIX, texts().validation)
-    plan = Recipe(steps=1, train="all", rows=4)
-    losses = distill(teacher, student, PREFIX, texts(), plan, seed=0)
+    fine_tune = Recipe(steps=1, train="all", rows=4)
+    losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
     assert losses.held_out[0][1] == pytest.approx(start, rel=1e-5)
     assert not student.training
+
+
+@pytest.mark.parametrize(
+    ("seconds", "checked"), [(0.7, [0, 11, 22, 33, 43]), (9, [0, 1, 2, 3, 4]), (20, [0, 1, 2])]
+)
+def test_a_fine_tune_by_the_clock_ends_in_time_and_cools_down(
+    seconds: float,
+    checked: list[int],
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, rates, rate = count(100, seconds), [], module._rate
+    monkeypatch.setattr(module, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(module, "_rate", lambda *at: rates.append(rate(*at)) or rates[-1])
+    fine_tune = Recipe(steps=None, minutes=0.5, train="all", rows=4)
+    losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
+    assert [step for step, _ in losses.training] == list(range(1, checked[-1] + 1))
+    assert [step for step, _ in losses.held_out] == checked
+    assert rates[0] == pytest.approx(1 / 3)  # one second of the three that it warms up for
+    cooling = rates[rates.index(max(rates)) :]
+    assert cooling == sorted(cooling, reverse=True)
+    assert cooling[-1] == 0
+    assert losses.held_out[-1][1] < losses.held_out[0][1]
+
+
+def test_the_clock_is_that_on_the_wall(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    fine_tune = Recipe(steps=None, minutes=0.01, train="sinks", rows=4)
+    started = monotonic()
+    losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
+    assert monotonic() - started >= 0.6
+    assert losses.training
+
+
+def test_checks_come_at_every_quarter(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    for steps, expected in ((1, [0, 1]), (3, [0, 1, 2, 3]), (10, [0, 3, 5, 8, 10])):
+        fine_tune = Recipe(steps=steps, train="sinks", rows=4)
+        losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
+        assert [step for step, _ in losses.held_out] == expected
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.2, 30, 600])
+def test_the_learning_rate_by_the_clock_never_exceeds_its_peak(seconds: float) -> None:
+    rates = [module._rate(seconds * permille / 1000, seconds) for permille in range(1001)]
+    assert min(rates) >= 0
+    assert max(rates) <= 1
+    assert rates[-1] == 0
+
+
+def test_minutes_take_the_place_of_steps() -> None:
+    asked = recipe(Distillation(minutes=1.5), torch.device("cpu"))
+    assert (asked.steps, asked.minutes, asked.training_rows) == (None, 1.5, 32)
+    assert str(asked) == "1.5 minutes of steps of 8 x 256 tokens, training sinks"
+    assert recipe(Distillation(minutes=1), torch.device("cuda")).training_rows == 1024

@@ -31,6 +31,7 @@ ORDER = (
     "distill",
     "evaluate",
     "report",
+    "plan_file",
     "card",
     "checkpoint",
     "write",

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from absorb.card import card
-from absorb.report import from_json, to_json
+from absorb.report import Report, from_json, to_json
 
 ROOT = Path(__file__).parent.parent
 CARD = ROOT / "model_cards" / "smollm2-135m-absorbed"
@@ -18,10 +18,10 @@ def test_the_readme_shows_the_figures_of_its_files() -> None:
 
 
 def test_the_model_card_is_that_of_its_report() -> None:
-    report = from_json((CARD / "absorb.json").read_text())
+    report = from_json(Report, (CARD / "absorb.json").read_text())
     assert card(report) == (CARD / "README.md").read_text()
 
 
 def test_a_report_survives_being_written_and_read() -> None:
     text = (CARD / "absorb.json").read_text()
-    assert to_json(from_json(text)) == text
+    assert to_json(from_json(Report, text)) == text

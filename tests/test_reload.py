@@ -103,6 +103,7 @@ def test_the_checkpoint_is_complete(converted: Path) -> None:
     assert (converted / code.name).read_bytes() == code.read_bytes()
     names = {path.name for path in converted.iterdir()}
     assert {"model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= names
+    assert "plan.safetensors" in names
     assert not list(converted.parent.glob("*.partial"))
 
 
@@ -145,6 +146,20 @@ def test_misuse_is_told_from_refusal(tmp_path: Path) -> None:
     assert CliRunner().invoke(main, ["convert", "demo"]).exit_code == 2
     missing = CliRunner().invoke(main, ["inspect", str(tmp_path / "nothing")])
     assert missing.exit_code == 1
+
+
+def test_a_conversion_by_the_clock_is_reported(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["convert", str(source), "--out", str(out), "--minutes", "0.02"]
+    assert CliRunner().invoke(main, [*command, "--steps", "1"]).exit_code == 2
+    assert CliRunner().invoke(main, [*command[:-1], "0"]).exit_code == 2
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert "fine-tune: 0.02 minutes of steps" in result.stderr
+    assert "Fine-tune: 0.02 minutes of steps" in (out / "README.md").read_text()
+    report = json.loads((out / "absorb.json").read_text())
+    assert (report["recipe"]["steps"], report["recipe"]["minutes"]) == (None, 0.02)
+    assert report["losses"]["training"]
 
 
 def test_help_does_not_wait_for_torch() -> None:

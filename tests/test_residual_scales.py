@@ -19,7 +19,7 @@ from absorb.findings import OutlierChannel, find
 from absorb.graft import graft
 from absorb.measure import Measurement, measure
 from absorb.plan import Plan, make_plan, residual_scales
-from absorb.report import finding_rows, from_json, listing
+from absorb.report import Report, finding_rows, from_json, listing
 from absorb.settings import Sink, Thresholds
 from absorb.watch import layers_of, led
 from absorb.weights import bias_at, is_norm, place_at, weight_at
@@ -216,7 +216,7 @@ def test_a_channel_that_is_large_inside_a_layer_alone_is_noticed(text: Tensor) -
 
 
 def test_the_listing_stays_short_when_every_channel_is_scaled() -> None:
-    inspection = from_json((CARD / "absorb.json").read_text()).inspection
+    inspection = from_json(Report, (CARD / "absorb.json").read_text()).inspection
     outliers = {found.channel for found in inspection.findings.outlier_channels}
     scales = {channel: 64.0 if channel in outliers else 2.0 for channel in range(576)}
     scales[99] = 4.0

@@ -1,0 +1,154 @@
+"""A plan as a file, plan.safetensors: enough to convert the same model again without any text.
+
+The tensors are those of the Plan. The inspection that came with them is the only entry of the
+metadata, because safetensors writes several in random order.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from absorb.errors import AbsorbError
+from absorb.plan import Plan, start_of
+from absorb.report import Inspection, from_json, to_json
+from absorb.sinks import Prefix, Sinks
+from absorb.source import Source
+from absorb.watch import layers_of
+from absorb.weights import heads_of, weight_at
+
+PLAN = "plan.safetensors"
+_INSPECTION = "absorb_inspection"
+
+
+def write_plan(folder: Path, plan: Plan, inspection: Inspection) -> None:
+    """Write a plan to a folder, and with it what was found out about its model."""
+    sinks = plan.sinks
+    if isinstance(sinks, Prefix):
+        tensors = {"keys": torch.stack(sinks.keys), "values": torch.stack(sinks.values)}
+    else:
+        tensors = {
+            "logits": sinks.logits,
+            "values": sinks.values,
+            "key_biases": sinks.key_biases,
+            "error": sinks.error,
+        }
+    tensors["residual"] = plan.residual
+    tensors |= {f"smoothing.{name}": scales for name, scales in plan.smoothing.items()}
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        folder / PLAN,
+        metadata={_INSPECTION: to_json(inspection)},
+    )
+
+
+def read_plan(path: Path, source: Source) -> tuple[Plan, Inspection]:
+    """The plan in a file, or in the folder of a checkpoint, and the inspection that it came with.
+
+    An AbsorbError says why it is no plan for the model of `source`. Nothing is unpickled.
+    """
+    file = path / PLAN if path.is_dir() else path
+    tensors, inspection = _read(file)
+    _refuse_another_model(file, inspection, source)
+    _refuse_damage(file, tensors, inspection, source)
+    prefix = inspection.prefix
+    sinks: Sinks | Prefix
+    if inspection.arguments["sink"] == "key":
+        sinks = Prefix(
+            tokens=torch.tensor(prefix),
+            start=start_of(source.family, prefix),
+            keys=list(tensors["keys"]),
+            values=list(tensors["values"]),
+        )
+    else:
+        sinks = Sinks(
+            logits=tensors["logits"],
+            values=tensors["values"],
+            key_biases=tensors["key_biases"],
+            error=tensors["error"],
+        )
+    plan = Plan(
+        prefix=prefix,
+        sinks=sinks,
+        removals=inspection.removals,
+        residual=tensors["residual"],
+        smoothing={name: tensors[f"smoothing.{name}"] for name in source.family.links},
+    )
+    return plan, inspection
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], Inspection]:
+    what_to_do = f"name a folder that `absorb convert` wrote, or the {PLAN} in it"
+    if not file.is_file():
+        raise AbsorbError(f"{file} does not exist; {what_to_do}")
+    try:
+        with safe_open(file, "pt") as content:
+            text = (content.metadata() or {}).get(_INSPECTION)
+            if text is None:
+                raise AbsorbError(f"{file} is not a plan; {what_to_do}")
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise AbsorbError(f"{file} cannot be read as a plan ({reason}); {what_to_do}") from error
+    try:
+        return tensors, from_json(Inspection, text)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise AbsorbError(
+            f"{file} was written by another version of absorb; convert without --plan"
+        ) from error
+
+
+def _refuse_another_model(file: Path, inspection: Inspection, source: Source) -> None:
+    theirs, ours = inspection.family, source.family.model_type
+    if theirs != ours:
+        raise AbsorbError(
+            f"{file} is the plan of {inspection.model}, a {theirs} model, and {source.name} is a "
+            f"{ours} model; convert the model that the plan was made for"
+        )
+    if inspection.fingerprint != source.fingerprint:
+        raise AbsorbError(
+            f"{file} is the plan of {inspection.model}, and {source.name} has other weights; "
+            "convert the model that the plan was made for"
+        )
+
+
+def _refuse_damage(
+    file: Path, tensors: dict[str, Tensor], inspection: Inspection, source: Source
+) -> None:
+    expected = _shapes(inspection, source)
+    strange = [f"lacks {name}" for name in sorted(expected.keys() - tensors.keys())]
+    strange += [f"holds {name}, unknown" for name in sorted(tensors.keys() - expected.keys())]
+    for name in sorted(expected.keys() & tensors.keys()):
+        tensor, shape = tensors[name], expected[name]
+        divides = name == "residual" or name.startswith("smoothing.")
+        if tuple(tensor.shape) != shape:
+            strange.append(f"holds {name} of the shape {tuple(tensor.shape)} and not {shape}")
+        elif not tensor.isfinite().all():
+            strange.append(f"has NaN or infinity in {name}")
+        elif divides and not (tensor > 0).all():
+            strange.append(f"has a divisor in {name} that is not above zero")
+    if strange:
+        raise AbsorbError(
+            f"{file} {strange[0]}, so it is damaged; fetch it again or convert without --plan"
+        )
+
+
+def _shapes(inspection: Inspection, source: Source) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a plan of this model holds, by name."""
+    model, family = source.model, source.family
+    layers, hidden = layers_of(model, family), model.config.hidden_size
+    heads, kv_heads = heads_of(model.config, family)
+    head_dim = weight_at(layers[0], family.output).shape[-1] // heads
+    *experts, _, neurons = weight_at(layers[0], family.down).shape
+    inside: dict[str, tuple[int, ...]]  # of one layer
+    if inspection.arguments["sink"] == "key":
+        tokens = (kv_heads, len(inspection.prefix), head_dim)
+        inside = {"keys": tokens, "values": tokens}
+    else:
+        vectors = (kv_heads, head_dim)
+        inside = {"logits": (heads,), "values": vectors, "key_biases": vectors, "error": ()}
+    divided = {family.value: (kv_heads * head_dim,), family.up: (*experts, neurons)}
+    inside |= {f"smoothing.{name}": divided.get(name, (hidden,)) for name in family.links}
+    return {"residual": (hidden,), **{name: (len(layers), *s) for name, s in inside.items()}}

@@ -1,0 +1,321 @@
+"""A plan file alone redoes a conversion to the bit, and what is no plan for a model is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import HIDDEN, tiny
+from tiny_tokenizer import tiny_tokenizer
+from torch import Tensor
+
+from absorb.cli import main
+from absorb.errors import AbsorbError
+from absorb.families import FAMILIES, Family
+from absorb.findings import Findings, SpikeNeuron
+from absorb.graft import graft
+from absorb.plan import Plan, Removal, make_plan, smoothing_scales
+from absorb.plan_file import PLAN, read_plan, write_plan
+from absorb.report import Inspection, versions
+from absorb.settings import Job, ModelRef
+from absorb.source import Source, load
+
+# Low enough that neurons of a tiny model are removed and channels of its stream are rescaled.
+LOW = ["--threshold-channel-ratio", "1.3", "--threshold-massive-value", "1"]
+LOW += ["--threshold-massive-ratio", "1", "--threshold-divergence", "1"]
+
+
+def absorb(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def saved(folder: Path, dtype: torch.dtype = torch.float32, model_type: str = "llama") -> Path:
+    tiny(model_type, torch.float32).to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def converted(model: Path, out: Path, *options: str) -> Path:
+    result = absorb("convert", model, "--out", out, "--steps", "0", *options)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "absorb.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted(model, tmp_path_factory.mktemp("made") / "first", *LOW)
+
+
+@pytest.mark.parametrize("sink", ["logit", "key"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_plan_file_alone_gives_the_same_weights_whatever_the_text(
+    sink: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = saved(tmp_path / "model", dtype)
+    first = converted(model, tmp_path / "first", "--sink", sink, *LOW)
+    found = report(first)["inspection"]
+    assert found["removals"]
+    assert found["residual_scales"]
+    shutil.copy(first / PLAN, tmp_path / "alone.safetensors")
+    plan = ["--plan", str(tmp_path / "alone.safetensors")]
+    second = converted(model, tmp_path / "second", *plan, "--seed", "1")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (second / name).read_bytes() == (first / name).read_bytes(), name
+    assert report(second)["inspection"]["text_sha256"] != found["text_sha256"]
+
+
+def test_a_conversion_by_a_plan_reports_the_same_figures_and_says_where_it_is_from(
+    model: Path, made: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = absorb("convert", model, "--plan", made, "--out", out, "--steps", "0")
+    assert result.exit_code == 0, result.output
+    assert "sampling text" in result.stderr
+    assert "read from first" in result.stdout
+    assert "read from first" in (out / "README.md").read_text()
+    for work in ("measuring the original", "choosing the prefix", "fitting sinks", "removing"):
+        assert work not in result.stderr
+    before, after = report(made), report(out)
+    assert after["inspection"]["arguments"]["plan"] == "first"
+    assert after["original"] == before["original"]
+    assert after["converted"] == before["converted"]
+    told_apart = {"arguments", "divergence"}
+    for name in before["inspection"].keys() - told_apart:
+        assert after["inspection"][name] == before["inspection"][name], name
+    kept = after["inspection"]["arguments"]["thresholds"]
+    assert kept == before["inspection"]["arguments"]["thresholds"]
+    again = tmp_path / "again"
+    converted(model, again, "--plan", str(out))
+    assert (again / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
+def test_a_conversion_by_a_plan_can_be_fine_tuned(model: Path, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = absorb("convert", model, "--plan", made / PLAN, "--out", out, "--steps", "2")
+    assert result.exit_code == 0, result.output
+    assert len(report(out)["losses"]["training"]) == 2
+
+
+# Every family
+
+
+RESIDUAL = 2.0 ** (torch.arange(HIDDEN) % 5)
+NOTHING = Findings(
+    sink_heads=(),
+    sink_tokens=(),
+    massive_activations=(),
+    spike_neurons=(),
+    outlier_channels=(),
+    outlier_tokens=0,
+)
+
+
+def inspected(source: Source, plan: Plan, sink: str) -> Inspection:
+    return Inspection(
+        model=source.name,
+        commit=None,
+        license=None,
+        fingerprint=source.fingerprint,
+        family=source.family.model_type,
+        dtype="float32",
+        layers=(),
+        text_origin="",
+        text_sha256="",
+        prefix=plan.prefix,
+        prefix_text="",
+        prefix_trials=(),
+        token_text={},
+        findings=NOTHING,
+        removals=plan.removals,
+        residual_scales={},
+        divergence=0.0,
+        versions=versions(),
+        arguments=asdict(Job(model=ModelRef(name="tiny"), out=Path("out"), sink=sink)),
+    )
+
+
+def source_of(family: Family) -> Source:
+    return Source(
+        name=f"tiny {family.model_type}",
+        model=tiny(family.model_type, torch.float32),
+        tokenizer=tiny_tokenizer(),
+        family=family,
+        dtype=torch.float32,
+        license=None,
+        commit=None,
+    )
+
+
+@pytest.mark.parametrize("sink", ["logit", "key"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+@torch.no_grad()
+def test_a_plan_of_any_family_survives_being_written_and_read(
+    family: Family, sink: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    source = source_of(family)
+    plan = make_plan(source.model, family, NOTHING, RESIDUAL, (1, 9), tokens, 0.0, sink)
+    spike = SpikeNeuron(layer=1, neuron=7, contribution=1.0)
+    plan = replace(
+        plan,
+        removals=(Removal(spike=spike, divergence=0.0),),
+        smoothing=smoothing_scales(graft(source.model, family, plan), family, tokens),
+    )
+    write_plan(tmp_path, plan, inspected(source, plan, sink))
+    read, _ = read_plan(tmp_path, source)
+    before = graft(source.model, family, plan).state_dict()
+    after = graft(source.model, family, read).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+# Refusals
+
+
+@pytest.fixture(scope="module")
+def source(model: Path) -> Source:
+    return load(ModelRef(name=str(model)))
+
+
+def edited(made: Path, folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> Path:
+    """The plan of a checkpoint with other tensors."""
+    tensors = load_file(made / PLAN)
+    edit(tensors)
+    with safe_open(made / PLAN, "pt") as content:
+        save_file(tensors, folder / PLAN, metadata=content.metadata())
+    return folder / PLAN
+
+
+def drop(name: str) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: [tensors.pop(name)]
+
+
+def put(name: str, value: float) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors[name].view(-1)[-1:].fill_(value)
+
+
+def shorten(name: str) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.update({name: tensors[name][:-1].clone()})
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (drop("logits"), "lacks logits"),
+        (drop("smoothing.mlp.up_proj"), "lacks smoothing.mlp.up_proj"),
+        (shorten("values"), r"holds values of the shape \(2, 2, 8\) and not \(3, 2, 8\)"),
+        (shorten("residual"), r"holds residual of the shape \(31,\) and not \(32,\)"),
+        (put("error", float("nan")), "has NaN or infinity in error"),
+        (
+            put("smoothing.mlp.up_proj", float("inf")),
+            "has NaN or infinity in smoothing.mlp.up_proj",
+        ),
+        (put("residual", 0), "has a divisor in residual that is not above zero"),
+        (lambda tensors: tensors.update(more=torch.ones(1)), "holds more, unknown"),
+    ],
+)
+def test_a_damaged_plan_is_refused(
+    edit: Callable[[dict[str, Tensor]], None],
+    sentence: str,
+    made: Path,
+    source: Source,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(AbsorbError, match=f"{sentence}, so it is damaged; fetch it again"):
+        read_plan(edited(made, tmp_path, edit), source)
+
+
+def test_a_truncated_plan_is_refused(made: Path, source: Source, tmp_path: Path) -> None:
+    content = (made / PLAN).read_bytes()
+    for size in (0, 100, len(content) // 2, len(content) - 1):
+        (tmp_path / PLAN).write_bytes(content[:size])
+        with pytest.raises(AbsorbError, match="cannot be read as a plan"):
+            read_plan(tmp_path, source)
+
+
+def test_what_is_no_plan_is_refused(made: Path, source: Source, tmp_path: Path) -> None:
+    with pytest.raises(AbsorbError, match=r"nowhere does not exist; name a folder"):
+        read_plan(tmp_path / "nowhere", source)
+    with pytest.raises(AbsorbError, match=r"plan.safetensors does not exist; name a folder"):
+        read_plan(tmp_path, source)
+    with pytest.raises(AbsorbError, match=r"model.safetensors is not a plan"):
+        read_plan(made / "model.safetensors", source)
+    with pytest.raises(AbsorbError, match=r"absorb.json cannot be read as a plan"):
+        read_plan(made / "absorb.json", source)
+
+
+def test_a_pickle_is_not_opened(source: Source, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+            return Path.touch, (tmp_path / "exploded",)
+
+    torch.save(Bomb(), tmp_path / PLAN)
+    with pytest.raises(AbsorbError, match="cannot be read as a plan"):
+        read_plan(tmp_path, source)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"family": "llama", "colour": 1}'])
+def test_a_plan_of_another_version_is_refused(
+    text: str, made: Path, source: Source, tmp_path: Path
+) -> None:
+    with safe_open(made / PLAN, "pt") as content:
+        [name] = content.metadata()
+    save_file(load_file(made / PLAN), tmp_path / PLAN, metadata={name: text})
+    with pytest.raises(AbsorbError, match="was written by another version of absorb"):
+        read_plan(tmp_path, source)
+
+
+def test_the_plan_of_another_model_is_refused(
+    model: Path, made: Path, source: Source, tmp_path: Path
+) -> None:
+    other = load(ModelRef(name=str(model)))
+    other.model.model.layers[2].mlp.down_proj.weight.data[5] += 1e-3
+    with pytest.raises(AbsorbError, match=r"is the plan of .*, and .* has other weights; convert"):
+        read_plan(made, other)
+    other = source_of(FAMILIES["qwen2"])
+    with pytest.raises(AbsorbError, match="a llama model, and tiny qwen2 is a qwen2 model"):
+        read_plan(made, other)
+    read_plan(made, source)
+
+
+def test_a_refusal_is_one_sentence_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    result = absorb("convert", model, "--plan", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"absorb: {tmp_path / PLAN} does not exist; name a folder")
+    assert "sampling" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--prefix", "a"),
+        ("--sink", "logit"),
+        ("--residual-target", "1"),
+        ("--threshold-divergence", "0.01"),
+    ],
+    ids=lambda option: option[0],
+)
+def test_what_the_plan_has_decided_cannot_be_asked_for(
+    option: tuple[str, str], model: Path, made: Path, tmp_path: Path
+) -> None:
+    result = absorb("convert", model, "--plan", made, "--out", tmp_path / "out", *option)
+    assert result.exit_code == 2
+    assert f"--plan has decided what {option[0]} would; drop one of them" in result.stderr
