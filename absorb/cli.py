@@ -27,13 +27,23 @@ _THRESHOLDS = {
 }
 
 
+class _Number(click.FloatRange):
+    """A range that has no place for NaN, which compares as neither too small nor too large."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number: float = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value} is not a number", param, ctx)
+        return number
+
+
 def _model_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that convert and inspect share."""
     for field in reversed(fields(Thresholds)):
         command = click.option(
             f"--threshold-{field.name.replace('_', '-')}",
             field.name,
-            type=click.FloatRange(min=0),
+            type=_Number(min=0),
             default=field.default,
             show_default=True,
             help=_THRESHOLDS[field.name],
@@ -60,7 +70,7 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--residual-target",
-            type=click.FloatRange(0.001, 1e6),
+            type=_Number(0.001, 1e6),
             default=1.0,
             show_default=True,
             help="Multiple of the median channel that an outlier channel is brought down to, by a "
@@ -102,7 +112,7 @@ def main() -> None:
 )
 @click.option(
     "--minutes",
-    type=click.FloatRange(0, 1e6, min_open=True),
+    type=_Number(0, 1e6, min_open=True),
     help="Length of the fine-tune in place of --steps. Loading, sampling, planning and evaluating "
     "take their time beside it.",
 )

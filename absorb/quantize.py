@@ -19,7 +19,7 @@ _ROWS = 4
 _LEVELS = 127
 # Where a range may end, as fractions of the largest magnitude seen, and on how many tokens it is
 # tried.
-_FRACTIONS = [0.85**step for step in range(20)]
+_FRACTIONS = [0.8**step for step in range(25)]
 _TRIED = 512
 
 

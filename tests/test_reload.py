@@ -153,6 +153,7 @@ def test_a_conversion_by_the_clock_is_reported(source: Path, tmp_path: Path) -> 
     command = ["convert", str(source), "--out", str(out), "--minutes", "0.02"]
     assert CliRunner().invoke(main, [*command, "--steps", "1"]).exit_code == 2
     assert CliRunner().invoke(main, [*command[:-1], "0"]).exit_code == 2
+    assert CliRunner().invoke(main, [*command[:-1], "nan"]).exit_code == 2
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     assert "fine-tune: 0.02 minutes of steps" in result.stderr
