@@ -123,6 +123,15 @@ def main() -> None:
     "[default: all on a GPU, sinks on a CPU]",
 )
 @click.option(
+    "--for",
+    "purpose",
+    type=click.Choice(["int8", "none"]),
+    default="none",
+    show_default=True,
+    help="int8: what Linears read is on fixed INT8 grids during the fine-tune, so that the model "
+    "learns to be quantised to W8A8.",
+)
+@click.option(
     "--plan",
     type=click.Path(path_type=Path),
     help="Folder of a checkpoint, or the plan.safetensors in it: convert the same model as then, "
@@ -133,7 +142,7 @@ def convert(out: Path, force: bool, as_json: bool, **options: Any) -> None:
 
     \b
     absorb convert demo --out smollm2-absorbed
-    absorb convert Qwen/Qwen3-0.6B --out DIR --text corpus.jsonl --steps 400
+    absorb convert Qwen/Qwen3-0.6B --out DIR --text corpus.jsonl --steps 400 --for int8
     """
     _refuse_contradictions(options)
     job = _job(out, force, options)

@@ -14,7 +14,7 @@ from absorb.device import hastened
 from absorb.errors import AbsorbError
 from absorb.modeling_absorb import NEUTRAL
 from absorb.plan import kl
-from absorb.settings import Distillation, Train
+from absorb.settings import Distillation, Purpose, Train
 from absorb.text import LENGTH, Texts
 from absorb.watch import led
 
@@ -47,6 +47,7 @@ class Recipe:
     minutes: float | None = None
     train: Train
     rows: int  # of text in a step
+    purpose: Purpose = "none"
 
     @property
     def training_rows(self) -> int:
@@ -62,7 +63,9 @@ class Recipe:
     def __str__(self) -> str:
         length = "" if self.steps is None else f"{self.steps} "
         limit = "" if self.minutes is None else f"{self.minutes:g} minutes of "
-        return f"{limit}{length}steps of {self.rows} x {LENGTH} tokens, training {self.train}"
+        rounding = "" if self.purpose == "none" else f", with inputs in {self.purpose.upper()}"
+        size = f"{self.rows} x {LENGTH} tokens"
+        return f"{limit}{length}steps of {size}, training {self.train}{rounding}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +91,7 @@ def recipe(wish: Distillation, device: torch.device) -> Recipe:
         minutes=wish.minutes,
         train=wish.train or ("all" if gpu else "sinks"),
         rows=32 if gpu else 8,
+        purpose=wish.purpose,
     )
 
 

@@ -1,24 +1,27 @@
 """The story of a conversion, from a model's name to a folder."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from math import nan
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from absorb.checkpoint import staged
 from absorb.device import device_of, sketch_of
-from absorb.distill import distill, divergence, recipe
+from absorb.distill import Recipe, distill, divergence, recipe
 from absorb.evaluate import Subject, evaluate
+from absorb.families import Family
 from absorb.findings import find
 from absorb.graft import graft, smooth
 from absorb.measure import measure
 from absorb.plan import Plan, make_plan, residual_scales, smoothing_scales
 from absorb.plan_file import read_plan, write_plan
 from absorb.prefix import Trial, encoded, find_prefix, lead_of
+from absorb.quantize import clipped_ranges, int8_inputs
 from absorb.report import Inspection, Report, layer_figures, versions
 from absorb.settings import Job, Thresholds
 from absorb.source import Source, load
@@ -53,9 +56,10 @@ def convert(job: Job, say: Say) -> Report:
         write_plan(folder, plan, draft.inspection)
         prefix = torch.tensor(plan.prefix)
         say(f"fine-tune: {fine_tune}")
-        losses = distill(
-            source.model, student, prefix, draft.texts, fine_tune, job.distillation.seed
-        )
+        with grids(student, source.family, draft.texts.scaling, fine_tune):
+            losses = distill(
+                source.model, student, prefix, draft.texts, fine_tune, job.distillation.seed
+            )
         as_stored(student, source.dtype)
         nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
         original, converted = evaluate(
@@ -79,6 +83,15 @@ def convert(job: Job, say: Say) -> Report:
         say(f"writing {job.out}")
         write(folder, student, source.tokenizer, report)
     return report
+
+
+def grids(
+    student: PreTrainedModel, family: Family, text: Tensor, fine_tune: Recipe
+) -> AbstractContextManager[None]:
+    """What the student reads is rounded within it, if it is to be quantised."""
+    if fine_tune.purpose == "none":
+        return nullcontext()
+    return int8_inputs(student, family, clipped_ranges(student, family, text))
 
 
 def inspect(job: Job, say: Say) -> Inspection:

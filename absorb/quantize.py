@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -96,30 +97,50 @@ def _best_range(inputs: Tensor, weight: Tensor) -> Tensor:
 
 
 def rounded(values: Tensor, peak: Tensor) -> Tensor:
-    """Values on the symmetric INT8 grid that reaches to `peak`, which broadcasts against them."""
+    """Values on the symmetric INT8 grid that reaches to `peak`, which broadcasts against them.
+
+    The gradient is that of values clamped to the grid's ends (straight through, arXiv 1308.3432).
+    """
     # In float32: no half precision holds the least step there is, or the products exactly.
     step = (peak.float() / _LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((values.float() / step).round().clamp(-_LEVELS, _LEVELS) * step).to(values.dtype)
+    levels = (values.float() / step).clamp(-_LEVELS, _LEVELS)
+    whole = levels.round()
+    if levels.requires_grad:
+        whole = levels + (whole - levels).detach()
+    return (whole * step).to(values.dtype)
 
 
 @contextmanager
 def int8_static(
     model: PreTrainedModel, family: Family, ranges: dict[str, Tensor]
 ) -> Iterator[None]:
-    """W8A8 for a while: weights per output channel, activations per tensor with fixed ranges.
-
-    A range is the largest of the tensor under the name that `input_peaks` gives.
-    """
-    linears, experts = linears_of(model, family), experts_of(model, family)
-    names = [*linears, *(name for names in experts for name in names)]
+    """W8A8 for a while: weights per output channel, activations per tensor with fixed ranges."""
+    names = [*linears_of(model, family), *chain(*experts_of(model, family))]
     weights = [weight_at(model, name).detach() for name in names]
     before = [weight.clone() for weight in weights]
     for weight in weights:
         weight.copy_(rounded(weight, weight.abs().amax(-1, True)))
+    try:
+        with int8_inputs(model, family, ranges):
+            yield
+    finally:
+        for weight, kept in zip(weights, before, strict=True):
+            weight.copy_(kept)
+
+
+@contextmanager
+def int8_inputs(
+    model: PreTrainedModel, family: Family, ranges: dict[str, Tensor]
+) -> Iterator[None]:
+    """What every Linear and expert reads is on a fixed INT8 grid for a while, with a gradient.
+
+    A range is the largest of the tensor under the name that `input_peaks` gives.
+    """
     handles = [
         linear.register_forward_pre_hook(_rounding(ranges[name].max()))
-        for name, linear in linears.items()
+        for name, linear in linears_of(model, family).items()
     ]
+    experts = experts_of(model, family)
     for (up, down), module in experts.items():
         module.forward = partial(_rounded_experts, module, ranges[up].max(), ranges[down].max())
     try:
@@ -129,8 +150,6 @@ def int8_static(
             handle.remove()
         for module in experts.values():
             del module.forward
-        for weight, kept in zip(weights, before, strict=True):
-            weight.copy_(kept)
 
 
 def _rounding(peak: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

@@ -6,6 +6,7 @@ from typing import Literal
 
 Sink = Literal["logit", "key"]
 Train = Literal["sinks", "scales", "all"]
+Purpose = Literal["none", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,7 @@ class Distillation:
     steps: int | None = None
     minutes: float | None = None
     train: Train | None = None
+    purpose: Purpose = "none"  # what is to be done with the converted model
     seed: int = 0
 
 

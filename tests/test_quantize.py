@@ -38,6 +38,15 @@ def test_the_grid_is_symmetric_and_reaches_to_the_peak() -> None:
     assert (grid - values)[inside].abs().max() <= 1 / 127 + 1e-6
 
 
+def test_the_gradient_goes_straight_through_inside_the_grid() -> None:
+    values = torch.tensor([-3.0, -1.0, 0.3, 2.5], requires_grad=True)
+    out = rounded(values, torch.tensor(2.0))
+    torch.testing.assert_close(out.detach(), rounded(values.detach(), torch.tensor(2.0)))
+    out.backward(torch.arange(1.0, 5.0))
+    assert values.grad is not None
+    assert values.grad.tolist() == [0, 2, 3, 0]
+
+
 def test_a_channel_of_zeros_stays_zero() -> None:
     assert not rounded(torch.zeros(3), torch.tensor(0.0)).any()
 
