@@ -7,6 +7,18 @@ from typing import Literal
 Sink = Literal["logit", "key"]
 Train = Literal["sinks", "scales", "all"]
 Purpose = Literal["none", "int8"]
+FormatName = Literal[
+    "w8a8-static",
+    "w8a8-clipped",
+    "w8a8-tensor",
+    "w8a8-token",
+    "fp8",
+    "w4a8",
+    "w4a4",
+    "w4a4-hadamard",
+    "nvfp4",
+    "mxfp4",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,8 @@ ORDER = (
     "gguf_file",
     "source",
     "text",
+    "grids",
+    "rotation",
     "quantize",
     "measure",
     "findings",
