@@ -71,6 +71,17 @@ class Distillation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Models to be compared on one text. Without a file the first of them samples it."""
+
+    model: str
+    against: tuple[str, ...] = ()
+    text: Path | None = None
+    formats: tuple[FormatName, ...] = ()
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One conversion, complete."""
 

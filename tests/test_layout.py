@@ -33,6 +33,7 @@ ORDER = (
     "distill",
     "evaluate",
     "report",
+    "compare",
     "plan_file",
     "card",
     "checkpoint",
