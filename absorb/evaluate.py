@@ -99,7 +99,7 @@ class Tally:
 def kurtosis(values: Tensor) -> Tensor:
     """The fourth moment over the squared variance of all entries, a scalar: 3 if they are normal.
 
-    The measure of outliers in arXiv 2306.12929, section 3.
+    The measure of outliers in arXiv 2306.12929.
     """
     squares = (values - values.mean()).square()
     return squares.square().mean() / squares.mean().square()
