@@ -195,11 +195,11 @@ def interval(losses: Tensor) -> tuple[float, float]:
 
 def comparison_rows(comparison: Comparison) -> list[Row]:
     """A table with a column for every model."""
-    several = len(comparison.models) > 1
+    reference = comparison.reference.rpartition("/")[2]
     figures: list[tuple[str, Callable[[Standing], str]]] = [
         ("perplexity", lambda m: f"{m.perplexity:.3f}"),
         ("  95 % interval", lambda m: "{:.2f} to {:.2f}".format(*m.interval)),
-        (f"KL from {comparison.reference}, nats", lambda m: f"{m.divergence:.4f}"),
+        (f"KL from {reference}, nats", lambda m: f"{m.divergence:.4f}"),
         ("  the same first choice", lambda m: f"{m.agreement:.1%}"),
         ("largest |x| in the stream", lambda m: f"{m.stream_peak:,.0f}"),
         ("  as a multiple of the median", lambda m: f"{m.stream_ratio:,.0f} x"),
@@ -208,7 +208,7 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
         ("massive-activation tokens", lambda m: f"{m.massive_tokens}"),
         ("mean weight on the first token", lambda m: f"{m.first_weight:.3f}"),
     ]
-    if not several:
+    if len(comparison.models) == 1:
         del figures[2:4]
     rows = [(label, *map(show, comparison.models)) for label, show in figures]
     names = comparison.models[0].formats

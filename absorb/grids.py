@@ -72,8 +72,8 @@ def power_of_two(peak: Tensor, top: float) -> Tensor:
 def e4m3_scale(peak: Tensor, top: float) -> Tensor:
     """An E4M3 scale for each span, in units of one float32 scale that brings the largest to 448.
 
-    NVFP4's two levels (arXiv 2509.25149). A span below half of the least E4M3
-    number in these units becomes zero.
+    NVFP4's two levels (arXiv 2509.25149). A span whose scale is below half of the least number of
+    E4M3, 2^-9, becomes zero.
     """
     unit = peak.max() / (top * _E4M3_TOP)
     return e4m3(peak / top / unit.clamp_min(_TINY)) * unit

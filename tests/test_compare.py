@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner, Result
 from tiny import tiny
 from tiny_tokenizer import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -124,6 +125,21 @@ def test_a_converted_folder_is_measured_without_running_its_code(
     expected = math.exp(model(rows, labels=rows).loss)
     assert student["perplexity"] == pytest.approx(expected, rel=1e-4)
     assert student["perplexity"] != pytest.approx(original["perplexity"], rel=1e-4)
+
+
+@torch.no_grad()
+def test_an_original_reads_the_bos_that_its_tokenizer_adds(text: Path, tmp_path: Path) -> None:
+    model, tokenizer = tiny("llama", torch.float32), tiny_tokenizer()
+    bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = bos
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rows = torch.cat([torch.ones(3, 1, dtype=torch.long), rows_of(text, 3)], 1)
+    labels = rows.clone()
+    labels[:, :2] = -100  # the first token of the text is not counted either
+    [found] = measured(tmp_path, "--text", text, "--formats", "w8a8-token")["models"]
+    loss = model(rows, labels=labels).loss
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
 def test_a_model_writes_its_own_text_converted_or_not(source: Path, converted: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_linear_multiplies_a_rounded_input_by_a_rounded_weight(
     model = tiny("llama", torch.float32)
     linear = model.get_submodule("model.layers.1.mlp.down_proj")
     weight, bias = linear.weight.clone(), linear.bias
-    inputs = torch.randn(1, 5, linear.in_features)
+    inputs = torch.randn(1, 5, linear.in_features, generator=torch.Generator().manual_seed(0))
     ranges = ranges_of(form, model, tokens)
     peak = ranges["model.layers.1.mlp.down_proj"].max() if ranges else None
     left = rounded(form.turn(inputs), form.inputs, peak)
@@ -138,15 +138,15 @@ def test_a_rotation_alone_changes_nothing(tokens: Tensor) -> None:
 @torch.no_grad()
 def test_a_rotation_helps_four_bits_against_an_outlier_channel(tokens: Tensor) -> None:
     model = tiny("llama", torch.float32)
-    name = "model.layers.1.mlp.down_proj"
-    linear = model.get_submodule(name)
-    inputs = torch.randn(1, 64, linear.in_features)
+    linear = model.get_submodule("model.layers.1.mlp.down_proj")
+    inputs = torch.randn(1, 64, linear.in_features, generator=torch.Generator().manual_seed(0))
     inputs[..., 3] *= 50
     exact, errors = linear(inputs), []
-    for form in (FORMATS["w4a4"], FORMATS["w4a4-hadamard"]):
+    for name in ("w4a4", "w4a4-hadamard"):
+        form = replace(FORMATS[name], weights=INT8_ROW)  # an outlier multiplies the weights' errors
         with quantised(model, LLAMA, form, {}):
             errors.append(float((linear(inputs) - exact).square().mean()))
-    assert errors[1] < errors[0] / 2
+    assert errors[1] < errors[0] / 4
 
 
 def test_every_name_has_a_format() -> None:
