@@ -8,15 +8,24 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import click
 from click.core import ParameterSource
 
 from absorb import __version__
 from absorb.errors import AbsorbError
-from absorb.settings import Calibration, Distillation, Job, ModelRef, Thresholds
+from absorb.settings import (
+    Calibration,
+    Distillation,
+    Evaluation,
+    FormatName,
+    Job,
+    ModelRef,
+    Thresholds,
+)
 
+_FORMATS = get_args(FormatName)
 _THRESHOLDS = {
     "sink_weight": "Mean attention weight above which a token is a sink.",
     "massive_value": "Magnitude above which an activation is massive.",
@@ -35,6 +44,15 @@ class _Number(click.FloatRange):
         if number != number:
             self.fail(f"{value} is not a number", param, ctx)
         return number
+
+
+def _names(ctx: Any, param: Any, value: str) -> tuple[FormatName, ...]:
+    """Names of formats with commas between them, without repeats."""
+    names: Any = tuple(dict.fromkeys(value.split(",")))
+    for name in names:
+        if name not in _FORMATS:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(_FORMATS)}", ctx, param)
+    return names  # type: ignore[no-any-return]
 
 
 def _model_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -176,6 +194,44 @@ def inspect(as_json: bool, **options: Any) -> None:
         )
 
 
+@main.command("eval")
+@click.argument("model")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="MODEL",
+    help="Measure this model as well; may be repeated. The first of them is the reference.",
+)
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text to measure on: plain, or .jsonl with a field `text`.  [default: MODEL samples it]",
+)
+@click.option(
+    "--formats",
+    metavar="A,B,C",
+    callback=_names,
+    default=",".join(_FORMATS),
+    show_default=True,
+    help="Low-precision formats to measure the perplexity in.",
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def evaluate(as_json: bool, **options: Any) -> None:
+    """Measure MODEL, which may be a folder that absorb wrote: how good, how quantisable.
+
+    \b
+    absorb eval smollm2-absorbed --against demo
+    absorb eval ./my-llama --text corpus.txt --formats w8a8-static,nvfp4 --json
+    """
+    with _Refusals("evaluate fewer models at once, or pass --device cpu"):
+        from absorb import compare, report
+
+        result = compare.compare(Evaluation(**options), _say)
+        rows = compare.comparison_rows(result)
+        click.echo(report.to_json(result).rstrip() if as_json else report.table(rows))
+
+
 def _refuse_contradictions(options: dict[str, Any]) -> None:
     if options["steps"] is not None and options["minutes"] is not None:
         raise click.UsageError("--steps and --minutes both set the length; drop one of them")
@@ -221,6 +277,9 @@ def _story(result: Any) -> str:
 class _Refusals:
     """Turns an AbsorbError into one sentence and exit code 1, and a signal into an exit."""
 
+    def __init__(self, frugal: str = "pass --train sinks, which needs least, or --device cpu"):
+        self.frugal = frugal  # what to do where memory is short
+
     def __enter__(self) -> None:
         # Unlike the default of SIGTERM, an exception lets every `finally` clean up.
         signal.signal(signal.SIGTERM, _terminated)
@@ -231,9 +290,7 @@ class _Refusals:
             sys.exit(1)
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             click.echo(
-                "absorb: the memory is full, so nothing was written; pass --train sinks, which "
-                "needs least, or --device cpu",
-                err=True,
+                f"absorb: the memory is full, so nothing was written; {self.frugal}", err=True
             )
             sys.exit(1)
         if isinstance(error, KeyboardInterrupt):

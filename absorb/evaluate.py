@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from absorb.families import Family
 from absorb.plan import kl
-from absorb.quantize import input_peaks, int8_static
+from absorb.quantize import FORMATS, Format, quantised
 from absorb.settings import Thresholds
 from absorb.watch import each_layers, eager, layers_of, led, watching
 
@@ -29,8 +29,8 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """How a model does on held-out text, as stored and with INT8 arithmetic."""
+class Figures:
+    """How a model does on held-out text, and what its outliers are there."""
 
     perplexity: float
     divergence: float  # KL(teacher | model), nats per token
@@ -38,47 +38,71 @@ class Score:
     stream_ratio: float  # and its multiple of the median of its layer
     massive_tokens: int  # tokens with a massive activation in any layer
     first_weight: float  # mean attention weight on the first token, over layers and heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score(Figures):
+    """The same with what becomes of it in INT8 arithmetic."""
+
     int8_perplexity: float  # W8A8, static, per tensor
 
 
 @dataclass(slots=True)
-class _Tally:
+class Tally:
     """What one subject has shown so far."""
 
-    loss: float = 0.0
+    losses: list[float] = field(default_factory=list)  # of each row, in nats
     divergence: float = 0.0
+    agreed: int = 0  # tokens for which the teacher's first choice is the subject's
     tokens: int = 0
     stream: dict[int, list[Tensor]] = field(default_factory=dict)
     medians: dict[int, list[Tensor]] = field(default_factory=dict)
+    kurtoses: list[Tensor] = field(default_factory=list)  # of each row in each layer
     first: list[Tensor] = field(default_factory=list)
 
     def see_stream(self, layer: int, stream: Tensor) -> None:
+        """stream is (rows, length, hidden)."""
         size = stream.float().abs()
         self.stream.setdefault(layer, []).append(size.amax(-1))
         self.medians.setdefault(layer, []).append(size.median())
+        self.kurtoses.append(kurtosis(stream.float()))
 
     def see_logits(self, logits: Tensor, teacher: Tensor, tokens: Tensor) -> None:
         """logits and the teacher's log-probabilities are (rows, length, vocabulary)."""
         student = logits.float().log_softmax(-1)
-        self.loss -= float(student[:, :-1].gather(-1, tokens[:, 1:, None]).sum(dtype=torch.float64))
+        right = student[:, :-1].gather(-1, tokens[:, 1:, None])
+        self.losses += (-right.sum((1, 2), dtype=torch.float64)).tolist()
         self.divergence += float(kl(teacher, student)[:, :-1].sum(dtype=torch.float64))
+        self.agreed += int((student.argmax(-1) == teacher.argmax(-1))[:, :-1].sum())
         self.tokens += tokens[:, 1:].numel()
 
-    def score(self, int8_perplexity: float, thresholds: Thresholds) -> Score:
-        peaks = torch.stack([torch.cat(rows).flatten() for rows in self.stream.values()])
+    def peaks(self) -> Tensor:
+        """The largest magnitude in the stream of each token: (layers, tokens)."""
+        return torch.stack([torch.cat(rows).flatten() for rows in self.stream.values()])
+
+    def figures(self, thresholds: Thresholds) -> Figures:
+        peaks = self.peaks()
         ratios = (
             peaks / torch.stack([torch.stack(m).mean() for m in self.medians.values()])[:, None]
         )
         massive = (peaks > thresholds.massive_value) & (ratios > thresholds.massive_ratio)
-        return Score(
-            perplexity=math.exp(self.loss / self.tokens),
+        return Figures(
+            perplexity=math.exp(sum(self.losses) / self.tokens),
             divergence=self.divergence / self.tokens,
             stream_peak=float(peaks.max()),
             stream_ratio=float(ratios.flatten()[peaks.argmax()]),
             massive_tokens=int(massive.any(0).sum()),
             first_weight=float(torch.stack(self.first).mean()),
-            int8_perplexity=int8_perplexity,
         )
+
+
+def kurtosis(values: Tensor) -> Tensor:
+    """The fourth moment over the squared variance of all entries, a scalar: 3 if they are normal.
+
+    The measure of outliers in arXiv 2306.12929.
+    """
+    squares = (values - values.mean()).square()
+    return squares.square().mean() / squares.mean().square()
 
 
 @torch.no_grad()
@@ -95,15 +119,20 @@ def evaluate(
     Perplexity counts each row's tokens but the first, whatever lead a model is given. Static INT8
     ranges come from `calibration` (rows, length); `thresholds` say which activations are massive.
     """
-    tallies = [_Tally() for _ in subjects]
+    tallies = [Tally() for _ in subjects]
     for batch in tqdm(held_out.split(_ROWS), desc="evaluating", unit="row"):
         tokens = batch.to(teacher.model.device)
         target = _logits(teacher, tokens).float().log_softmax(-1)
         for subject, tally in zip(subjects, tallies, strict=True):
-            tally.see_logits(_watched_logits(subject, family, tokens, tally), target, tokens)
-    int8 = [int8_perplexity(subject, family, held_out, calibration) for subject in subjects]
+            tally.see_logits(watched_logits(subject, family, tokens, tally), target, tokens)
     return [
-        tally.score(perplexity, thresholds) for tally, perplexity in zip(tallies, int8, strict=True)
+        Score(
+            **asdict(tally.figures(thresholds)),
+            int8_perplexity=quantised_perplexity(
+                subject, family, FORMATS["w8a8-static"], held_out, calibration
+            ),
+        )
+        for subject, tally in zip(subjects, tallies, strict=True)
     ]
 
 
@@ -114,7 +143,8 @@ def _logits(subject: Subject, tokens: Tensor) -> Tensor:
     return logits[:, len(subject.lead) :]
 
 
-def _watched_logits(subject: Subject, family: Family, tokens: Tensor, tally: _Tally) -> Tensor:
+def watched_logits(subject: Subject, family: Family, tokens: Tensor, tally: Tally) -> Tensor:
+    """Logits (rows, length, vocabulary) of the text; the tally sees streams and attention."""
     model = subject.model
 
     def see_weights(_: object, __: object, out: tuple[Tensor, Tensor]) -> None:
@@ -129,26 +159,25 @@ def _watched_logits(subject: Subject, family: Family, tokens: Tensor, tally: _Ta
 
 
 @torch.no_grad()
-def int8_perplexity(
-    subject: Subject,
-    family: Family,
-    held_out: Tensor,
-    calibration: Tensor,
-    ranges_of: Callable[..., dict[str, Tensor]] = input_peaks,
+def quantised_perplexity(
+    subject: Subject, family: Family, form: Format, held_out: Tensor, calibration: Tensor
 ) -> float:
-    """Perplexity with static per-tensor INT8 activations and per-channel INT8 weights.
+    """Perplexity in a format, which takes fixed ranges, if it has any, from `calibration`."""
+    model = subject.model
+    find = form.ranges
+    ranges = {} if find is None else find(model, family, calibration, subject.lead)
+    with quantised(model, family, form, ranges):
+        return perplexity(
+            lambda tokens: _logits(subject, tokens), held_out, model.device, form.label
+        )
 
-    The ranges are what `ranges_of` (input_peaks or clipped_ranges) finds on `calibration`.
-    """
-    ranges = ranges_of(subject.model, family, calibration, subject.lead)
-    with int8_static(subject.model, family, ranges):
-        return perplexity(lambda tokens: _logits(subject, tokens), held_out, subject.model.device)
 
-
-def perplexity(logits: Callable[[Tensor], Tensor], rows: Tensor, device: torch.device) -> float:
+def perplexity(
+    logits: Callable[[Tensor], Tensor], rows: Tensor, device: torch.device, label: str
+) -> float:
     """exp of the mean loss of every token but the first of each row, for logits(tokens)."""
     loss, count = 0.0, 0
-    for batch in tqdm(rows.split(_ROWS), desc="evaluating in INT8", unit="row"):
+    for batch in tqdm(rows.split(_ROWS), desc=label, unit="row"):
         tokens = batch.to(device)
         predicted = logits(tokens)[:, :-1].float().flatten(0, 1)
         part = functional.cross_entropy(predicted, tokens[:, 1:].flatten(), reduction="sum")

@@ -21,7 +21,7 @@ from absorb.measure import measure
 from absorb.plan import Plan, make_plan, residual_scales, smoothing_scales
 from absorb.plan_file import read_plan, write_plan
 from absorb.prefix import Trial, encoded, find_prefix, lead_of
-from absorb.quantize import clipped_ranges, int8_inputs
+from absorb.quantize import FORMATS, clipped_ranges, quantised_inputs
 from absorb.report import Inspection, Report, layer_figures, versions
 from absorb.settings import Job, Thresholds
 from absorb.source import Source, load
@@ -91,7 +91,8 @@ def grids(
     """What the student reads is rounded within it, if it is to be quantised."""
     if fine_tune.purpose == "none":
         return nullcontext()
-    return int8_inputs(student, family, clipped_ranges(student, family, text))
+    ranges = clipped_ranges(student, family, text)
+    return quantised_inputs(student, family, FORMATS["w8a8-clipped"], ranges)
 
 
 def inspect(job: Job, say: Say) -> Inspection:

@@ -1,23 +1,40 @@
-"""Fake quantisation: what INT8 arithmetic would do to a model, computed in floating point."""
+"""Fake quantisation: what low-precision arithmetic would do to a model, computed in floating point.
+
+A format is data: on which grid the weights are, on which what they are multiplied by, and whether
+both are rotated first.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb.experts import experts_of, mixed, neurons_of, watching_experts
 from absorb.families import Family
+from absorb.grids import (
+    E4M3_ROW,
+    INT4_GROUPS,
+    INT4_ROW,
+    INT8_ROW,
+    INT8_TENSOR,
+    MXFP4,
+    NVFP4,
+    Grid,
+    rounded,
+)
+from absorb.rotation import rotated
+from absorb.settings import FormatName
 from absorb.watch import led, linears_of, watching
 from absorb.weights import weight_at
 
 _ROWS = 4
-_LEVELS = 127
 # Where a range may end, as fractions of the largest magnitude seen, and on how many tokens it is
 # tried.
 _FRACTIONS = [0.8**step for step in range(25)]
@@ -90,38 +107,72 @@ def _best_range(inputs: Tensor, weight: Tensor) -> Tensor:
     if importance.ndim == inputs.ndim:  # experts that read the same stream
         importance = importance.sum(0)
     errors = [
-        ((rounded(tried, peak * fraction) - tried).square() * importance).sum()
+        ((rounded(tried, INT8_TENSOR, peak * fraction) - tried).square() * importance).sum()
         for fraction in _FRACTIONS
     ]
     return peak * _FRACTIONS[int(torch.stack(errors).argmin())]
 
 
-def rounded(values: Tensor, peak: Tensor) -> Tensor:
-    """Values on the symmetric INT8 grid that reaches to `peak`, which broadcasts against them.
+def _as_they_are(values: Tensor) -> Tensor:
+    return values
 
-    The gradient is that of values clamped to the grid's ends (straight through, arXiv 1308.3432).
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """How the matrices of a model and what they read are rounded.
+
+    A row of a weight is what gives one output, a row of an input is one token, and the tensor of an
+    input is all that a matrix reads at once: one row of text.
     """
-    # In float32: no half precision holds the least step there is, or the products exactly.
-    step = (peak.float() / _LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-    levels = (values.float() / step).clamp(-_LEVELS, _LEVELS)
-    whole = levels.round()
-    if levels.requires_grad:
-        whole = levels + (whole - levels).detach()
-    return (whole * step).to(values.dtype)
+
+    label: str
+    weights: Grid
+    inputs: Grid
+    # Takes (model, family, tokens, lead) and gives the fixed ranges of inputs, as `input_peaks`.
+    ranges: Callable[..., dict[str, Tensor]] | None = None
+    turn: Callable[[Tensor], Tensor] = _as_they_are  # of both, before they are rounded
+
+
+FORMATS: dict[FormatName, Format] = {
+    "w8a8-static": Format(
+        label="W8A8, static per tensor",
+        weights=INT8_ROW,
+        inputs=INT8_TENSOR,
+        ranges=input_peaks,
+    ),
+    "w8a8-clipped": Format(
+        label="W8A8, static per tensor, clipped",
+        weights=INT8_ROW,
+        inputs=INT8_TENSOR,
+        ranges=clipped_ranges,
+    ),
+    "w8a8-tensor": Format(label="W8A8, dynamic per tensor", weights=INT8_ROW, inputs=INT8_TENSOR),
+    "w8a8-token": Format(label="W8A8, dynamic per token", weights=INT8_ROW, inputs=INT8_ROW),
+    "fp8": Format(label="FP8 (E4M3), dynamic per token", weights=E4M3_ROW, inputs=E4M3_ROW),
+    "w4a8": Format(label="W4A8, weights in groups of 128", weights=INT4_GROUPS, inputs=INT8_ROW),
+    "w4a4": Format(label="W4A4, dynamic per token", weights=INT4_ROW, inputs=INT4_ROW),
+    "w4a4-hadamard": Format(label="W4A4, rotated", weights=INT4_ROW, inputs=INT4_ROW, turn=rotated),
+    "nvfp4": Format(label="NVFP4, weights and activations", weights=NVFP4, inputs=NVFP4),
+    "mxfp4": Format(label="MXFP4, weights and activations", weights=MXFP4, inputs=MXFP4),
+}
 
 
 @contextmanager
-def int8_static(
-    model: PreTrainedModel, family: Family, ranges: dict[str, Tensor]
+def quantised(
+    model: PreTrainedModel, family: Family, form: Format, ranges: dict[str, Tensor]
 ) -> Iterator[None]:
-    """W8A8 for a while: weights per output channel, activations per tensor with fixed ranges."""
+    """All that decoder layers multiply is rounded for a while: weights, and what they read.
+
+    Fixed ranges are needed for a format that has them, and none for any other.
+    """
     names = [*linears_of(model, family), *chain(*experts_of(model, family))]
     weights = [weight_at(model, name).detach() for name in names]
     before = [weight.clone() for weight in weights]
-    for weight in weights:
-        weight.copy_(rounded(weight, weight.abs().amax(-1, True)))
     try:
-        with int8_inputs(model, family, ranges):
+        for weight in weights:
+            for matrix in weight.view(-1, *weight.shape[-2:]):
+                matrix.copy_(rounded(form.turn(matrix), form.weights))
+        with quantised_inputs(model, family, form, ranges):
             yield
     finally:
         for weight, kept in zip(weights, before, strict=True):
@@ -129,20 +180,27 @@ def int8_static(
 
 
 @contextmanager
-def int8_inputs(
-    model: PreTrainedModel, family: Family, ranges: dict[str, Tensor]
+def quantised_inputs(
+    model: PreTrainedModel, family: Family, form: Format, ranges: dict[str, Tensor]
 ) -> Iterator[None]:
-    """What every Linear and expert reads is on a fixed INT8 grid for a while, with a gradient.
+    """What every Linear and expert reads is rounded for a while, with a gradient.
 
-    A range is the largest of the tensor under the name that `input_peaks` gives.
+    A fixed range is the largest of the tensor under the name that `input_peaks` gives. A format
+    that rotates needs rotated weights.
     """
+    assert bool(ranges) == (form.ranges is not None)
+    peaks = {name: values.max() for name, values in ranges.items()}
+
+    def entering(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda values: rounded(form.turn(values), form.inputs, peaks.get(name)).to(values)
+
     handles = [
-        linear.register_forward_pre_hook(_rounding(ranges[name].max()))
+        linear.register_forward_pre_hook(_before(entering(name)))
         for name, linear in linears_of(model, family).items()
     ]
     experts = experts_of(model, family)
     for (up, down), module in experts.items():
-        module.forward = partial(_rounded_experts, module, ranges[up].max(), ranges[down].max())
+        module.forward = partial(_rounded_experts, module, entering(up), entering(down))
     try:
         yield
     finally:
@@ -152,12 +210,17 @@ def int8_inputs(
             del module.forward
 
 
-def _rounding(peak: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    return lambda _, args: (rounded(args[0], peak), *args[1:])
+def _before(enter: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda _, args: (enter(args[0]), *args[1:])
 
 
 def _rounded_experts(
-    experts: Any, up_peak: Tensor, down_peak: Tensor, stream: Tensor, chosen: Tensor, share: Tensor
+    experts: Any,
+    enter_up: Callable[[Tensor], Tensor],
+    enter_down: Callable[[Tensor], Tensor],
+    stream: Tensor,
+    chosen: Tensor,
+    share: Tensor,
 ) -> Tensor:
-    neurons = neurons_of(experts, rounded(stream, up_peak), chosen)
-    return mixed(experts, rounded(neurons, down_peak), chosen, share)
+    neurons = neurons_of(experts, enter_up(stream), chosen)
+    return mixed(experts, enter_down(neurons), chosen, share)

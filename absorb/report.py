@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from absorb import __version__
 from absorb.distill import Losses, Recipe
@@ -15,6 +15,9 @@ from absorb.findings import Findings
 from absorb.measure import Measurement
 from absorb.plan import Plan, Removal
 from absorb.prefix import Trial
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Row = tuple[str, ...]
 Kind = TypeVar("Kind", "Inspection", "Report")
@@ -92,7 +95,7 @@ def layer_figures(measurement: Measurement, plan: Plan) -> tuple[LayerFigures, .
     )
 
 
-def to_json(data: Inspection | Report) -> str:
+def to_json(data: "DataclassInstance") -> str:
     """Readable JSON of a report."""
     return json.dumps(asdict(data), indent=1, ensure_ascii=False, default=_plain) + "\n"
 

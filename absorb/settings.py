@@ -7,6 +7,18 @@ from typing import Literal
 Sink = Literal["logit", "key"]
 Train = Literal["sinks", "scales", "all"]
 Purpose = Literal["none", "int8"]
+FormatName = Literal[
+    "w8a8-static",
+    "w8a8-clipped",
+    "w8a8-tensor",
+    "w8a8-token",
+    "fp8",
+    "w4a8",
+    "w4a4",
+    "w4a4-hadamard",
+    "nvfp4",
+    "mxfp4",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +68,17 @@ class Distillation:
     train: Train | None = None
     purpose: Purpose = "none"  # what is to be done with the converted model
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Models to be compared on one text. Without a file the first of them samples it."""
+
+    model: str
+    against: tuple[str, ...] = ()
+    text: Path | None = None
+    formats: tuple[FormatName, ...] = ()
+    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

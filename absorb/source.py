@@ -1,10 +1,11 @@
-"""ModelRef → Source: the model to convert, checked, in float32, with its tokenizer.
+"""ModelRef → Source: the model to convert or evaluate, checked, in float32, with its tokenizer.
 
 What can be refused from the configuration and the list of files is refused before any weight is
 downloaded or read.
 """
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -23,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as bars_and_warnings
 
-from absorb import download, gguf_file, vetting
+from absorb import download, gguf_file, modeling_absorb, vetting
 from absorb.errors import AbsorbError
 from absorb.families import Family
 from absorb.settings import ModelRef
@@ -38,7 +41,7 @@ _FINGERPRINT_VALUES = 4096  # of each parameter, at most
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A stock model, ready to be measured."""
+    """A model, ready to be measured: a stock one, unless a converted one was asked for as well."""
 
     name: str  # for people, and for `base_model` on a model card; never a path
     model: PreTrainedModel  # float32, on the CPU, in eval mode
@@ -47,6 +50,10 @@ class Source:
     dtype: torch.dtype  # that most weights were stored in; float32 for a quantised .gguf file
     license: str | None
     commit: str | None  # of the Hub repository
+
+    @property
+    def converted(self) -> bool:
+        return isinstance(self.model, modeling_absorb.Absorbed)
 
     @property
     def fingerprint(self) -> str:
@@ -63,9 +70,12 @@ class Source:
         return digest.hexdigest()
 
 
-def load(ref: ModelRef) -> Source:
-    """The model that `ref` names, or an AbsorbError that says why not."""
-    source = _read(ref)
+def load(ref: ModelRef, *, converted: bool = False) -> Source:
+    """The model that `ref` names, or an AbsorbError that says why not.
+
+    `converted` says that a model which absorb has converted will do.
+    """
+    source = _read(ref, converted)
     vetting.refuse_non_finite(source.model, source.name)
     if getattr(source.model.config, "attn_logit_softcapping", None):
         # Other stock attention may leave the cap out and say nothing.
@@ -75,10 +85,10 @@ def load(ref: ModelRef) -> Source:
     return source
 
 
-def _read(ref: ModelRef) -> Source:
+def _read(ref: ModelRef, converted: bool) -> Source:
     path = Path(ref.name).expanduser()
     if ref.name != "demo" and not path.exists() and download.is_repository(ref.name):
-        return _from_hub(ref)
+        return _from_hub(ref, converted)
     if ref.revision is not None:
         raise AbsorbError(
             f"{ref.name} is not a Hub repository and has no revisions; drop --revision"
@@ -86,7 +96,7 @@ def _read(ref: ModelRef) -> Source:
     if ref.name == "demo":
         return _from_gguf(gguf_file.demo(), DEMO)
     if path.is_dir():
-        return _from_folder(path, ref, path.resolve().name, commit=None)
+        return _from_folder(path, ref, path.resolve().name, None, converted)
     if path.is_file():
         return _from_gguf(path, path.name)
     raise AbsorbError(
@@ -95,23 +105,24 @@ def _read(ref: ModelRef) -> Source:
     )
 
 
-def _from_hub(ref: ModelRef) -> Source:
+def _from_hub(ref: ModelRef, converted: bool) -> Source:
     folder = download.description(ref)
-    vetting.family_in(folder, ref.name)
+    vetting.family_in(folder, ref.name, converted)
     commit = folder.name  # the cache keeps every commit in a folder of its name
-    return _from_folder(download.weights(ref, commit), ref, ref.name, commit)
+    return _from_folder(download.weights(ref, commit), ref, ref.name, commit, converted)
 
 
-def _from_folder(folder: Path, ref: ModelRef, name: str, commit: str | None) -> Source:
-    family = vetting.family_in(folder, ref.name)
+def _from_folder(
+    folder: Path, ref: ModelRef, name: str, commit: str | None, converted: bool
+) -> Source:
+    family = vetting.family_in(folder, ref.name, converted)
     files = vetting.weight_files(folder, ref.name)
     dtype = vetting.stored_dtype(vetting.stored_elements(files), ref.name)
     with vetting.reading(ref.name), _quiet(files):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=ref.trust_remote_code
         )
-        # Never the model's own code, trusted or not: a family describes the stock class.
-        loading: Any = AutoModelForCausalLM.from_pretrained(
+        loading: Any = _class_of(folder).from_pretrained(
             folder,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # they are in `info`, and refused by name
@@ -131,6 +142,18 @@ def _from_folder(folder: Path, ref: ModelRef, name: str, commit: str | None) -> 
         license=_license(folder),
         commit=commit,
     )
+
+
+def _class_of(folder: Path) -> Any:
+    """What loads the model of a folder: a class of transformers, or our own on top of one.
+
+    Never the model's own code, trusted or not: a family describes the stock class.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stock = vetting.stock_type(config)
+    if stock is None:
+        return AutoModelForCausalLM
+    return modeling_absorb.absorbed(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[stock]])
 
 
 def _from_gguf(path: Path, name: str) -> Source:

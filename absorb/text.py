@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ _FIRST_WORDS = ("The", "In", "I", "A", "This", "It", "We", "When", "For", "If", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
-    """Token ids, each part (rows, LENGTH), without what the tokenizer puts before a text."""
+    """Token ids, each part (rows, length), without what the tokenizer puts before a text."""
 
     calibration: Tensor
     validation: Tensor
@@ -91,16 +92,8 @@ def _refuse_short_models(source: Source) -> None:
 
 
 def _from_file(path: Path, tokenizer: PreTrainedTokenizerBase, sizes: list[int]) -> list[Tensor]:
-    """The file as windows (rows, LENGTH), divided; there may be less to train on than wished for.
-
-    Documents are divided by the end-of-text token.
-    """
-    ids: list[int] = []
-    divider = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for document in tqdm(documents(path), desc="reading text", unit="document"):
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + divider
-        if len(ids) >= sum(sizes) * LENGTH:
-            break
+    """The file as windows (rows, LENGTH), in parts; the last may be smaller than wished for."""
+    ids = read_ids(path, tokenizer, sum(sizes) * LENGTH)
     rows, fixed = len(ids) // LENGTH, sum(sizes[:-1])
     least = fixed + min(sizes[-1], 1)
     if rows < least:
@@ -111,6 +104,20 @@ def _from_file(path: Path, tokenizer: PreTrainedTokenizerBase, sizes: list[int])
     training = min(sizes[-1], rows - fixed)
     used = torch.tensor(ids[: (fixed + training) * LENGTH]).view(-1, LENGTH)
     return list(used.split([*sizes[:-1], training]))
+
+
+def read_ids(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
+    """The tokens of the first documents of a file: `count` or more, or all that there are.
+
+    Documents are divided by the end-of-text token.
+    """
+    ids: list[int] = []
+    divider = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for document in tqdm(documents(path), desc="reading text", unit="document"):
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + divider
+        if len(ids) >= count:
+            break
+    return ids
 
 
 def documents(path: Path) -> list[str]:
@@ -162,7 +169,7 @@ def _sample(source: Source, rows: int, seed: int, bar: tqdm) -> Tensor:
     draw = torch.Generator(device).manual_seed(seed)
     _, remember = remembering(model)
     text = [start.to(device)]
-    with attending(model, _attend):
+    with nullcontext() if source.converted else attending(model, _attend):
         for _ in range(LENGTH + _LATEST_START):
             logits = model(text[-1], **remember).logits[:, -1].float()
             logits[:, _ends(model)] = -torch.inf

@@ -16,6 +16,7 @@ from absorb.errors import AbsorbError
 from absorb.families import Family, family_of, suited
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_CONVERTED = "absorb_"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -47,9 +48,17 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
-def family_in(folder: Path, name: str) -> Family:
-    """The family of the model in a folder, which has a sound configuration and a tokenizer."""
-    family = family_of_config(_read_json(folder / "config.json", name), name)
+def family_in(folder: Path, name: str, converted: bool = False) -> Family:
+    """The family of the model in a folder, which has a sound configuration and a tokenizer.
+
+    That of the stock model beneath a converted one, if a converted one will do.
+    """
+    config = _read_json(folder / "config.json", name)
+    stock = stock_type(config) if converted else None
+    if stock is not None:
+        config = {key: value for key, value in config.items() if key != "absorb"}
+        config["model_type"] = stock
+    family = family_of_config(config, name)
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise AbsorbError(
             f"{name} has no tokenizer; save one beside the model, as {TOKENIZER_FILES[0]}"
@@ -57,12 +66,18 @@ def family_in(folder: Path, name: str) -> Family:
     return family
 
 
+def stock_type(config: Mapping[str, Any]) -> str | None:
+    """The architecture that absorb converted to the one with this configuration, if it did."""
+    model_type = str(config.get("model_type"))
+    return model_type.removeprefix(_CONVERTED) if model_type.startswith(_CONVERTED) else None
+
+
 def family_of_config(config: Mapping[str, Any], name: str) -> Family:
     """The family of the model that a configuration describes, if absorb can convert it."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise AbsorbError(f"the config.json of {name} names no model_type; fetch it again")
-    if model_type.startswith("absorb_") or "absorb" in config:
+    if model_type.startswith(_CONVERTED) or "absorb" in config:
         raise AbsorbError(f"{name} is absorbed already; convert the model it was made from")
     if _is_quantised(config):
         raise AbsorbError(f"{name} is quantised; convert the model it was made from, then quantise")

@@ -16,7 +16,7 @@ from absorb.distill import Recipe, distill, divergence, recipe
 from absorb.errors import AbsorbError
 from absorb.families import FAMILIES
 from absorb.graft import twin
-from absorb.quantize import clipped_ranges, int8_inputs
+from absorb.quantize import FORMATS, clipped_ranges, quantised_inputs
 from absorb.settings import Distillation
 from absorb.text import Texts
 
@@ -85,19 +85,19 @@ def test_training_brings_the_student_closer(
 def test_a_student_learns_to_be_quantised(
     teacher: PreTrainedModel, student: PreTrainedModel
 ) -> None:
-    family, text = FAMILIES["llama"], texts()
+    family, form, text = FAMILIES["llama"], FORMATS["w8a8-clipped"], texts()
     for up in (layer.mlp.up_proj for layer in student.model.layers):
         up.weight.data[0] *= 30  # one neuron far above the others: a coarse grid for all
     ranges = clipped_ranges(student, family, text.calibration)
     plain = copy.deepcopy(student)
 
     def gap(model: PreTrainedModel) -> float:
-        with int8_inputs(model, family, ranges):
+        with quantised_inputs(model, family, form, ranges):
             return divergence(teacher, model, PREFIX, text.validation)
 
     fine_tune = Recipe(steps=30, train="all", rows=8)
     distill(teacher, plain, PREFIX, text, fine_tune, seed=0)
-    with int8_inputs(student, family, ranges):
+    with quantised_inputs(student, family, form, ranges):
         losses = distill(teacher, student, PREFIX, text, fine_tune, seed=0)
     assert losses.kept > 0
     assert gap(student) < gap(plain)

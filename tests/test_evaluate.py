@@ -9,7 +9,7 @@ from tiny import tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.evaluate import Score, Subject, evaluate
+from absorb.evaluate import Score, Subject, evaluate, kurtosis
 from absorb.families import FAMILIES
 from absorb.graft import twin
 from absorb.plan import kl
@@ -105,3 +105,13 @@ def test_a_neutral_twin_scores_like_its_original(model: PreTrainedModel, tokens:
     original, converted = evaluate([teacher, student], teacher, LLAMA, tokens, tokens, Thresholds())
     assert converted.perplexity == pytest.approx(original.perplexity, rel=1e-5)
     assert converted.int8_perplexity == pytest.approx(original.int8_perplexity, rel=1e-3)
+
+
+def test_kurtosis_is_that_of_known_distributions() -> None:
+    draw = torch.Generator().manual_seed(0)
+    normal = torch.randn(1000, 100, generator=draw)
+    assert float(kurtosis(7 + 3 * normal)) == pytest.approx(3, rel=0.03)
+    assert float(kurtosis(torch.tensor([-1.0, 1.0]))) == 1
+    lone = torch.zeros(1000)
+    lone[3] = 1e4
+    assert float(kurtosis(lone)) == pytest.approx(1000, rel=0.01)

@@ -10,7 +10,7 @@ from absorb.experts import experts_of, mixed, neurons_of
 from absorb.families import FAMILIES, Family
 from absorb.graft import twin
 from absorb.measure import measure
-from absorb.quantize import input_peaks, int8_static
+from absorb.quantize import FORMATS, input_peaks, quantised
 
 MIXTURES = [family for family in FAMILIES.values() if "experts" in family.down]
 every_mixture = pytest.mark.parametrize("family", MIXTURES, ids=lambda family: family.model_type)
@@ -66,7 +66,7 @@ def test_int8_rounds_what_lies_between_up_and_down(family: Family, tokens: Tenso
     coarse = {**peaks, **{down: 1000 * peaks[down] for _, down in experts_of(model, family)}}
     logits = []
     for ranges in (peaks, coarse):
-        with int8_static(model, family, ranges):
+        with quantised(model, family, FORMATS["w8a8-static"], ranges):
             logits.append(model(tokens).logits)
     assert (logits[0] - logits[1]).abs().max() > 0.01 * logits[0].abs().max()
 

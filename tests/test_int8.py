@@ -7,7 +7,7 @@ from tiny import tiny
 from torch import Tensor
 
 from absorb.families import FAMILIES, Family
-from absorb.quantize import input_peaks, int8_static
+from absorb.quantize import FORMATS, input_peaks, quantised
 
 ROUTERS = {"mlp.gate", "block_sparse_moe.router"}
 
@@ -18,7 +18,8 @@ def test_every_matrix_is_rounded_for_a_while(family: Family, tokens: Tensor) -> 
     model = tiny(family.model_type)
     before = model(tokens).logits
     named = {name for readers in family.links.values() for name in readers} | {family.down}
-    with int8_static(model, family, input_peaks(model, family, tokens)):
+    peaks = input_peaks(model, family, tokens)
+    with quantised(model, family, FORMATS["w8a8-static"], peaks):
         for layer in decoder_layers(model, family):
             for name in named - ROUTERS:
                 rows = weight_of(layer, name).flatten(0, -2)

@@ -1,14 +1,25 @@
 """Fake quantisation gives what integer arithmetic gives, and leaves the model as it was."""
 
+from dataclasses import replace
+from typing import get_args
+
+import pytest
 import torch
 from tiny import tiny
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from absorb.experts import experts_of
 from absorb.families import FAMILIES
-from absorb.quantize import clipped_ranges, input_peaks, int8_static, rounded
+from absorb.grids import INT8_ROW, INT8_TENSOR, rounded
+from absorb.quantize import FORMATS, Format, clipped_ranges, input_peaks, quantised
+from absorb.settings import FormatName
 from absorb.watch import linears_of
 
 LLAMA = FAMILIES["llama"]
+STATIC = FORMATS["w8a8-static"]
+
+every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS.keys())
 
 
 def integers(values: Tensor, step: Tensor) -> Tensor:
@@ -24,14 +35,14 @@ def test_a_linear_computes_what_int8_arithmetic_would(tokens: Tensor) -> None:
     peaks = input_peaks(model, LLAMA, tokens)
     x_step, w_step = peaks[name].max() / 127, linear.weight.abs().amax(1, keepdim=True) / 127
     product = integers(inputs, x_step).int() @ integers(linear.weight, w_step).int().T
-    with int8_static(model, LLAMA, peaks):
+    with quantised(model, LLAMA, STATIC, peaks):
         faked = linear(inputs)
     assert (faked - product * x_step * w_step.T).abs().max() < 1e-5 * faked.abs().max()
 
 
 def test_the_grid_is_symmetric_and_reaches_to_the_peak() -> None:
     values = torch.linspace(-3, 3, 1001)
-    grid = rounded(values, torch.tensor(2.0))
+    grid = rounded(values, INT8_TENSOR, torch.tensor(2.0))
     assert grid.unique().numel() == 255
     assert grid.max() == -grid.min() == 2
     inside = values.abs() <= 2
@@ -40,15 +51,17 @@ def test_the_grid_is_symmetric_and_reaches_to_the_peak() -> None:
 
 def test_the_gradient_goes_straight_through_inside_the_grid() -> None:
     values = torch.tensor([-3.0, -1.0, 0.3, 2.5], requires_grad=True)
-    out = rounded(values, torch.tensor(2.0))
-    torch.testing.assert_close(out.detach(), rounded(values.detach(), torch.tensor(2.0)))
+    out = rounded(values, INT8_TENSOR, torch.tensor(2.0))
+    torch.testing.assert_close(
+        out.detach(), rounded(values.detach(), INT8_TENSOR, torch.tensor(2.0))
+    )
     out.backward(torch.arange(1.0, 5.0))
     assert values.grad is not None
     assert values.grad.tolist() == [0, 2, 3, 0]
 
 
 def test_a_channel_of_zeros_stays_zero() -> None:
-    assert not rounded(torch.zeros(3), torch.tensor(0.0)).any()
+    assert not rounded(torch.zeros(3), INT8_TENSOR, torch.tensor(0.0)).any()
 
 
 @torch.no_grad()
@@ -61,16 +74,84 @@ def test_peaks_are_the_largest_inputs(tokens: Tensor) -> None:
     torch.testing.assert_close(peaks["model.layers.0.self_attn.q_proj"], expected)
 
 
+def ranges_of(form: Format, model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
+    family = FAMILIES[model.config.model_type]
+    return {} if form.ranges is None else form.ranges(model, family, tokens)
+
+
+@every_format
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
 @torch.no_grad()
-def test_the_model_is_left_as_it_was(tokens: Tensor) -> None:
+def test_a_format_changes_the_model_for_a_while(
+    model_type: str, form: Format, tokens: Tensor
+) -> None:
+    model, family = tiny(model_type, torch.float32), FAMILIES[model_type]
+    before = model(tokens).logits
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    ranges = ranges_of(form, model, tokens)
+    with quantised(model, family, form, ranges):
+        changed = (model(tokens).logits - before).abs().max()
+    assert 0 < changed < 2 * before.abs().max()
+    assert torch.equal(model(tokens).logits, before)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in experts_of(model, family).values())
+
+
+@every_format
+@torch.no_grad()
+def test_a_linear_multiplies_a_rounded_input_by_a_rounded_weight(
+    form: Format, tokens: Tensor
+) -> None:
+    model = tiny("llama", torch.float32)
+    linear = model.get_submodule("model.layers.1.mlp.down_proj")
+    weight, bias = linear.weight.clone(), linear.bias
+    inputs = torch.randn(1, 5, linear.in_features)
+    ranges = ranges_of(form, model, tokens)
+    peak = ranges["model.layers.1.mlp.down_proj"].max() if ranges else None
+    left = rounded(form.turn(inputs), form.inputs, peak)
+    expected = nn.functional.linear(left, rounded(form.turn(weight), form.weights), bias)
+    with quantised(model, LLAMA, form, ranges):
+        torch.testing.assert_close(linear(inputs), expected)
+
+
+@torch.no_grad()
+def test_a_failure_within_leaves_the_model_as_it_was(tokens: Tensor) -> None:
     model = tiny("llama", torch.float32)
     before = model(tokens).logits
-    peaks = input_peaks(model, LLAMA, tokens)
-    with int8_static(model, LLAMA, peaks):
-        assert not torch.equal(model(tokens).logits, before)
+    with pytest.raises(RuntimeError), quantised(model, LLAMA, FORMATS["w4a4"], {}):
+        raise RuntimeError
     assert torch.equal(model(tokens).logits, before)
-    hooks = [m._forward_pre_hooks for m in model.modules() if isinstance(m, nn.Linear)]
-    assert not any(hooks)
+
+
+@torch.no_grad()
+def test_a_rotation_alone_changes_nothing(tokens: Tensor) -> None:
+    fine = replace(INT8_ROW, top=2.0**22)  # as good as float32
+    form = replace(FORMATS["w4a4-hadamard"], weights=fine, inputs=fine)
+    for model_type in ("llama", "gpt2", "mixtral"):
+        model = tiny(model_type, torch.float32)
+        before = model(tokens).logits
+        with quantised(model, FAMILIES[model_type], form, {}):
+            torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_rotation_helps_four_bits_against_an_outlier_channel(tokens: Tensor) -> None:
+    model = tiny("llama", torch.float32)
+    name = "model.layers.1.mlp.down_proj"
+    linear = model.get_submodule(name)
+    inputs = torch.randn(1, 64, linear.in_features)
+    inputs[..., 3] *= 50
+    exact, errors = linear(inputs), []
+    for form in (FORMATS["w4a4"], FORMATS["w4a4-hadamard"]):
+        with quantised(model, LLAMA, form, {}):
+            errors.append(float((linear(inputs) - exact).square().mean()))
+    assert errors[1] < errors[0] / 2
+
+
+def test_every_name_has_a_format() -> None:
+    assert tuple(FORMATS) == get_args(FormatName)
+    assert len({form.label for form in FORMATS.values()}) == len(FORMATS)
 
 
 @torch.no_grad()
@@ -90,7 +171,7 @@ def test_a_range_is_clipped_where_rare_values_cost_more_than_they_are_worth(toke
     watched.remove()
     inputs = seen["inputs"].flatten(0, 1)
     errors = [
-        ((rounded(inputs, end) - inputs) @ down.weight.T).square().sum()
+        ((rounded(inputs, INT8_TENSOR, end) - inputs) @ down.weight.T).square().sum()
         for end in (ranges[name], inputs.abs().max())
     ]
     assert errors[0] < errors[1] / 10

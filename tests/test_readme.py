@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from absorb.card import card
+from absorb.quantize import FORMATS
 from absorb.report import Report, from_json, to_json
 
 ROOT = Path(__file__).parent.parent
@@ -15,6 +16,11 @@ def test_the_readme_shows_the_figures_of_its_files() -> None:
     script = ROOT / "scripts" / "render_readme"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_knows_every_format() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in FORMATS if f"`{name}`" not in text] == []
 
 
 def test_the_model_card_is_that_of_its_report() -> None:

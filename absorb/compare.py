@@ -1,0 +1,219 @@
+"""Evaluation → Comparison: models side by side on one text, as stored and in every format."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from absorb.device import device_of
+from absorb.errors import AbsorbError
+from absorb.evaluate import Figures, Subject, Tally, quantised_perplexity, watched_logits
+from absorb.prefix import lead_of
+from absorb.quantize import FORMATS
+from absorb.report import Row, versions
+from absorb.settings import Calibration, Evaluation, FormatName, ModelRef, Thresholds
+from absorb.source import Source, load
+from absorb.text import Texts, gather, read_ids
+
+LENGTH = 512
+# Of a file: so many windows are measured at most, and one for every four of them is what fixed
+# ranges are taken from.
+_WINDOWS = 32
+_SHARE = 5
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing(Figures):
+    """How one of several models does. Its `divergence` is from the reference."""
+
+    model: str
+    converted: bool
+    interval: tuple[float, float]  # of the perplexity: 95 %, bootstrapped over rows
+    agreement: float  # share of tokens for which its first choice is that of the reference
+    token_ratio: float  # largest peak of a token over that of the median token, in any layer
+    kurtosis: float  # of the stream of a row, mean over rows and layers
+    formats: dict[FormatName, float]  # the perplexity in each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Models in the order they were named in, and what they were measured on."""
+
+    reference: str
+    models: tuple[Standing, ...]
+    text_origin: str
+    text_sha256: str
+    rows: int
+    length: int
+    versions: dict[str, str]
+
+
+@torch.no_grad()
+def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
+    """Measure all models; `say` is told what is being done.
+
+    The reference is the first of the others, or the model itself where there are none.
+    """
+    device = device_of(wish.device)
+    sources = [_loaded(name, say) for name in (wish.model, *wish.against)]
+    subjects = [Subject(model=source.model, lead=_lead(source)) for source in sources]
+    _refuse_other_tokens(sources)
+    for source, subject in zip(sources, subjects, strict=True):
+        _refuse_short_model(source, len(subject.lead))
+        nn.Module.to(source.model, device)
+    texts = _texts(sources[0], wish.text)
+    reference = min(1, len(wish.against))
+    tallies = _tallies(sources, subjects, reference, texts.held_out)
+    return Comparison(
+        reference=sources[reference].name,
+        models=tuple(
+            _standing(source, subject, tally, texts, wish.formats)
+            for source, subject, tally in zip(sources, subjects, tallies, strict=True)
+        ),
+        text_origin=texts.origin,
+        text_sha256=texts.fingerprint,
+        rows=len(texts.held_out),
+        length=texts.held_out.shape[1],
+        versions=versions(),
+    )
+
+
+def _loaded(name: str, say: Callable[[str], None]) -> Source:
+    say(f"loading {name}")
+    return load(ModelRef(name=name), converted=True)
+
+
+def _lead(source: Source) -> Tensor:
+    """What a model is to be given before a text (n,): nothing, where sinks stand for it."""
+    return torch.tensor([], dtype=torch.long) if source.converted else lead_of(source.tokenizer)
+
+
+def _refuse_other_tokens(sources: list[Source]) -> None:
+    """Refuse models that do not mean the same by the same token id."""
+    first, *others = sources
+    for other in others:
+        sizes = [source.model.config.vocab_size for source in (first, other)]
+        if first.tokenizer.get_vocab() != other.tokenizer.get_vocab() or len(set(sizes)) > 1:
+            raise AbsorbError(
+                f"{first.name} and {other.name} have different tokenizers, so their perplexities "
+                "cannot be compared; name models that share one"
+            )
+
+
+def _refuse_short_model(source: Source, lead: int) -> None:
+    """Refuse a model whose learned positions end before a window of text does."""
+    room, needed = source.model.config.max_position_embeddings, lead + LENGTH
+    if source.family.positions is not None and room < needed:
+        raise AbsorbError(
+            f"{source.name} reads {room} tokens at most and absorb measures on {needed}; choose a "
+            "model with more positions"
+        )
+
+
+def _texts(source: Source, path: Path | None) -> Texts:
+    """Windows of the file, or rows that the model samples: held out, and to take ranges from."""
+    if path is None:
+        return gather(source, Calibration(), training_rows=0)
+    rows = _windows(path, source.tokenizer)
+    seen = -(-len(rows) // _SHARE)
+    return Texts(
+        calibration=rows[-seen:],
+        validation=rows[:0],
+        held_out=rows[:-seen],
+        training=rows[:0],
+        origin=path.name,
+    )
+
+
+def _windows(path: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The first windows of a file: (rows, LENGTH)."""
+    most = _WINDOWS * _SHARE // (_SHARE - 1)
+    ids = read_ids(path, tokenizer, most * LENGTH)
+    rows = min(len(ids) // LENGTH, most)
+    if rows < 2:
+        raise AbsorbError(
+            f"{path} holds {len(ids)} tokens and {2 * LENGTH} are needed, a window to measure and "
+            "one to take ranges from; give a longer text, or no --text and the model samples one"
+        )
+    return torch.tensor(ids[: rows * LENGTH]).view(rows, LENGTH)
+
+
+def _tallies(
+    sources: list[Source], subjects: list[Subject], reference: int, held_out: Tensor
+) -> list[Tally]:
+    """What every model shows on text (rows, length), compared with the one at `reference`."""
+    tallies = [Tally() for _ in sources]
+    for batch in tqdm(held_out.split(1), desc="evaluating", unit="row"):
+        tokens = batch.to(sources[0].model.device)
+        logits = [
+            watched_logits(subject, source.family, tokens, tally)
+            for source, subject, tally in zip(sources, subjects, tallies, strict=True)
+        ]
+        target = logits[reference].float().log_softmax(-1)
+        for tally, part in zip(tallies, logits, strict=True):
+            tally.see_logits(part, target, tokens)
+    return tallies
+
+
+def _standing(
+    source: Source, subject: Subject, tally: Tally, texts: Texts, formats: tuple[FormatName, ...]
+) -> Standing:
+    peaks = tally.peaks()
+    return Standing(
+        **asdict(tally.figures(Thresholds())),
+        model=source.name,
+        converted=source.converted,
+        interval=interval(torch.tensor(tally.losses) / (texts.held_out.shape[1] - 1)),
+        agreement=tally.agreed / tally.tokens,
+        token_ratio=float((peaks.amax(1) / peaks.median(1).values).max()),
+        kurtosis=float(torch.stack(tally.kurtoses).mean()),
+        formats={
+            name: quantised_perplexity(
+                subject, source.family, FORMATS[name], texts.held_out, texts.calibration
+            )
+            for name in formats
+        },
+    )
+
+
+def interval(losses: Tensor) -> tuple[float, float]:
+    """Between what the perplexity of rows with these mean losses (rows,) lies in 95 of 100 cases.
+
+    The percentile bootstrap (Efron and Tibshirani 1993, section 13.3): rows are drawn with
+    replacement.
+    """
+    draw = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(losses), (_RESAMPLES, len(losses)), generator=draw)
+    low, high = losses[chosen].mean(1).exp().quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def comparison_rows(comparison: Comparison) -> list[Row]:
+    """A table with a column for every model."""
+    several = len(comparison.models) > 1
+    figures: list[tuple[str, Callable[[Standing], str]]] = [
+        ("perplexity", lambda m: f"{m.perplexity:.3f}"),
+        ("  95 % interval", lambda m: "{:.2f} to {:.2f}".format(*m.interval)),
+        (f"KL from {comparison.reference}, nats", lambda m: f"{m.divergence:.4f}"),
+        ("  the same first choice", lambda m: f"{m.agreement:.1%}"),
+        ("largest |x| in the stream", lambda m: f"{m.stream_peak:,.0f}"),
+        ("  as a multiple of the median", lambda m: f"{m.stream_ratio:,.0f} x"),
+        ("largest token, of the median token", lambda m: f"{m.token_ratio:,.0f} x"),
+        ("kurtosis of the stream", lambda m: f"{m.kurtosis:,.0f}"),
+        ("massive-activation tokens", lambda m: f"{m.massive_tokens}"),
+        ("mean weight on the first token", lambda m: f"{m.first_weight:.3f}"),
+    ]
+    if not several:
+        del figures[2:4]
+    rows = [(label, *map(show, comparison.models)) for label, show in figures]
+    names = comparison.models[0].formats
+    formats = [
+        (f"perplexity in {FORMATS[n].label}", *(f"{m.formats[n]:.3f}" for m in comparison.models))
+        for n in names
+    ]
+    return [("", *(m.model for m in comparison.models)), *rows, *formats]

@@ -1,0 +1,103 @@
+"""Grids: on which numbers a low-precision format leaves a tensor, computed in float32.
+
+A grid is data: its values in units of a scale, who shares a scale, and what a scale may be.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+_TINY = torch.finfo(torch.float32).tiny
+_E4M3_TOP = 448.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Symmetric, and rounded half to even."""
+
+    nearest: Callable[[Tensor], Tensor]  # of values in units of the scale, none beyond `top`
+    top: float  # the largest value, in the same units
+    span: int | Literal["row", "tensor"]  # what shares a scale: so many neighbours in a row, ...
+    scale: Callable[[Tensor, float], Tensor]  # of the largest magnitude in each span, and `top`
+
+
+def rounded(values: Tensor, grid: Grid, peak: Tensor | None = None) -> Tensor:
+    """Values (..., channels) on the grid, in their own dtype. A row is what the last index counts.
+
+    A grid whose span is the tensor reaches to `peak`, where one is given. The gradient is that of
+    values clamped to the grid's ends (straight through, arXiv 1308.3432).
+    """
+    # In float32: no half precision holds the least scale there is, or the products exactly.
+    spans = _spans(values.float(), grid.span)
+    reach = spans.detach().abs().amax(-1, True) if peak is None else peak.float()
+    scale = grid.scale(reach, grid.top)
+    levels = (spans / scale.clamp_min(_TINY)).clamp(-grid.top, grid.top)
+    whole = grid.nearest(levels.detach())
+    if levels.requires_grad:
+        whole = levels + (whole - levels).detach()
+    rows = (whole * scale).reshape(*values.shape[:-1], -1)
+    return rows[..., : values.shape[-1]].to(values.dtype)
+
+
+def _spans(values: Tensor, span: int | str) -> Tensor:
+    """Values in rows (..., width) that share a scale; the end of the last is filled with zeros."""
+    if span == "tensor":
+        return values.reshape(1, -1)
+    if not isinstance(span, int):
+        return values
+    filled: Tensor = nn.functional.pad(values, (0, -values.shape[-1] % span))
+    return filled.view(*values.shape[:-1], -1, span)
+
+
+# --- scales ---------------------------------------------------------------------------------------
+
+
+def exact(peak: Tensor, top: float) -> Tensor:
+    """The scale that takes `peak` to the end of the grid, in float32."""
+    return peak / top
+
+
+def power_of_two(peak: Tensor, top: float) -> Tensor:
+    """An E8M0 scale: 2^(⌊log2 peak⌋ - ⌊log2 top⌋) (OCP Microscaling Formats 1.0, section 6.3).
+
+    Up to a quarter of a power of two may lie beyond the end of the grid, and is clipped.
+    """
+    exponent = torch.frexp(peak)[1] - torch.frexp(peak.new_tensor(top))[1]
+    return torch.where(peak > 0, torch.ldexp(torch.ones_like(peak), exponent.clamp(-126, 127)), 0)
+
+
+def e4m3_scale(peak: Tensor, top: float) -> Tensor:
+    """An E4M3 scale for each span, in units of one float32 scale that brings the largest to 448.
+
+    NVFP4's two levels (arXiv 2509.25149). A span below half of the least E4M3
+    number in these units becomes zero.
+    """
+    unit = peak.max() / (top * _E4M3_TOP)
+    return e4m3(peak / top / unit.clamp_min(_TINY)) * unit
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def e4m3(values: Tensor) -> Tensor:
+    """The nearest numbers of 4 bits of exponent and 3 of mantissa, which end at 448."""
+    return values.clamp(-_E4M3_TOP, _E4M3_TOP).to(torch.float8_e4m3fn).float()
+
+
+def e2m1(values: Tensor) -> Tensor:
+    """The nearest of ±{0, 0.5, 1, 1.5, 2, 3, 4, 6}, for values up to 6."""
+    exponent = torch.frexp(values)[1] - 1
+    step = torch.ldexp(torch.full_like(values, 0.5), exponent).clamp_min(0.5)
+    return (values / step).round() * step
+
+
+INT8_TENSOR = Grid(nearest=torch.round, top=127, span="tensor", scale=exact)
+INT8_ROW = Grid(nearest=torch.round, top=127, span="row", scale=exact)
+INT4_ROW = Grid(nearest=torch.round, top=7, span="row", scale=exact)
+INT4_GROUPS = Grid(nearest=torch.round, top=7, span=128, scale=exact)
+E4M3_ROW = Grid(nearest=e4m3, top=_E4M3_TOP, span="row", scale=exact)
+NVFP4 = Grid(nearest=e2m1, top=6, span=16, scale=e4m3_scale)
+MXFP4 = Grid(nearest=e2m1, top=6, span=32, scale=power_of_two)

@@ -1,0 +1,227 @@
+"""`absorb eval`: figures agree with other computations, and what cannot be measured is refused."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from tiny import tiny
+from tiny_tokenizer import tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from absorb import compare
+from absorb.cli import main
+from absorb.quantize import FORMATS
+from absorb.settings import ModelRef
+from absorb.source import load
+
+LENGTH = compare.LENGTH
+
+
+def written(folder: Path, tokens: int) -> Path:
+    draw = torch.Generator().manual_seed(0)
+    letters = torch.randint(0, 26, (tokens,), generator=draw) + ord("a")
+    path = folder / "text.txt"
+    path.write_text("".join(map(chr, letters.tolist())))
+    return path
+
+
+def saved(folder: Path, model: PreTrainedModel) -> Path:
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("source"), tiny("llama", torch.float32))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shape, another function, another family."""
+    return saved(tmp_path_factory.mktemp("other"), tiny("qwen3", torch.float32))
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "model"
+    command = ["convert", str(source), "--out", str(out), "--steps", "0", "--sink", "key"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("text"), 4 * LENGTH)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["eval", *map(str, arguments)])
+
+
+def measured(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def rows_of(path: Path, rows: int) -> Tensor:
+    ids = tiny_tokenizer()(path.read_text(), add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids[: rows * LENGTH]).view(rows, LENGTH)
+
+
+@torch.no_grad()
+def test_figures_are_those_of_transformers(source: Path, other: Path, text: Path) -> None:
+    found = measured(source, "--against", other, "--text", text, "--formats", "w8a8-token")
+    assert (found["rows"], found["length"], found["reference"]) == (3, LENGTH, other.name)
+    rows = rows_of(text, 3)
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (source, other)]
+    outputs = [model(rows, labels=rows, output_hidden_states=True) for model in models]
+    for standing, out in zip(found["models"], outputs, strict=True):
+        assert standing["perplexity"] == pytest.approx(math.exp(out.loss), rel=1e-4)
+        low, high = standing["interval"]
+        assert low < standing["perplexity"] < high
+        assert standing["formats"]["w8a8-token"] == pytest.approx(math.exp(out.loss), rel=0.05)
+    logs = [out.logits[:, :-1].log_softmax(-1) for out in outputs]
+    kl = (logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean()
+    agreement = (logs[0].argmax(-1) == logs[1].argmax(-1)).float().mean()
+    first, reference = found["models"]
+    assert first["divergence"] == pytest.approx(float(kl), rel=1e-3)
+    assert first["agreement"] == pytest.approx(float(agreement))
+    assert (reference["divergence"], reference["agreement"]) == (pytest.approx(0, abs=1e-6), 1)
+    # transformers gives the last stream only behind the final norm.
+    streams = torch.stack(outputs[0].hidden_states[1:-1])
+    peaks = streams.abs().amax(-1).flatten(1)
+    ratios = peaks.amax(1) / peaks.median(1).values
+    assert first["token_ratio"] >= float(ratios.max()) * (1 - 1e-5)
+    assert first["stream_peak"] >= float(peaks.max()) * (1 - 1e-5)
+
+
+@torch.no_grad()
+def test_a_converted_folder_is_measured_without_running_its_code(
+    source: Path, converted: Path, text: Path, tmp_path: Path
+) -> None:
+    code = converted / "modeling_absorb.py"
+    before, trap = code.read_text(), tmp_path / "trap"
+    code.write_text(f"open({str(trap)!r}, 'w')\n")
+    try:
+        found = measured(converted, "--against", source, "--text", text, "--formats", "w4a4")
+    finally:
+        code.write_text(before)
+    assert not trap.exists()
+    student, original = found["models"]
+    assert (student["converted"], original["converted"]) == (True, False)
+    assert student["formats"].keys() == {"w4a4"}
+    rows = rows_of(text, 3)
+    model = AutoModelForCausalLM.from_pretrained(converted, trust_remote_code=True)
+    expected = math.exp(model(rows, labels=rows).loss)
+    assert student["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert student["perplexity"] != pytest.approx(original["perplexity"], rel=1e-4)
+
+
+def test_a_model_writes_its_own_text_converted_or_not(source: Path, converted: Path) -> None:
+    for folder in (source, converted):
+        found = measured(folder, "--formats", "w8a8-static")
+        assert "sampled" in found["text_origin"]
+        assert (found["rows"], found["length"]) == (24, 256)
+
+
+def test_the_table_has_a_column_for_every_model_and_a_row_for_every_format(
+    source: Path, other: Path, text: Path
+) -> None:
+    both = run(source, "--against", other, "--text", text, "--formats", "w8a8-static,nvfp4")
+    assert both.exit_code == 0, both.output
+    assert both.stdout.splitlines()[0].split() == [source.name, other.name]
+    assert f"KL from {other.name}" in both.stdout
+    for form in ("w8a8-static", "nvfp4"):
+        assert both.stdout.count(f"perplexity in {FORMATS[form].label} ") == 1
+    assert "MXFP4" not in both.stdout
+    alone = run(source, "--text", text, "--formats", "nvfp4").stdout
+    assert "perplexity" in alone
+    assert "KL" not in alone
+
+
+def test_misuse_is_told_with_what_there_is(source: Path, text: Path) -> None:
+    unknown = run(source, "--text", text, "--formats", "w8a8-static,int3")
+    assert unknown.exit_code == 2
+    assert "'int3'" in unknown.stderr
+    assert all(name in unknown.stderr for name in FORMATS)
+    assert run(source, "--text", text.parent / "nothing.txt").exit_code == 2
+    assert run().exit_code == 2
+
+
+@pytest.mark.parametrize("tokens", [0, LENGTH - 1, 2 * LENGTH - 2])
+def test_too_short_a_text_is_refused(tokens: int, source: Path, tmp_path: Path) -> None:
+    refused(run(source, "--text", written(tmp_path, tokens)), "tokens and 1024 are needed")
+
+
+def test_two_windows_are_enough(source: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, 2 * LENGTH)
+    assert measured(source, "--text", path, "--formats", "w8a8-clipped")["rows"] == 1
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    refused(run(tmp_path), "not a transformers model")
+
+
+def test_other_tokens_are_refused(source: Path, text: Path, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "other-tokens", tiny("llama", torch.float32))
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())
+    ids = vocabulary["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    refused(run(source, "--against", folder, "--text", text), "have different tokenizers")
+    wide = saved(tmp_path / "wide", tiny("llama", torch.float32, vocab_size=128))
+    refused(run(source, "--against", wide, "--text", text), "have different tokenizers")
+
+
+def test_a_model_with_few_positions_is_refused(text: Path, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "short", tiny("gpt2", torch.float32))
+    refused(run(folder, "--text", text), "short reads 64 tokens at most")
+
+
+def test_a_converted_folder_without_its_weights_is_refused(
+    converted: Path, tmp_path: Path, text: Path
+) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for path in converted.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    refused(run(folder, "--text", text), "no weights in the safetensors format")
+
+
+def refused(result: Result, sentence: str) -> None:
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    assert sentence in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_the_interval_narrows_with_rows_and_holds_the_mean() -> None:
+    draw = torch.Generator().manual_seed(0)
+    losses = 3 + 0.5 * torch.randn(400, generator=draw)
+    widths = []
+    for rows in (25, 400):
+        low, high = compare.interval(losses[:rows])
+        mean = float(losses[:rows].mean())
+        assert low < math.exp(mean) < high
+        widths.append(math.log(high / low))
+        # 95 % of a normal distribution lie within 1.96 of its standard deviations.
+        assert widths[-1] == pytest.approx(2 * 1.96 * 0.5 / rows**0.5, rel=0.25)
+    assert widths[1] < widths[0] / 3
+
+
+def test_convert_still_refuses_what_eval_measures(converted: Path) -> None:
+    source = load(ModelRef(name=str(converted)), converted=True)
+    assert source.converted
+    result = CliRunner().invoke(main, ["inspect", str(converted)])
+    assert result.exit_code == 1
+    assert "is absorbed already" in result.stderr
