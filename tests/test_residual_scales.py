@@ -13,10 +13,11 @@ from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from absorb import modeling_absorb
 from absorb.cli import main
 from absorb.families import FAMILIES, Family
 from absorb.findings import OutlierChannel, find
-from absorb.graft import graft
+from absorb.graft import graft, twin
 from absorb.measure import Measurement, measure
 from absorb.plan import Plan, make_plan, residual_scales
 from absorb.report import Report, finding_rows, from_json, listing
@@ -244,3 +245,18 @@ def test_a_checkpoint_of_such_a_model_runs_in_float16(tmp_path: Path) -> None:
     assert not not_finite(half, tokens)
     stock = kind.from_pretrained(tmp_path / "source", dtype=torch.float16)
     assert not_finite(stock, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_the_norm_that_a_gpu_runs_equals_the_stock_one(dtype: torch.dtype) -> None:
+    norm = twin(tiny("llama", torch.float32), FAMILIES["llama"]).to(dtype).model.norm
+    norm.input_scale.data = torch.rand(HIDDEN) + 0.5
+    norm.weight.copy_(torch.rand(HIDDEN) + 0.5)
+    stream = torch.randn(3, 5, HIDDEN, dtype=dtype)
+    fused, plain = (
+        forward(norm, stream).float()
+        for forward in (modeling_absorb._fused_rms_norm, modeling_absorb._scaled_norm)
+    )
+    # The fused one rounds once, where the stock one rounds twice.
+    assert (fused - plain).abs().max() <= 4 * torch.finfo(dtype).eps * plain.abs().max()
