@@ -28,7 +28,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
-from transformers import PretrainedConfig, PreTrainedModel, modeling_flash_attention_utils
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    initialization,
+    modeling_flash_attention_utils,
+)
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -53,6 +58,7 @@ NEUTRAL = {
     "output_scale": 1.0,
     "bias": 0.0,
 }
+_ADDED = NEUTRAL.keys() - {"bias"}  # what no stock module has
 
 
 # --- what a sink does to attention ---------------------------------------------------------------
@@ -709,6 +715,15 @@ class Absorbed(PreTrainedModel):
             if module.bias is None:
                 module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
 
+    def initialize_weights(self) -> None:
+        """Sinks and scales that a checkpoint lacks do nothing; else they would be unset memory."""
+        # transformers asks the stock class inside this one how to begin, which knows neither.
+        new = [m for m in self.modules() if not getattr(m, "_is_hf_initialized", False)]
+        super().initialize_weights()  # type: ignore[no-untyped-call]
+        for module in new:
+            for name in module._parameters.keys() & _ADDED:
+                initialization.constant_(getattr(module, name), NEUTRAL[name])
+
     def _sites(self, kind: str) -> Iterator[Any]:
         patterns = self.config.absorb.get(kind, [])
         for name, module in self.base_model.named_modules():
@@ -763,7 +778,7 @@ def absorbed(base: Any) -> type[PreTrainedModel]:
     twins = vars(sys.modules[__name__])
     name = PREFIX + base.__name__
     if name not in twins:
-        strict = [*(base._keep_in_fp32_modules_strict or ()), *(set(NEUTRAL) - {"bias"})]
+        strict = [*(base._keep_in_fp32_modules_strict or ()), *_ADDED]
         body = {
             "__module__": __name__,
             "config_class": _absorbed_config(base.config_class),

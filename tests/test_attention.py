@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import accelerate
 import pytest
@@ -20,7 +21,7 @@ from transformers.integrations import flash_attention
 from absorb import modeling_absorb
 from absorb.families import family_of
 from absorb.graft import twin
-from absorb.modeling_absorb import eager_attention, flex_attention, sink_attention
+from absorb.modeling_absorb import NEUTRAL, eager_attention, flex_attention, sink_attention
 from absorb.sinks import prefix_of
 from absorb.watch import led
 
@@ -615,3 +616,19 @@ def test_eager_attention_gives_weights() -> None:
     assert weights[0].shape == (2, HEADS, LENGTH, LENGTH)
     assert weights[0].sum(-1).max() < 1
     assert KV_HEADS < HEADS
+
+
+def test_what_a_checkpoint_lacks_does_nothing() -> None:
+    """Not what happened to be in memory."""
+    model = sinked("gemma2", "mixed")
+    added = {name for name in model.state_dict() if name.rpartition(".")[2] in NEUTRAL}
+    kept = {name: value for name, value in model.state_dict().items() if name not in added}
+    empty = torch.full_like
+    with patch.object(torch, "empty_like", lambda *args, **more: empty(*args, 7.0, **more)):
+        loaded = type(model).from_pretrained(None, config=model.config, state_dict=kept)
+    for name in added:
+        assert (loaded.get_parameter(name) == NEUTRAL[name.rpartition(".")[2]]).all(), name
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
+    loaded.model.norm.input_scale.data.fill_(2.0)
+    loaded.init_weights()  # as some trainers do
+    assert (loaded.model.norm.input_scale == 2.0).all()
