@@ -791,12 +791,35 @@ def absorbed(base: Any) -> type[PreTrainedModel]:
     return twins[name]  # type: ignore[no-any-return]
 
 
-def _absorbed_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
+def _eager_by_its_stock_name(method: Any) -> Any:
+    """A method of a configuration, to which only an attention called eager may give its weights."""
+
+    def named(config: Any, *args: Any) -> None:
+        name = config._attn_implementation
+        if name != IMPLEMENTATIONS["eager"]:
+            method(config, *args)
+            return
+        config._attn_implementation_internal = "eager"
+        try:
+            method(config, *args)
+        finally:
+            config._attn_implementation_internal = name
+
+    return named
+
+
+def _absorbed_config(stock: Any) -> type[PretrainedConfig]:
     twins = vars(sys.modules[__name__])
     name = PREFIX + stock.__name__
     if name not in twins:
-        # Under the stock model_type a load without trust_remote_code would just drop the sinks.
-        body = {"__module__": __name__, "model_type": f"absorb_{stock.model_type}"}
+        weights: Any = vars(PretrainedConfig)["output_attentions"]
+        body = {
+            "__module__": __name__,
+            # Under the stock one a load without trust_remote_code would just drop the sinks.
+            "model_type": f"absorb_{stock.model_type}",
+            "output_attentions": weights.setter(_eager_by_its_stock_name(weights.fset)),
+            "validate": _eager_by_its_stock_name(stock.validate),
+        }
         twin: Any = type(name, (stock,), body)
         twin.register_for_auto_class()
         twins[name] = twin

@@ -618,6 +618,18 @@ def test_eager_attention_gives_weights() -> None:
     assert KV_HEADS < HEADS
 
 
+def test_a_configuration_may_ask_for_weights(tmp_path: Path) -> None:
+    model = sinked("llama")
+    with pytest.raises(ValueError, match="'eager'"):
+        model.config.output_attentions = True
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    assert len(model(texts()).attentions) == LAYERS
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert len(again(texts()).attentions) == LAYERS
+
+
 def test_what_a_checkpoint_lacks_does_nothing() -> None:
     """Not what happened to be in memory."""
     model = sinked("gemma2", "mixed")
