@@ -424,16 +424,6 @@ def test_beams_and_assistants_change_nothing(family: str) -> None:
     assert torch.equal(model.generate(**one, assistant_model=assistant), model.generate(**one))
 
 
-@pytest.mark.parametrize("backend", ["quanto", "hqq"])
-def test_a_quantised_cache_changes_little(backend: str) -> None:
-    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
-    settings = {"backend": backend, "nbits": 8 if backend == "hqq" else 4}
-    out = generated(
-        subject("llama", "logit"), cache_implementation="quantized", cache_config=settings
-    )
-    assert out.shape == (2, LENGTH + 8)
-
-
 @EVERY
 @torch.no_grad()
 def test_a_text_may_be_read_in_chunks(family: str) -> None:
