@@ -808,6 +808,12 @@ def _eager_by_its_stock_name(method: Any) -> Any:
     return named
 
 
+def _without_attention(plan: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A plan of tensor parallelism in which every rank has all heads, as it has all sinks."""
+    blocks = {"self_attn", "attn", "attention"}
+    return plan and {name: how for name, how in plan.items() if blocks.isdisjoint(name.split("."))}
+
+
 def _absorbed_config(stock: Any) -> type[PretrainedConfig]:
     twins = vars(sys.modules[__name__])
     name = PREFIX + stock.__name__
@@ -819,6 +825,7 @@ def _absorbed_config(stock: Any) -> type[PretrainedConfig]:
             "model_type": f"absorb_{stock.model_type}",
             "output_attentions": weights.setter(_eager_by_its_stock_name(weights.fset)),
             "validate": _eager_by_its_stock_name(stock.validate),
+            "base_model_tp_plan": _without_attention(stock.base_model_tp_plan),
         }
         twin: Any = type(name, (stock,), body)
         twin.register_for_auto_class()
