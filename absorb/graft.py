@@ -41,13 +41,7 @@ def twin(model: PreTrainedModel, family: Family, prefix: Prefix | None = None) -
         settings.pop(ours, None)
     config = cls.config_class(**settings, absorb=sites(model, family, prefix))
     config._experts_implementation = model.config._experts_implementation
-    with torch.device("meta"):
-        neutral = cls(config)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for name, parameter in neutral.named_parameters():
-        if name not in weights:
-            value = modeling_absorb.NEUTRAL[name.rpartition(".")[2]]
-            weights[name] = torch.full(parameter.shape, value, device=model.device)
     with quiet():
         student: PreTrainedModel = cls.from_pretrained(
             None, config=config, state_dict=weights, dtype=model.dtype

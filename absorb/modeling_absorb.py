@@ -28,7 +28,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
-from transformers import PretrainedConfig, PreTrainedModel, modeling_flash_attention_utils
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    initialization,
+    modeling_flash_attention_utils,
+)
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -53,6 +58,7 @@ NEUTRAL = {
     "output_scale": 1.0,
     "bias": 0.0,
 }
+_ADDED = NEUTRAL.keys() - {"bias"}  # what no stock module has
 
 
 # --- what a sink does to attention ---------------------------------------------------------------
@@ -713,6 +719,15 @@ class Absorbed(PreTrainedModel):
             if module.bias is None:
                 module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
 
+    def initialize_weights(self) -> None:
+        """Sinks and scales that a checkpoint lacks do nothing; else they would be unset memory."""
+        # transformers asks the stock class inside this one how to begin, which knows neither.
+        new = [m for m in self.modules() if not getattr(m, "_is_hf_initialized", False)]
+        super().initialize_weights()  # type: ignore[no-untyped-call]
+        for module in new:
+            for name in module._parameters.keys() & _ADDED:
+                initialization.constant_(getattr(module, name), NEUTRAL[name])
+
     def _sites(self, kind: str) -> Iterator[Any]:
         patterns = self.config.absorb.get(kind, [])
         for name, module in self.base_model.named_modules():
@@ -767,7 +782,7 @@ def absorbed(base: Any) -> type[PreTrainedModel]:
     twins = vars(sys.modules[__name__])
     name = PREFIX + base.__name__
     if name not in twins:
-        strict = [*(base._keep_in_fp32_modules_strict or ()), *(set(NEUTRAL) - {"bias"})]
+        strict = [*(base._keep_in_fp32_modules_strict or ()), *_ADDED]
         body = {
             "__module__": __name__,
             "config_class": _absorbed_config(base.config_class),
@@ -780,12 +795,42 @@ def absorbed(base: Any) -> type[PreTrainedModel]:
     return twins[name]  # type: ignore[no-any-return]
 
 
-def _absorbed_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
+def _eager_by_its_stock_name(method: Any) -> Any:
+    """A method of a configuration, to which only an attention called eager may give its weights."""
+
+    def named(config: Any, *args: Any) -> None:
+        name = config._attn_implementation
+        if name != IMPLEMENTATIONS["eager"]:
+            method(config, *args)
+            return
+        config._attn_implementation_internal = "eager"
+        try:
+            method(config, *args)
+        finally:
+            config._attn_implementation_internal = name
+
+    return named
+
+
+def _without_attention(plan: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A plan of tensor parallelism in which every rank has all heads, as it has all sinks."""
+    blocks = {"self_attn", "attn", "attention"}
+    return plan and {name: how for name, how in plan.items() if blocks.isdisjoint(name.split("."))}
+
+
+def _absorbed_config(stock: Any) -> type[PretrainedConfig]:
     twins = vars(sys.modules[__name__])
     name = PREFIX + stock.__name__
     if name not in twins:
-        # Under the stock model_type a load without trust_remote_code would just drop the sinks.
-        body = {"__module__": __name__, "model_type": f"absorb_{stock.model_type}"}
+        weights: Any = vars(PretrainedConfig)["output_attentions"]
+        body = {
+            "__module__": __name__,
+            # Under the stock one a load without trust_remote_code would just drop the sinks.
+            "model_type": f"absorb_{stock.model_type}",
+            "output_attentions": weights.setter(_eager_by_its_stock_name(weights.fset)),
+            "validate": _eager_by_its_stock_name(stock.validate),
+            "base_model_tp_plan": _without_attention(stock.base_model_tp_plan),
+        }
         twin: Any = type(name, (stock,), body)
         twin.register_for_auto_class()
         twins[name] = twin

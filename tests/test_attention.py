@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import accelerate
 import pytest
@@ -20,7 +21,7 @@ from transformers.integrations import flash_attention
 from absorb import modeling_absorb
 from absorb.families import family_of
 from absorb.graft import twin
-from absorb.modeling_absorb import eager_attention, flex_attention, sink_attention
+from absorb.modeling_absorb import NEUTRAL, eager_attention, flex_attention, sink_attention
 from absorb.sinks import prefix_of
 from absorb.watch import led
 
@@ -423,16 +424,6 @@ def test_beams_and_assistants_change_nothing(family: str) -> None:
     assert torch.equal(model.generate(**one, assistant_model=assistant), model.generate(**one))
 
 
-@pytest.mark.parametrize("backend", ["quanto", "hqq"])
-def test_a_quantised_cache_changes_little(backend: str) -> None:
-    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
-    settings = {"backend": backend, "nbits": 8 if backend == "hqq" else 4}
-    out = generated(
-        subject("llama", "logit"), cache_implementation="quantized", cache_config=settings
-    )
-    assert out.shape == (2, LENGTH + 8)
-
-
 @EVERY
 @torch.no_grad()
 def test_a_text_may_be_read_in_chunks(family: str) -> None:
@@ -615,3 +606,31 @@ def test_eager_attention_gives_weights() -> None:
     assert weights[0].shape == (2, HEADS, LENGTH, LENGTH)
     assert weights[0].sum(-1).max() < 1
     assert KV_HEADS < HEADS
+
+
+def test_a_configuration_may_ask_for_weights(tmp_path: Path) -> None:
+    model = sinked("llama")
+    with pytest.raises(ValueError, match="'eager'"):
+        model.config.output_attentions = True
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    assert len(model(texts()).attentions) == LAYERS
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert len(again(texts()).attentions) == LAYERS
+
+
+def test_what_a_checkpoint_lacks_does_nothing() -> None:
+    """Not what happened to be in memory."""
+    model = sinked("gemma2", "mixed")
+    added = {name for name in model.state_dict() if name.rpartition(".")[2] in NEUTRAL}
+    kept = {name: value for name, value in model.state_dict().items() if name not in added}
+    empty = torch.full_like
+    with patch.object(torch, "empty_like", lambda *args, **more: empty(*args, 7.0, **more)):
+        loaded = type(model).from_pretrained(None, config=model.config, state_dict=kept)
+    for name in added:
+        assert (loaded.get_parameter(name) == NEUTRAL[name.rpartition(".")[2]]).all(), name
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
+    loaded.model.norm.input_scale.data.fill_(2.0)
+    loaded.init_weights()  # as some trainers do
+    assert (loaded.model.norm.input_scale == 2.0).all()
