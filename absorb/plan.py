@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import log2
+from math import inf, log2
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from absorb.weights import column, heads_of, weight_at
 _ROWS, _BEGINNING = 4, 128
 # Half of the largest number in float16: other text may reach further than that of the calibration.
 _FLOAT16 = 2.0**15
+# The share of the prefix's effect beyond which the form `auto` keeps a layer's keys. Layers divide
+# into those that a constant fits and those that it does not: in SmolLM2 it leaves out less than
+# 0.02 in 25 of them and more than 0.11 in five.
+_MOST_LEFT_OUT = 0.1
 _ALPHA = 0.5  # SmoothQuant's exponent (arXiv 2211.10438): activations and weights share the range
 
 
@@ -96,13 +100,16 @@ def sinks_for(
 
     Logits are fitted with the spike neurons already gone, as the student will be.
     """
+    # The student's text starts at 0, behind the keys. With learned positions, none of which is
+    # negative, the text moves instead.
+    start = 0 if family.positions else -len(prefix.tokens)
+    kept = prefix_of(model, prefix.tokens, start).layers
     if form == "key":
-        # The student's text starts at 0, behind the keys. With learned positions, none of which is
-        # negative, the text moves instead.
-        start = 0 if family.positions else -len(prefix.tokens)
-        return prefix_of(model, prefix.tokens, start).layers
+        return kept
+    most = _MOST_LEFT_OUT if form == "auto" else inf
     with without(model, family, tuple(removal.spike for removal in removals)):
-        return tuple(fit_sinks(model, family, prefix, tokens))
+        fits = fit_sinks(model, family, prefix, tokens, most)
+    return tuple(keys if fit is None else fit for keys, fit in zip(kept, fits, strict=True))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ nothing of a prefix of one token is lost.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -82,22 +83,27 @@ def prefixed(model: PreTrainedModel, family: Family, prefix: Prefix) -> Iterator
 
 @torch.no_grad()
 def fit_sinks(
-    model: PreTrainedModel, family: Family, prefix: Prefix, tokens: Tensor
-) -> list[LogitSink]:
+    model: PreTrainedModel, family: Family, prefix: Prefix, tokens: Tensor, most: float = inf
+) -> list[LogitSink | None]:
     """Each layer's fit to what the prefix does to its attention on text `tokens` (rows, length).
 
+    It is None where it leaves out more than the share `most`, for keys to take its place.
     One forward pass: each layer is fitted on what the layers before it give with their sinks in
     place, so later layers make up for what earlier ones could not match. Products are hastened.
     """
     modules = each_layers(model, family, family.attention)
-    fits: list[LogitSink] = []
+    fits: list[LogitSink | None] = []
     bar = tqdm(total=len(modules), desc="fitting sinks", unit="layer")
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         scene = scene_of(module, rotations.get(module), *args, **kwargs)
-        fit, out = fit_layer(scene, prefix.layers[len(fits)], family.key is not None)
-        fits.append(fit)
+        layer = prefix.layers[len(fits)]
+        fit, out = fit_layer(scene, layer, family.key is not None)
+        keyed = bool(fit.error > most)
+        fits.append(None if keyed else fit)
         bar.update()
+        if keyed:
+            out = scene.with_prefix(layer.keys, layer.values)
         return _heads_last(out), None
 
     turned = modules if family.positions is None else []

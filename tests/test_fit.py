@@ -95,3 +95,16 @@ def test_the_error_of_a_layer_is_what_its_fit_leaves_out(tokens: Tensor) -> None
     model = tiny("llama")
     fits = fit_sinks(model, FAMILIES["llama"], prefix_of(model, torch.tensor([1])), tokens)
     assert all(0 < fit.error < 1 for fit in fits)
+
+
+@torch.no_grad()
+def test_a_fit_that_leaves_out_too_much_is_none(tokens: Tensor) -> None:
+    model, family = tiny("llama"), FAMILIES["llama"]
+    prefix = prefix_of(model, torch.tensor([1, 9]))
+    errors = [float(fit.error) for fit in fit_sinks(model, family, prefix, tokens)]
+    worst = max(errors)
+    layer = errors.index(worst)
+    [*before, none] = fit_sinks(model, family, prefix, tokens, 0.999 * worst)[: layer + 1]
+    assert none is None
+    assert [float(fit.error) for fit in before] == errors[:layer]
+    assert fit_sinks(model, family, prefix, tokens, 0.0) == [None] * len(errors)

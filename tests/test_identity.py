@@ -15,11 +15,13 @@ from tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, POSITIONS, kv_heads, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from absorb import plan as plan_module
 from absorb.families import FAMILIES, Family
-from absorb.findings import SpikeNeuron
+from absorb.findings import Findings, SpikeNeuron
 from absorb.fit import LogitSink
 from absorb.graft import graft, smooth, twin
-from absorb.plan import Plan, Removal, smoothing_scales
+from absorb.plan import Plan, Removal, make_plan, smoothing_scales
+from absorb.settings import Sink
 from absorb.sinks import fit_sinks, prefix_of, prefixed
 from absorb.watch import attending, each_layers, led
 from absorb.write import as_stored
@@ -28,6 +30,14 @@ EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys()
 LEARNED_POSITIONS = pytest.mark.parametrize("family", [FAMILIES["gpt2"], FAMILIES["opt"]])
 TIED = pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "opt", "cohere"])
 TOLERANCE = 1e-5
+NOTHING = Findings(
+    sink_heads=(),
+    sink_tokens=(),
+    massive_activations=(),
+    spike_neurons=(),
+    outlier_channels=(),
+    outlier_tokens=0,
+)
 
 
 def drift(after: Tensor, before: Tensor) -> float:
@@ -131,6 +141,11 @@ def attended(model: PreTrainedModel, family: Family, tokens: Tensor) -> Tensor:
     return outputs[0]
 
 
+def planned(model: PreTrainedModel, family: Family, form: Sink, tokens: Tensor) -> Plan:
+    """A plan of nothing but sinks, for a prefix of two tokens."""
+    return make_plan(model, family, NOTHING, torch.ones(HIDDEN), (1, 9), tokens, 0.0, form)
+
+
 @EVERY
 @torch.no_grad()
 def test_the_grafted_model_does_what_the_fit_did(family: Family, tokens: Tensor) -> None:
@@ -147,6 +162,45 @@ def test_the_grafted_model_does_what_the_fit_did(family: Family, tokens: Tensor)
     values_for_keys = replace(family, key=family.key and family.value, key_block=1)
     wrong = attended(graft(model, values_for_keys, plan), family, tokens)
     assert family.key is None or drift(wrong, fitted[0]) > 1e-2
+
+
+@EVERY
+@torch.no_grad()
+def test_keys_in_some_layers_do_what_the_fit_of_the_others_reckoned_with(
+    family: Family, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(family.model_type)
+    prefix = prefix_of(model, torch.tensor([1, 9]))
+    errors = [float(fit.error) for fit in fit_sinks(model, family, prefix, tokens)]
+    monkeypatch.setattr(plan_module, "_MOST_LEFT_OUT", 0.999 * max(errors))
+    with last_output(model, family) as fitted:
+        plan = planned(model, family, "auto", tokens)
+    assert errors.index(max(errors)) in plan.keyed_layers
+    assert 0 < len(plan.keyed_layers) < LAYERS
+    assert [error > 0 for error in plan.fit_error] == [
+        layer not in plan.keyed_layers for layer in range(LAYERS)
+    ]
+    student = graft(model, family, plan)
+    assert drift(attended(student, family, tokens), fitted[-1]) < 1e-4
+    before = student(tokens).logits
+    smooth(student, family, smoothing_scales(student, family, tokens))
+    assert drift(student(tokens).logits, before) < TOLERANCE
+
+
+@EVERY
+@torch.no_grad()
+def test_keys_in_every_layer_are_the_form_key(
+    family: Family, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(family.model_type)
+    monkeypatch.setattr(plan_module, "_MOST_LEFT_OUT", 0.0)
+    auto, key = (
+        graft(model, family, planned(model, family, form, tokens)) for form in ("auto", "key")
+    )
+    assert auto.config.absorb == key.config.absorb
+    weights = key.state_dict()
+    assert auto.state_dict().keys() == weights.keys()
+    assert all(torch.equal(auto.state_dict()[name], weights[name]) for name in weights)
 
 
 @LEARNED_POSITIONS

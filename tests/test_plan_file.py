@@ -15,6 +15,7 @@ from tiny import HIDDEN, LAYERS, tiny
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
+from absorb import plan as plan_module
 from absorb.cli import main
 from absorb.errors import AbsorbError
 from absorb.families import FAMILIES, Family
@@ -30,7 +31,7 @@ from absorb.source import Source, load
 LOW = ["--threshold-channel-ratio", "1.3", "--threshold-massive-value", "1"]
 LOW += ["--threshold-massive-ratio", "1", "--threshold-divergence", "1"]
 
-FORMS = ("logit", "key", "mixed")
+FORMS = ("logit", "key", "auto")
 
 
 def absorb(*arguments: object) -> Result:
@@ -63,16 +64,17 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converted(model, tmp_path_factory.mktemp("made") / "first", *LOW)
 
 
-@pytest.mark.parametrize("sink", ["logit", "key"])
+@pytest.mark.parametrize("sink", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_plan_file_alone_gives_the_same_weights_whatever_the_text(
-    sink: str, dtype: torch.dtype, tmp_path: Path
+    sink: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = saved(tmp_path / "model", dtype)
+    monkeypatch.setattr(plan_module, "_MOST_LEFT_OUT", 0.3)
     first = converted(model, tmp_path / "first", "--sink", sink, *LOW)
     found = report(first)["inspection"]
     keyed = len(found["keyed_layers"])
-    assert keyed == {"logit": 0, "key": LAYERS}[sink]
+    assert {"logit": keyed == 0, "auto": 0 < keyed < LAYERS, "key": keyed == LAYERS}[sink]
     assert found["removals"]
     assert found["residual_scales"]
     shutil.copy(first / PLAN, tmp_path / "alone.safetensors")
@@ -130,12 +132,12 @@ NOTHING = Findings(
 
 
 def planned(source: Source, sink: str, tokens: Tensor) -> Plan:
-    """A plan of nothing but sinks, in the form `mixed` with keys in one layer."""
+    """A plan of nothing but sinks, in the form `auto` with keys in one layer."""
 
     def made(form: Sink) -> Plan:
         return make_plan(source.model, source.family, NOTHING, RESIDUAL, (1, 9), tokens, 0.0, form)
 
-    if sink != "mixed":
+    if sink != "auto":
         return made(sink)
     logit, key = made("logit"), made("key")
     return replace(logit, sinks=(logit.sinks[0], key.sinks[1], *logit.sinks[2:]))
