@@ -42,6 +42,8 @@ All figures, arguments and versions are in `absorb.json`.
 _FORMS = {
     "logit": "the attention sink is a logit for each head, and the values it carried are biases",
     "key": "the attention sink is a key and a value in every layer, which all queries see",
+    "auto": "the attention sink is a logit for each head, and the values it carried are biases, "
+    "save for the layers named below, which have a key and a value that all queries see",
 }
 
 

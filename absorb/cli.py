@@ -80,11 +80,11 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--sink",
-            type=click.Choice(["logit", "key"]),
+            type=click.Choice(["logit", "key", "auto"]),
             default="logit",
             show_default=True,
-            help="How: one logit a head, which fast kernels know, or the prefix's key, which is "
-            "exact.",
+            help="How: one logit a head, which fast kernels know; the prefix's key, which is "
+            "exact; or auto, which keeps the key in layers that logits do not fit.",
         ),
         click.option(
             "--residual-target",

@@ -24,80 +24,109 @@ _FLOOR = 1e-4  # of the damping, as a share of the steepest direction: some lead
 _SEED = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """One layer's sinks.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeySink:
+    """One layer's sink as the prefix itself, which is exact."""
 
-    parameters is (kv_heads, groups + head_dim + head_dim): the logits of the query heads that share
-    a key head, the value and the key bias. error is the share of the prefix's effect on the
-    output, in squared norm, that the fit leaves out.
+    keys: Tensor  # (kv_heads, tokens, head_dim), rotated where there is RoPE
+    values: Tensor  # (kv_heads, tokens, head_dim)
+
+    @property
+    def error(self) -> Tensor:
+        """A zero: nothing of the prefix's effect is left out."""
+        return self.keys.new_zeros(())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitSink:
+    """One layer's sink as constants that were fitted to the prefix.
+
+    error is the share of the prefix's effect on the output, in squared norm, that they leave out.
     """
 
-    parameters: Tensor
-    groups: int
-    error: Tensor
-
-    @property
-    def logits(self) -> Tensor:
-        """(heads,)"""
-        return self.parameters[:, : self.groups].flatten()
-
-    @property
-    def value(self) -> Tensor:
-        """(kv_heads, head_dim)"""
-        return self.parameters[:, self.groups :].chunk(2, 1)[0]
-
-    @property
-    def key_bias(self) -> Tensor:
-        """(kv_heads, head_dim)"""
-        return self.parameters[:, self.groups :].chunk(2, 1)[1]
+    logits: Tensor  # (heads,)
+    value: Tensor  # (kv_heads, head_dim)
+    key_bias: Tensor  # (kv_heads, head_dim)
+    error: Tensor  # ()
 
 
-def fit_layer(
-    scene: Scene, keys: Tensor, values: Tensor, with_key_bias: bool
-) -> tuple[Fit, Tensor]:
-    """The fit to the prefix `keys` and `values` (kv_heads, tokens, head_dim), and its output."""
-    text = scene.text_scores()
+LayerSink = KeySink | LogitSink
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """What the prefix does to the output of every head: (rows, heads, length, 1 or head_dim)."""
+
+    lse: Tensor  # log-sum-exp of the text's logits
+    share: Tensor  # the weight that the prefix takes
+    alone: Tensor  # the output on the text alone, on the prefix alone, and on both
+    absorbed: Tensor
+    target: Tensor
+
+
+def effect_of(scene: Scene, prefix: KeySink) -> Effect:
+    """The effect of a prefix on one layer's attention."""
+    text, scores = scene.text_scores(), scene.scores(prefix.keys[None])
     lse, alone = text.logsumexp(-1, keepdim=True), scene.mix(text.softmax(-1), scene.value)
-    scores = scene.scores(keys[None])
     share = torch.sigmoid(scores.logsumexp(-1, keepdim=True) - lse)
-    absorbed = scene.mix(scores.softmax(-1), values)
+    absorbed = scene.mix(scores.softmax(-1), prefix.values)
     target = alone + share * (absorbed - alone)
+    return Effect(lse=lse, share=share, alone=alone, absorbed=absorbed, target=target)
 
-    if with_key_bias and scene.moves_with_keys and keys.shape[1] == 1:
+
+def fit_layer(scene: Scene, prefix: KeySink, with_key_bias: bool) -> tuple[LogitSink, Tensor]:
+    """The fit to the prefix, and the output (rows, heads, length, head_dim) with it."""
+    effect = effect_of(scene, prefix)
+    if with_key_bias and scene.moves_with_keys and prefix.keys.shape[1] == 1:
         # Less its key, the prefix has the logit zero for every query.
-        zero = keys.new_zeros(len(keys), scene.groups)
-        parameters = torch.cat([zero, values[:, 0], -keys[:, 0]], 1)
+        zero = prefix.keys.new_zeros(len(prefix.keys), scene.groups)
+        parameters = torch.cat([zero, prefix.values[:, 0], -prefix.keys[:, 0]], 1)
     else:
-        value = _mean_value(scene, share, absorbed)
-        logits = _best_logits(lse, alone, target, scene.spread(value[:, None]))
+        value = mean_value(scene, effect)
+        logits = best_logits(effect, scene.spread(value[:, None]))
         start = torch.cat([logits.view(len(value), -1), value, torch.zeros_like(value)], 1)
-        parameters = _descend(scene, target, start, with_key_bias)
-    out = scene.with_sink(*_split(parameters, scene.groups))
-    error = (out - target).square().sum() / (alone - target).square().sum().clamp_min(1e-30)
-    return Fit(parameters, scene.groups, error), out
+        parameters = _descend(scene, effect.target, start, with_key_bias)
+    return fitted(scene, effect, *_split(parameters, scene.groups))
+
+
+def fitted(
+    scene: Scene, effect: Effect, logits: Tensor, value: Tensor, key_bias: Tensor
+) -> tuple[LogitSink, Tensor]:
+    """Constants as a sink, and the output (rows, heads, length, head_dim) with them."""
+    out = scene.with_sink(logits, value, key_bias)
+    whole = (effect.alone - effect.target).square().sum().clamp_min(1e-30)
+    error = (out - effect.target).square().sum() / whole
+    return LogitSink(logits=logits, value=value, key_bias=key_bias, error=error), out
 
 
 def _split(parameters: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (heads,), value and key bias (kv_heads, head_dim)."""
+    """Logits (heads,), value and key bias (kv_heads, head_dim).
+
+    parameters is (kv_heads, groups + head_dim + head_dim): the logits of the query heads that share
+    a key head, the value and the key bias.
+    """
     width = (parameters.shape[1] - groups) // 2
     logits, value, key_bias = parameters.split([groups, width, width], 1)
     return logits.flatten(), value, key_bias
 
 
-def _mean_value(scene: Scene, share: Tensor, absorbed: Tensor) -> Tensor:
+def mean_value(scene: Scene, effect: Effect) -> Tensor:
     """The prefix value (kv_heads, head_dim), weighted by the share that the prefix takes."""
-    rows, heads, length, _ = absorbed.shape
+    rows, heads, length, _ = effect.absorbed.shape
     grouped = (rows, heads // scene.groups, scene.groups, length, -1)
-    total = (share * absorbed).view(grouped).sum((0, 2, 3))
-    return total / share.view(grouped).sum((0, 2, 3)).clamp_min(1e-12)
+    total = (effect.share * effect.absorbed).view(grouped).sum((0, 2, 3))
+    return total / effect.share.view(grouped).sum((0, 2, 3)).clamp_min(1e-12)
 
 
-def _best_logits(lse: Tensor, alone: Tensor, target: Tensor, value: Tensor) -> Tensor:
-    """The logit (heads,) of a grid with the least squared error of the output."""
+def best_logits(effect: Effect, value: Tensor) -> Tensor:
+    """The logit (heads,) of a grid with the least squared error of the output.
+
+    value is what the sink gives: (heads, 1, head_dim).
+    """
     # |(1 - p) o + p v - t|^2 = |o - t|^2 + 2 p (o - t)(v - o) + p^2 |v - o|^2
-    step, lse = value - alone, lse[..., 0]
-    linear, square = 2 * ((alone - target) * step).sum(-1), step.square().sum(-1)
+    step, lse = value - effect.alone, effect.lse[..., 0]
+    linear = 2 * ((effect.alone - effect.target) * step).sum(-1)
+    square = step.square().sum(-1)
     middle = lse.transpose(0, 1).flatten(1).median(1).values
     grid = middle[:, None] + torch.linspace(*_GRID, device=lse.device)
     errors = []

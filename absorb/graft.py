@@ -1,6 +1,7 @@
 """Stock model + Plan → absorbed model. The only code that writes weights, save the fine-tune."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from transformers import PreTrainedModel
 
 from absorb import modeling_absorb
 from absorb.families import Family
+from absorb.fit import KeySink, LayerSink, LogitSink
 from absorb.plan import Plan
-from absorb.sinks import Prefix, Sinks
 from absorb.watch import layers_of, quiet
 from absorb.weights import bias_at, column, fused_rows, heads_of, is_norm, place_at, weight_at
 
@@ -18,28 +19,31 @@ from absorb.weights import bias_at, column, fused_rows, heads_of, is_norm, place
 @torch.no_grad()
 def graft(model: PreTrainedModel, family: Family, plan: Plan) -> PreTrainedModel:
     """A new absorbed model that does without a prefix what `model` does with the plan's."""
-    student = twin(model, family, plan.sinks if isinstance(plan.sinks, Prefix) else None)
+    student = twin(model, family, plan.sinks)
     _shift_positions(student, family, len(plan.prefix))
-    if isinstance(plan.sinks, Prefix):
-        _place_keys(student, family, plan.sinks)
-    else:
-        _place_sinks(student, family, plan.sinks)
+    for layer, sink in zip(layers_of(student, family), plan.sinks, strict=True):
+        if isinstance(sink, KeySink):
+            _place_keys(layer, family, sink)
+        else:
+            _place_logits(student, family, layer, sink)
     _remove_neurons(student, family, plan)
     _rescale_stream(student, family, plan.residual.to(student.device))
     smooth(student, family, plan.smoothing)
     return student
 
 
-def twin(model: PreTrainedModel, family: Family, prefix: Prefix | None = None) -> PreTrainedModel:
+def twin(
+    model: PreTrainedModel, family: Family, sinks: Sequence[LayerSink] = ()
+) -> PreTrainedModel:
     """The absorbed form of a stock model: copies of its weights, and neutral sinks and scales.
 
-    With a prefix its layers have room for the keys and values of it in place of sink logits.
+    A layer for which `sinks` holds keys has room for them, all others have logits.
     """
     cls: Any = modeling_absorb.absorbed(type(model))
     settings = model.config.to_dict()
     for ours in ("model_type", "architectures", "auto_map", "transformers_version"):
         settings.pop(ours, None)
-    config = cls.config_class(**settings, absorb=sites(model, family, prefix))
+    config = cls.config_class(**settings, absorb=sites(model, family, sinks))
     config._experts_implementation = model.config._experts_implementation
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with quiet():
@@ -53,10 +57,10 @@ def twin(model: PreTrainedModel, family: Family, prefix: Prefix | None = None) -
 
 
 def sites(
-    model: PreTrainedModel, family: Family, prefix: Prefix | None
+    model: PreTrainedModel, family: Family, sinks: Sequence[LayerSink]
 ) -> dict[str, list[str] | list[int]]:
     """Which modules carry which parameter, as patterns of names in the model without its head."""
-    layer = layers_of(model, family)[0]
+    layer, count = layers_of(model, family)[0], len(layers_of(model, family))
     stem = f"{model.base_model_prefix}."
     layers = f"{family.layers.removeprefix(stem)}.*."
 
@@ -66,23 +70,37 @@ def sites(
 
     read_by_norms = [name for name in family.reads if is_norm(layer, name)]
     outputs = (*family.writes, *(norm for norm, _ in family.feeds))
-    attention = [layers + family.attention]
-    biased: set[str | None] = set()
-    sinks: dict[str, list[str] | list[int]]
-    if prefix is None:
-        biased = {family.value, family.output, family.key} - {None}
-        sinks = {"sink": attention}
-    else:
-        sinks = {"sink_key": attention, "sink_shape": list(prefix.keys[0].shape)}
     return {
-        **sinks,
+        **_sites_of_sinks(family, layers, count, sinks),
         "input_scale": [*(layers + n for n in read_by_norms), family.final_norm.removeprefix(stem)],
         "output_scale": [
             family.embedding.removeprefix(stem),
             *(layers + name for name in outputs if kept_apart(name)),
         ],
-        "bias": sorted(layers + str(name) for name in biased),
     }
+
+
+def _sites_of_sinks(
+    family: Family, layers: str, count: int, sinks: Sequence[LayerSink]
+) -> dict[str, list[str] | list[int]]:
+    """The sites of sinks, and of the biases that go with logits, in `layers` of any number."""
+    keyed = {i: list(sink.keys.shape) for i, sink in enumerate(sinks) if isinstance(sink, KeySink)}
+    others = [index for index in range(count) if index not in keyed]
+
+    def within(indices: Sequence[int], name: str) -> list[str]:
+        numbers = ["*"] if len(indices) == count else [str(index) for index in indices]
+        return [layers.replace("*", number) + name for number in numbers]
+
+    biased = {family.value, family.output, family.key} - {None}
+    found: dict[str, list[str] | list[int]] = {
+        "bias": sorted(site for name in biased for site in within(others, str(name)))
+    }
+    if others:
+        found["sink"] = within(others, family.attention)
+    if keyed:
+        found["sink_key"] = within(list(keyed), family.attention)
+        found["sink_shape"] = next(iter(keyed.values()))
+    return found
 
 
 def _shift_positions(student: PreTrainedModel, family: Family, count: int) -> None:
@@ -96,34 +114,32 @@ def _shift_positions(student: PreTrainedModel, family: Family, count: int) -> No
     student.config.max_position_embeddings -= count
 
 
-def _place_keys(student: PreTrainedModel, family: Family, prefix: Prefix) -> None:
-    for layer, key, value in zip(
-        layers_of(student, family), prefix.keys, prefix.values, strict=True
-    ):
-        attention: Any = layer.get_submodule(family.attention)
-        attention.sink_key.copy_(key)
-        attention.sink_value.copy_(value)
+def _place_keys(layer: nn.Module, family: Family, sink: KeySink) -> None:
+    attention: Any = layer.get_submodule(family.attention)
+    attention.sink_key.copy_(sink.keys)
+    attention.sink_value.copy_(sink.values)
 
 
-def _place_sinks(student: PreTrainedModel, family: Family, sinks: Sinks) -> None:
-    """Sink logits, and the sink values and key biases as biases of the stock Linears.
+def _place_logits(
+    student: PreTrainedModel, family: Family, layer: nn.Module, sink: LogitSink
+) -> None:
+    """Sink logits, and the sink value and key bias as biases of the stock Linears.
 
     `Σ p_j v_j + p v = Σ p_j (v_j - v) + v` for `p + Σ p_j = 1`: v goes from the value bias to the
     output bias, and costs nothing at run time.
     """
-    for index, layer in enumerate(layers_of(student, family)):
-        value, output = layer.get_submodule(family.value), layer.get_submodule(family.output)
-        sink_value = sinks.values[index].to(output.weight)
-        layer.get_submodule(family.attention).sink.copy_(sinks.logits[index])
-        value.bias[_rows(student, family, layer, family.value, sink_value)] -= sink_value.flatten()
-        heads, kv_heads = heads_of(student.config, family)
-        spread = sink_value.repeat_interleave(heads // kv_heads, 0).flatten()
-        output.bias += weight_at(layer, family.output) @ spread
-        if family.key is not None:
-            key = layer.get_submodule(family.key)
-            key_bias = sinks.key_biases[index].to(key.bias)
-            rows = _rows(student, family, layer, family.key, key_bias, family.key_block)
-            key.bias[rows] += key_bias.flatten()
+    value, output = place_at(layer, family.value), place_at(layer, family.output)
+    sink_value = sink.value.to(output.weight)
+    place_at(layer, family.attention).sink.copy_(sink.logits)
+    value.bias[_rows(student, family, layer, family.value, sink_value)] -= sink_value.flatten()
+    heads, kv_heads = heads_of(student.config, family)
+    spread = sink_value.repeat_interleave(heads // kv_heads, 0).flatten()
+    output.bias += weight_at(layer, family.output) @ spread
+    if family.key is not None:
+        key = place_at(layer, family.key)
+        key_bias = sink.key_bias.to(key.bias)
+        rows = _rows(student, family, layer, family.key, key_bias, family.key_block)
+        key.bias[rows] += key_bias.flatten()
 
 
 def _rows(

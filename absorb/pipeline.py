@@ -167,6 +167,7 @@ def survey(job: Job, source: Source, texts: Texts, trials: list[Trial]) -> tuple
         token_text={token: decode([token]) for token in sorted(findings.tokens())},
         findings=findings,
         removals=plan.removals,
+        keyed_layers=plan.keyed_layers,
         residual_scales={i: s for i, s in enumerate(plan.residual.tolist()) if s != 1},
         divergence=nan,
         versions=versions(),

@@ -1,20 +1,20 @@
 """A plan as a file, plan.safetensors: enough to convert the same model again without any text.
 
-The tensors are those of the Plan. The inspection that came with them is the only entry of the
-metadata, because safetensors writes several in random order.
+The tensors are those of the Plan, the sinks layer by layer. The inspection that came with them is
+the only entry of the metadata, because safetensors writes several in random order.
 """
 
+from dataclasses import fields
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from absorb.errors import AbsorbError
-from absorb.plan import Plan, start_of
+from absorb.fit import KeySink, LayerSink, LogitSink
+from absorb.plan import Plan
 from absorb.report import Inspection, from_json, to_json
-from absorb.sinks import Prefix, Sinks
 from absorb.source import Source
 from absorb.watch import layers_of
 from absorb.weights import heads_of, weight_at
@@ -25,17 +25,9 @@ _INSPECTION = "absorb_inspection"
 
 def write_plan(folder: Path, plan: Plan, inspection: Inspection) -> None:
     """Write a plan to a folder, and with it what was found out about its model."""
-    sinks = plan.sinks
-    if isinstance(sinks, Prefix):
-        tensors = {"keys": torch.stack(sinks.keys), "values": torch.stack(sinks.values)}
-    else:
-        tensors = {
-            "logits": sinks.logits,
-            "values": sinks.values,
-            "key_biases": sinks.key_biases,
-            "error": sinks.error,
-        }
-    tensors["residual"] = plan.residual
+    tensors = {"residual": plan.residual}
+    for layer, sink in enumerate(plan.sinks):
+        tensors |= {_name(layer, f.name): getattr(sink, f.name) for f in fields(sink)}
     tensors |= {f"smoothing.{name}": scales for name, scales in plan.smoothing.items()}
     save_file(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
@@ -53,30 +45,24 @@ def read_plan(path: Path, source: Source) -> tuple[Plan, Inspection]:
     tensors, inspection = _read(file)
     _refuse_another_model(file, inspection, source)
     _refuse_damage(file, tensors, inspection, source)
-    prefix = inspection.prefix
-    sinks: Sinks | Prefix
-    if inspection.arguments["sink"] == "key":
-        sinks = Prefix(
-            tokens=torch.tensor(prefix),
-            start=start_of(source.family, prefix),
-            keys=list(tensors["keys"]),
-            values=list(tensors["values"]),
-        )
-    else:
-        sinks = Sinks(
-            logits=tensors["logits"],
-            values=tensors["values"],
-            key_biases=tensors["key_biases"],
-            error=tensors["error"],
-        )
+    layers = range(len(layers_of(source.model, source.family)))
     plan = Plan(
-        prefix=prefix,
-        sinks=sinks,
+        prefix=inspection.prefix,
+        sinks=tuple(_sink(layer, inspection, tensors) for layer in layers),
         removals=inspection.removals,
         residual=tensors["residual"],
         smoothing={name: tensors[f"smoothing.{name}"] for name in source.family.links},
     )
     return plan, inspection
+
+
+def _name(layer: int, field: str) -> str:
+    return f"sinks.{layer}.{field}"
+
+
+def _sink(layer: int, inspection: Inspection, tensors: dict[str, Tensor]) -> LayerSink:
+    kind = KeySink if layer in inspection.keyed_layers else LogitSink
+    return kind(**{field.name: tensors[_name(layer, field.name)] for field in fields(kind)})
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], Inspection]:
@@ -142,13 +128,14 @@ def _shapes(inspection: Inspection, source: Source) -> dict[str, tuple[int, ...]
     heads, kv_heads = heads_of(model.config, family)
     head_dim = weight_at(layers[0], family.output).shape[-1] // heads
     *experts, _, neurons = weight_at(layers[0], family.down).shape
-    inside: dict[str, tuple[int, ...]]  # of one layer
-    if inspection.arguments["sink"] == "key":
-        tokens = (kv_heads, len(inspection.prefix), head_dim)
-        inside = {"keys": tokens, "values": tokens}
-    else:
-        vectors = (kv_heads, head_dim)
-        inside = {"logits": (heads,), "values": vectors, "key_biases": vectors, "error": ()}
+    tokens, vectors = (kv_heads, len(inspection.prefix), head_dim), (kv_heads, head_dim)
+    keyed = {"keys": tokens, "values": tokens}
+    fitted = {"logits": (heads,), "value": vectors, "key_bias": vectors, "error": ()}
+    shapes: dict[str, tuple[int, ...]] = {"residual": (hidden,)}
+    for layer in range(len(layers)):
+        inside = keyed if layer in inspection.keyed_layers else fitted
+        shapes |= {_name(layer, field): shape for field, shape in inside.items()}
     divided = {family.value: (kv_heads * head_dim,), family.up: (*experts, neurons)}
-    inside |= {f"smoothing.{name}": divided.get(name, (hidden,)) for name in family.links}
-    return {"residual": (hidden,), **{name: (len(layers), *s) for name, s in inside.items()}}
+    for name in family.links:
+        shapes[f"smoothing.{name}"] = (len(layers), *divided.get(name, (hidden,)))
+    return shapes

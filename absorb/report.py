@@ -53,6 +53,7 @@ class Inspection:
     token_text: dict[int, str]
     findings: Findings
     removals: tuple[Removal, ...]
+    keyed_layers: tuple[int, ...]  # whose sinks are the prefix's keys and values, not logits
     residual_scales: dict[int, float]
     divergence: float
     versions: dict[str, str]
@@ -182,6 +183,7 @@ def finding_rows(inspection: Inspection) -> list[Row]:
         ("outlier channels", _channels(findings, layers)),
         ("outlier tokens", f"{findings.outlier_tokens}"),
         ("prefix", f"{inspection.prefix_text!r}"),
+        ("sinks", _forms(inspection)),
         ("residual scales", _scales(inspection)),
         ("KL after the graft, nats", f"{inspection.divergence:.4f}"),
     ]
@@ -227,6 +229,13 @@ def _neurons(inspection: Inspection) -> str:
         for found in inspection.findings.spike_neurons[:6]
     ]
     return _listed(shown, len(inspection.findings.spike_neurons))
+
+
+def _forms(inspection: Inspection) -> str:
+    keyed, layers = inspection.keyed_layers, len(inspection.layers)
+    logits = f"{layers - len(keyed)} layers by logits" if len(keyed) < layers else ""
+    keys = f"keys in layers {_ranges(keyed)}" if keyed else ""
+    return ", ".join(part for part in (logits, keys) if part)
 
 
 def _channels(findings: Findings, layers: int) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Sink = Literal["logit", "key"]
+Sink = Literal["logit", "key", "auto"]
 Train = Literal["sinks", "scales", "all"]
 Purpose = Literal["none", "int8"]
 FormatName = Literal[

@@ -12,6 +12,7 @@ nothing of a prefix of one token is lost.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 from absorb.device import hastened
 from absorb.families import Family
-from absorb.fit import Fit, fit_layer
+from absorb.fit import KeySink, LogitSink, fit_layer
 from absorb.scene import rotations_of, scene_of
 from absorb.watch import attending, each_layers, remembering
 
@@ -30,19 +31,18 @@ from absorb.watch import attending, each_layers, remembering
 class Prefix:
     """What attention sees of the prefix tokens: constants, because nothing comes before them.
 
-    keys and values hold one tensor (kv_heads, tokens, head_dim) a layer. The keys are rotated to
-    positions from `start` on, so text that is read with them starts at `start` + tokens.
+    The keys of all layers are rotated to positions from `start` on, so text that is read with them
+    starts at `start` + tokens.
     """
 
     tokens: Tensor
     start: int
-    keys: list[Tensor]
-    values: list[Tensor]
+    layers: tuple[KeySink, ...]
 
     def positions(self, length: int) -> Tensor:
         """The positions (1, length) of text read after the prefix."""
         start = self.start + len(self.tokens)
-        return torch.arange(start, start + length, device=self.keys[0].device)[None]
+        return torch.arange(start, start + length, device=self.layers[0].keys.device)[None]
 
 
 @torch.no_grad()
@@ -58,23 +58,10 @@ def prefix_of(model: PreTrainedModel, tokens: Tensor, start: int = 0) -> Prefix:
     return Prefix(
         tokens=tokens,
         start=start,
-        keys=[layer.keys[0].clone() for layer in layers],
-        values=[layer.values[0].clone() for layer in layers],
+        layers=tuple(
+            KeySink(keys=layer.keys[0].clone(), values=layer.values[0].clone()) for layer in layers
+        ),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sinks:
-    """logits is (layers, heads), values and key_biases are (layers, kv_heads, head_dim).
-
-    error is the share of the prefix's effect on the attention output, in squared norm, that each
-    layer's fit leaves out: (layers,).
-    """
-
-    logits: Tensor
-    values: Tensor
-    key_biases: Tensor
-    error: Tensor
 
 
 @contextmanager
@@ -86,33 +73,37 @@ def prefixed(model: PreTrainedModel, family: Family, prefix: Prefix) -> Iterator
     layers = {m: i for i, m in enumerate(each_layers(model, family, family.attention))}
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        layer = layers[module]
+        layer = prefix.layers[layers[module]]
         scene = scene_of(module, None, *args, **kwargs)
-        return _heads_last(scene.with_prefix(prefix.keys[layer], prefix.values[layer])), None
+        return _heads_last(scene.with_prefix(layer.keys, layer.values)), None
 
     with attending(model, attend):
         yield
 
 
 @torch.no_grad()
-def fit_sinks(model: PreTrainedModel, family: Family, prefix: Prefix, tokens: Tensor) -> Sinks:
-    """Fit sinks to what the prefix does to attention outputs on text `tokens` (rows, length).
+def fit_sinks(
+    model: PreTrainedModel, family: Family, prefix: Prefix, tokens: Tensor, most: float = inf
+) -> list[LogitSink | None]:
+    """Each layer's fit to what the prefix does to its attention on text `tokens` (rows, length).
 
+    It is None where it leaves out more than the share `most`, for keys to take its place.
     One forward pass: each layer is fitted on what the layers before it give with their sinks in
     place, so later layers make up for what earlier ones could not match. Products are hastened.
     """
     modules = each_layers(model, family, family.attention)
-    fits: list[Fit] = []
+    fits: list[LogitSink | None] = []
     bar = tqdm(total=len(modules), desc="fitting sinks", unit="layer")
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         scene = scene_of(module, rotations.get(module), *args, **kwargs)
-        layer = len(fits)
-        fit, out = fit_layer(
-            scene, prefix.keys[layer], prefix.values[layer], family.key is not None
-        )
-        fits.append(fit)
+        layer = prefix.layers[len(fits)]
+        fit, out = fit_layer(scene, layer, family.key is not None)
+        keyed = bool(fit.error > most)
+        fits.append(None if keyed else fit)
         bar.update()
+        if keyed:
+            out = scene.with_prefix(layer.keys, layer.values)
         return _heads_last(out), None
 
     turned = modules if family.positions is None else []
@@ -120,12 +111,7 @@ def fit_sinks(model: PreTrainedModel, family: Family, prefix: Prefix, tokens: Te
         positions = prefix.positions(tokens.shape[1])
         with hastened(model.device):
             model.base_model(tokens.to(model.device), position_ids=positions, use_cache=False)
-    return Sinks(
-        logits=torch.stack([fit.logits for fit in fits]),
-        values=torch.stack([fit.value for fit in fits]),
-        key_biases=torch.stack([fit.key_bias for fit in fits]),
-        error=torch.stack([fit.error for fit in fits]),
-    )
+    return fits
 
 
 def _heads_last(out: Tensor) -> Tensor:

@@ -164,10 +164,11 @@ def test_sink_keys_are_the_prefix_they_were_read_from(family: str) -> None:
     read = prefix_of(model, prefix)
     before = model.base_model(prefix[None], position_ids=torch.arange(-N, 0)[None], use_cache=True)
     expected = model(led(texts(), prefix)).logits[:, N:]
-    for keys, start in ((read.keys, N), ([c.keys[0] for c in before.past_key_values.layers], 0)):
-        for layer, key, value in zip(student.model.layers, keys, read.values, strict=True):
+    here = [sink.keys for sink in read.layers]
+    for keys, start in ((here, N), ([c.keys[0] for c in before.past_key_values.layers], 0)):
+        for layer, key, sink in zip(student.model.layers, keys, read.layers, strict=True):
             layer.self_attn.sink_key.copy_(key)
-            layer.self_attn.sink_value.copy_(value)
+            layer.self_attn.sink_value.copy_(sink.values)
         positions = torch.arange(start, start + LENGTH)[None]
         given = student(texts(), position_ids=positions, use_cache=False).logits
         assert drift(given, expected) < 1e-5

@@ -83,7 +83,8 @@ def test_a_head_that_ignores_the_prefix_gets_a_finite_sink_that_takes_little() -
     made.query[..., 0] = 5
     keys = torch.zeros(KV_HEADS, 1, WIDTH, dtype=torch.float64)
     keys[..., 0] = -100
-    layer, out = fit.fit_layer(made, keys, 1 + keys, with_key_bias=True)
+    prefix = fit.KeySink(keys=keys, values=1 + keys)
+    layer, out = fit.fit_layer(made, prefix, with_key_bias=True)
     alone = made.mix(made.text_scores().softmax(-1), made.value)
     assert layer.logits.isfinite().all()
     assert (out - alone).abs().mean() < 1e-3
@@ -92,6 +93,18 @@ def test_a_head_that_ignores_the_prefix_gets_a_finite_sink_that_takes_little() -
 @torch.no_grad()
 def test_the_error_of_a_layer_is_what_its_fit_leaves_out(tokens: Tensor) -> None:
     model = tiny("llama")
-    sinks = fit_sinks(model, FAMILIES["llama"], prefix_of(model, torch.tensor([1])), tokens)
-    assert (sinks.error > 0).all()
-    assert (sinks.error < 1).all()
+    fits = fit_sinks(model, FAMILIES["llama"], prefix_of(model, torch.tensor([1])), tokens)
+    assert all(0 < fit.error < 1 for fit in fits)
+
+
+@torch.no_grad()
+def test_a_fit_that_leaves_out_too_much_is_none(tokens: Tensor) -> None:
+    model, family = tiny("llama"), FAMILIES["llama"]
+    prefix = prefix_of(model, torch.tensor([1, 9]))
+    errors = [float(fit.error) for fit in fit_sinks(model, family, prefix, tokens)]
+    worst = max(errors)
+    layer = errors.index(worst)
+    [*before, none] = fit_sinks(model, family, prefix, tokens, 0.999 * worst)[: layer + 1]
+    assert none is None
+    assert [float(fit.error) for fit in before] == errors[:layer]
+    assert fit_sinks(model, family, prefix, tokens, 0.0) == [None] * len(errors)

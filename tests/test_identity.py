@@ -4,6 +4,8 @@ The tiny models are float64, but stock norms and the eager softmax compute in fl
 logits agree to a few 1e-7 at best. The mistakes these tests are for move them by 0.01 and more.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,12 +13,16 @@ import torch
 from edits import decoder_layers, weight_of
 from tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, POSITIONS, kv_heads, tiny
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from absorb import plan as plan_module
 from absorb.families import FAMILIES, Family
-from absorb.findings import SpikeNeuron
+from absorb.findings import Findings, SpikeNeuron
+from absorb.fit import LogitSink
 from absorb.graft import graft, smooth, twin
-from absorb.plan import Plan, Removal, smoothing_scales
-from absorb.sinks import Sinks, fit_sinks, prefix_of, prefixed
+from absorb.plan import Plan, Removal, make_plan, smoothing_scales
+from absorb.settings import Sink
+from absorb.sinks import fit_sinks, prefix_of, prefixed
 from absorb.watch import attending, each_layers, led
 from absorb.write import as_stored
 
@@ -24,6 +30,14 @@ EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys()
 LEARNED_POSITIONS = pytest.mark.parametrize("family", [FAMILIES["gpt2"], FAMILIES["opt"]])
 TIED = pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "opt", "cohere"])
 TOLERANCE = 1e-5
+NOTHING = Findings(
+    sink_heads=(),
+    sink_tokens=(),
+    massive_activations=(),
+    spike_neurons=(),
+    outlier_channels=(),
+    outlier_tokens=0,
+)
 
 
 def drift(after: Tensor, before: Tensor) -> float:
@@ -32,14 +46,13 @@ def drift(after: Tensor, before: Tensor) -> float:
 
 
 def neutral_plan(family: Family, **changes: object) -> Plan:
-    nothing = torch.zeros(LAYERS, kv_heads(family.model_type), HEAD_DIM, dtype=torch.float64)
-    sinks = Sinks(
-        logits=torch.full((LAYERS, HEADS), -100.0),
-        values=nothing,
-        key_biases=nothing,
-        error=torch.zeros(LAYERS),
+    nothing = torch.zeros(kv_heads(family.model_type), HEAD_DIM, dtype=torch.float64)
+    sink = LogitSink(
+        logits=torch.full((HEADS,), -100.0), value=nothing, key_bias=nothing, error=torch.zeros(())
     )
-    plan = Plan(prefix=(), sinks=sinks, removals=(), residual=torch.ones(HIDDEN), smoothing={})
+    plan = Plan(
+        prefix=(), sinks=(sink,) * LAYERS, removals=(), residual=torch.ones(HIDDEN), smoothing={}
+    )
     return replace(plan, **changes)
 
 
@@ -112,29 +125,82 @@ def test_constant_keys_and_values_are_the_prefix(family: Family, tokens: Tensor)
     assert drift(model(tokens).logits, read) > 0.01
 
 
+@contextmanager
+def last_output(model: PreTrainedModel, family: Family) -> Iterator[list[Tensor]]:
+    """What the last layer's attention writes, in every forward pass."""
+    outputs: list[Tensor] = []
+    last = each_layers(model, family, family.output)[-1]
+    handle = last.register_forward_hook(lambda _, args, out: outputs.append(out))
+    yield outputs
+    handle.remove()
+
+
+def attended(model: PreTrainedModel, family: Family, tokens: Tensor) -> Tensor:
+    with last_output(model, family) as outputs:
+        model(tokens)
+    return outputs[0]
+
+
+def planned(model: PreTrainedModel, family: Family, form: Sink, tokens: Tensor) -> Plan:
+    """A plan of nothing but sinks, for a prefix of two tokens."""
+    return make_plan(model, family, NOTHING, torch.ones(HIDDEN), (1, 9), tokens, 0.0, form)
+
+
 @EVERY
 @torch.no_grad()
 def test_the_grafted_model_does_what_the_fit_did(family: Family, tokens: Tensor) -> None:
     """Logits, values and key biases land in the right rows of the right modules."""
     model = tiny(family.model_type)
     prefix = prefix_of(model, torch.tensor([1, 9]))
-    outputs: list[Tensor] = []
-    last = each_layers(model, family, family.output)[-1]
-    handle = last.register_forward_hook(lambda _, args, out: outputs.append(out))
-    sinks = fit_sinks(model, family, prefix, tokens)
-    handle.remove()
-    assert (sinks.error < 1).all()
-    assert bool(sinks.key_biases.any()) == (family.key is not None)
-    values_for_keys = replace(family, key=family.key and family.value, key_block=1)
-    for entry in (family, values_for_keys):
-        student = graft(model, entry, neutral_plan(family, prefix=(1, 9), sinks=sinks))
-        last = each_layers(student, family, family.output)[-1]
-        handle = last.register_forward_hook(lambda _, args, out: outputs.append(out))
-        student(tokens)
-        handle.remove()
+    with last_output(model, family) as fitted:
+        sinks = fit_sinks(model, family, prefix, tokens)
+    assert all(sink.error < 1 for sink in sinks)
+    assert any(bool(sink.key_bias.any()) for sink in sinks) == (family.key is not None)
     # Sinks are float32 in the student, and float64 in the fit.
-    assert drift(outputs[1], outputs[0]) < 1e-4
-    assert family.key is None or drift(outputs[2], outputs[0]) > 1e-2
+    plan = neutral_plan(family, prefix=(1, 9), sinks=sinks)
+    assert drift(attended(graft(model, family, plan), family, tokens), fitted[0]) < 1e-4
+    values_for_keys = replace(family, key=family.key and family.value, key_block=1)
+    wrong = attended(graft(model, values_for_keys, plan), family, tokens)
+    assert family.key is None or drift(wrong, fitted[0]) > 1e-2
+
+
+@EVERY
+@torch.no_grad()
+def test_keys_in_some_layers_do_what_the_fit_of_the_others_reckoned_with(
+    family: Family, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(family.model_type)
+    prefix = prefix_of(model, torch.tensor([1, 9]))
+    errors = [float(fit.error) for fit in fit_sinks(model, family, prefix, tokens)]
+    monkeypatch.setattr(plan_module, "_MOST_LEFT_OUT", 0.999 * max(errors))
+    with last_output(model, family) as fitted:
+        plan = planned(model, family, "auto", tokens)
+    assert errors.index(max(errors)) in plan.keyed_layers
+    assert 0 < len(plan.keyed_layers) < LAYERS
+    assert [error > 0 for error in plan.fit_error] == [
+        layer not in plan.keyed_layers for layer in range(LAYERS)
+    ]
+    student = graft(model, family, plan)
+    assert drift(attended(student, family, tokens), fitted[-1]) < 1e-4
+    before = student(tokens).logits
+    smooth(student, family, smoothing_scales(student, family, tokens))
+    assert drift(student(tokens).logits, before) < TOLERANCE
+
+
+@EVERY
+@torch.no_grad()
+def test_keys_in_every_layer_are_the_form_key(
+    family: Family, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(family.model_type)
+    monkeypatch.setattr(plan_module, "_MOST_LEFT_OUT", 0.0)
+    auto, key = (
+        graft(model, family, planned(model, family, form, tokens)) for form in ("auto", "key")
+    )
+    assert auto.config.absorb == key.config.absorb
+    weights = key.state_dict()
+    assert auto.state_dict().keys() == weights.keys()
+    assert all(torch.equal(auto.state_dict()[name], weights[name]) for name in weights)
 
 
 @LEARNED_POSITIONS
@@ -218,7 +284,7 @@ def test_the_key_form_is_the_teacher(
     model = tiny(family.model_type)
     start = 0 if family.positions else -len(prefix)
     constants = prefix_of(model, torch.tensor(prefix), start)
-    plan = neutral_plan(family, prefix=prefix, sinks=constants, residual=powers_of_two())
+    plan = neutral_plan(family, prefix=prefix, sinks=constants.layers, residual=powers_of_two())
     student = graft(model, family, plan)
     smooth(student, family, smoothing_scales(student, family, tokens))
     behind = model(led(tokens, constants.tokens)).logits[:, len(prefix) :]

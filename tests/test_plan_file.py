@@ -11,10 +11,11 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import HIDDEN, tiny
+from tiny import HIDDEN, LAYERS, tiny
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
+from absorb import plan as plan_module
 from absorb.cli import main
 from absorb.errors import AbsorbError
 from absorb.families import FAMILIES, Family
@@ -23,12 +24,14 @@ from absorb.graft import graft
 from absorb.plan import Plan, Removal, make_plan, smoothing_scales
 from absorb.plan_file import PLAN, read_plan, write_plan
 from absorb.report import Inspection, versions
-from absorb.settings import Job, ModelRef
+from absorb.settings import Job, ModelRef, Sink
 from absorb.source import Source, load
 
 # Low enough that neurons of a tiny model are removed and channels of its stream are rescaled.
 LOW = ["--threshold-channel-ratio", "1.3", "--threshold-massive-value", "1"]
 LOW += ["--threshold-massive-ratio", "1", "--threshold-divergence", "1"]
+
+FORMS = ("logit", "key", "auto")
 
 
 def absorb(*arguments: object) -> Result:
@@ -61,14 +64,17 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converted(model, tmp_path_factory.mktemp("made") / "first", *LOW)
 
 
-@pytest.mark.parametrize("sink", ["logit", "key"])
+@pytest.mark.parametrize("sink", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_plan_file_alone_gives_the_same_weights_whatever_the_text(
-    sink: str, dtype: torch.dtype, tmp_path: Path
+    sink: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = saved(tmp_path / "model", dtype)
+    monkeypatch.setattr(plan_module, "_MOST_LEFT_OUT", 0.3)
     first = converted(model, tmp_path / "first", "--sink", sink, *LOW)
     found = report(first)["inspection"]
+    keyed = len(found["keyed_layers"])
+    assert {"logit": keyed == 0, "auto": 0 < keyed < LAYERS, "key": keyed == LAYERS}[sink]
     assert found["removals"]
     assert found["residual_scales"]
     shutil.copy(first / PLAN, tmp_path / "alone.safetensors")
@@ -125,6 +131,18 @@ NOTHING = Findings(
 )
 
 
+def planned(source: Source, sink: str, tokens: Tensor) -> Plan:
+    """A plan of nothing but sinks, in the form `auto` with keys in one layer."""
+
+    def made(form: Sink) -> Plan:
+        return make_plan(source.model, source.family, NOTHING, RESIDUAL, (1, 9), tokens, 0.0, form)
+
+    if sink != "auto":
+        return made(sink)
+    logit, key = made("logit"), made("key")
+    return replace(logit, sinks=(logit.sinks[0], key.sinks[1], *logit.sinks[2:]))
+
+
 def inspected(source: Source, plan: Plan, sink: str) -> Inspection:
     return Inspection(
         model=source.name,
@@ -142,6 +160,7 @@ def inspected(source: Source, plan: Plan, sink: str) -> Inspection:
         token_text={},
         findings=NOTHING,
         removals=plan.removals,
+        keyed_layers=plan.keyed_layers,
         residual_scales={},
         divergence=0.0,
         versions=versions(),
@@ -161,14 +180,14 @@ def source_of(family: Family) -> Source:
     )
 
 
-@pytest.mark.parametrize("sink", ["logit", "key"])
+@pytest.mark.parametrize("sink", FORMS)
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 @torch.no_grad()
 def test_a_plan_of_any_family_survives_being_written_and_read(
     family: Family, sink: str, tokens: Tensor, tmp_path: Path
 ) -> None:
     source = source_of(family)
-    plan = make_plan(source.model, family, NOTHING, RESIDUAL, (1, 9), tokens, 0.0, sink)
+    plan = planned(source, sink, tokens)
     spike = SpikeNeuron(layer=1, neuron=7, contribution=1.0)
     plan = replace(
         plan,
@@ -215,17 +234,21 @@ def shorten(name: str) -> Callable[[dict[str, Tensor]], None]:
 @pytest.mark.parametrize(
     ("edit", "sentence"),
     [
-        (drop("logits"), "lacks logits"),
+        (drop("sinks.1.logits"), "lacks sinks.1.logits"),
         (drop("smoothing.mlp.up_proj"), "lacks smoothing.mlp.up_proj"),
-        (shorten("values"), r"holds values of the shape \(2, 2, 8\) and not \(3, 2, 8\)"),
+        (shorten("sinks.2.value"), r"holds sinks.2.value of the shape \(1, 8\) and not \(2, 8\)"),
         (shorten("residual"), r"holds residual of the shape \(31,\) and not \(32,\)"),
-        (put("error", float("nan")), "has NaN or infinity in error"),
+        (put("sinks.0.error", float("nan")), "has NaN or infinity in sinks.0.error"),
         (
             put("smoothing.mlp.up_proj", float("inf")),
             "has NaN or infinity in smoothing.mlp.up_proj",
         ),
         (put("residual", 0), "has a divisor in residual that is not above zero"),
         (lambda tensors: tensors.update(more=torch.ones(1)), "holds more, unknown"),
+        (
+            lambda tensors: tensors.update({"sinks.1.keys": torch.ones(2, 1, 8)}),
+            "holds sinks.1.keys, unknown",
+        ),
     ],
 )
 def test_a_damaged_plan_is_refused(

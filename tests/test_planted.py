@@ -14,6 +14,7 @@ from tiny import HEAD_DIM, HEADS, INTERMEDIATE, LAYERS, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from absorb.distill import divergence
 from absorb.families import family_of
 from absorb.findings import Findings, find
 from absorb.graft import graft
@@ -172,3 +173,23 @@ def test_what_was_planted_is_absorbed(model_type: str, text: Tensor) -> None:
     # thousand, and so does what a constant in its place gives.
     assert gap < 0.02
     assert (alone - teacher).abs().max() > 10 * gap
+
+
+@torch.no_grad()
+def test_keys_are_kept_where_no_logit_fits_and_only_there(text: Tensor) -> None:
+    model, family, fitted, unseen = planted("llama"), family_of("llama"), text[:12], text[12:]
+    # On its first channel RoPE turns a whole radian per token, and so this sink comes and goes.
+    plant_sink(model.model.layers[1].self_attn, 0)
+    found = found_in(model, fitted, torch.tensor([BOS]))
+    nothing = torch.ones(model.config.hidden_size)
+    logit, auto = (
+        make_plan(model, family, found, nothing, (BOS,), fitted, budget=1e-6, form=form)
+        for form in ("logit", "auto")
+    )
+    assert logit.keyed_layers == ()
+    assert auto.keyed_layers == (1,)
+    left = [
+        divergence(model, graft(model, family, plan), torch.tensor([BOS]), unseen)
+        for plan in (logit, auto)
+    ]
+    assert left[1] < 0.1 * left[0]
