@@ -3,6 +3,7 @@
 import copy
 import sys
 import unittest
+from fnmatch import filter as filter_names
 from fnmatch import fnmatchcase
 from functools import cache
 from types import ModuleType
@@ -148,6 +149,11 @@ class Common(ModelTesterMixin, TrainingTesterMixin, GenerationTesterMixin):
     def test_config(self) -> None:
         config = self.model_tester.get_config()
         ConfigTester(self, type(config), absorb=config.absorb).run_common_tests()
+
+
+def test_what_is_skipped_is_there() -> None:
+    names = [f"{family}.{name}" for family in FAMILIES for name in dir(Common)]
+    assert all(filter_names(names, pattern) for pattern in SKIPPED)
 
 
 for _family in FAMILIES:
