@@ -88,8 +88,8 @@ AT_WORK = {
 def subject(family: str, form: str) -> tuple[PreTrainedConfig, Any, Any]:
     """The configuration of an absorbed model, its class, and that with a language model head."""
     stock = tiny(family, torch.float32, num_hidden_layers=LAYERS, **FAMILIES[family])
-    prefix = prefix_of(stock, torch.tensor([1, 9])) if form == "key" else None
-    config = twin(stock, family_of(family), prefix).config
+    sinks = prefix_of(stock, torch.tensor([1, 9])).layers if form == "key" else ()
+    config = twin(stock, family_of(family), sinks).config
     config._attn_implementation = None  # as before there is a model
     base, causal = (modeling_absorb.absorbed(type(model)) for model in (stock.base_model, stock))
     register(type(config), base, causal)
