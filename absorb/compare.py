@@ -17,7 +17,7 @@ from absorb.quantize import FORMATS
 from absorb.report import Row, versions
 from absorb.settings import Calibration, Evaluation, FormatName, ModelRef, Thresholds
 from absorb.source import Source, load
-from absorb.text import Texts, gather, read_ids
+from absorb.text import Texts, gather, read_ids, refuse_short_model
 
 LENGTH = 512
 # Of a file: so many windows are measured at most, and one for every four of them is what fixed
@@ -61,10 +61,10 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
     """
     device = device_of(wish.device)
     sources = [_loaded(name, say) for name in (wish.model, *wish.against)]
-    subjects = [Subject(model=source.model, lead=_lead(source)) for source in sources]
+    subjects = [_subject(source) for source in sources]
     _refuse_other_tokens(sources)
     for source, subject in zip(sources, subjects, strict=True):
-        _refuse_short_model(source, len(subject.lead))
+        refuse_short_model(source, len(subject.lead) + LENGTH)
         nn.Module.to(source.model, device)
     texts = _texts(sources[0], wish.text)
     reference = min(1, len(wish.against))
@@ -88,9 +88,11 @@ def _loaded(name: str, say: Callable[[str], None]) -> Source:
     return load(ModelRef(name=name), converted=True)
 
 
-def _lead(source: Source) -> Tensor:
-    """What a model is to be given before a text (n,): nothing, where sinks stand for it."""
-    return torch.tensor([], dtype=torch.long) if source.converted else lead_of(source.tokenizer)
+def _subject(source: Source) -> Subject:
+    """A converted model is given nothing before a text: its sinks stand for that."""
+    if source.converted:
+        return Subject(model=source.model)
+    return Subject(model=source.model, lead=lead_of(source.tokenizer))
 
 
 def _refuse_other_tokens(sources: list[Source]) -> None:
@@ -103,16 +105,6 @@ def _refuse_other_tokens(sources: list[Source]) -> None:
                 f"{first.name} and {other.name} have different tokenizers, so their perplexities "
                 "cannot be compared; name models that share one"
             )
-
-
-def _refuse_short_model(source: Source, lead: int) -> None:
-    """Refuse a model whose learned positions end before a window of text does."""
-    room, needed = source.model.config.max_position_embeddings, lead + LENGTH
-    if source.family.positions is not None and room < needed:
-        raise AbsorbError(
-            f"{source.name} reads {room} tokens at most and absorb measures on {needed}; choose a "
-            "model with more positions"
-        )
 
 
 def _texts(source: Source, path: Path | None) -> Texts:

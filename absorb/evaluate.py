@@ -22,10 +22,10 @@ _ROWS = 1  # the logits of one are a tenth of a gigabyte, and ten such tensors a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A model, and the tokens (n,) that it is to be given before every row of text."""
+    """A model, and the tokens (n,) that it is to be given before every row of text, if any."""
 
     model: PreTrainedModel
-    lead: Tensor
+    lead: Tensor = field(default_factory=lambda: torch.tensor([], dtype=torch.long))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,6 @@ from absorb.text import Texts, gather
 from absorb.write import as_stored, without_bos, write
 
 Say = Callable[[str], None]
-_NOTHING = torch.tensor([], dtype=torch.long)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +64,7 @@ def convert(job: Job, say: Say) -> Report:
         original, converted = evaluate(
             [
                 Subject(model=source.model, lead=lead_of(source.tokenizer)),
-                Subject(model=student, lead=_NOTHING),
+                Subject(model=student),
             ],
             Subject(model=source.model, lead=prefix),
             source.family,

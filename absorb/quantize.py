@@ -50,20 +50,14 @@ def input_peaks(
     And of `up` and `down` of all experts: (channels,) and (experts, channels). tokens is
     (rows, length); each row is read after the tokens `lead` (n,).
     """
-    linears = linears_of(model, family)
-    names = list(linears)
     peaks: dict[str, Tensor] = {}
-
-    def see_linear(index: int, value: Tensor) -> None:
-        see(names[index], value.flatten(0, -2))
 
     def see(name: str, value: Tensor) -> None:
         peak = value.abs().amax(0).float()
         peaks[name] = peak if name not in peaks else torch.maximum(peaks[name], peak)
 
     rows = tokens if lead is None else led(tokens, lead)
-    inside = watching_experts(model, family, see)
-    with inside, watching(linears.values(), see_linear, inputs=True):
+    with _watching_inputs(model, family, see):
         for batch in tqdm(rows.split(_ROWS), desc="measuring inputs of Linears", unit="batch"):
             model.base_model(batch.to(model.device), use_cache=False)
     return peaks
@@ -79,24 +73,38 @@ def clipped_ranges(
     up: `sum_i |W_i|^2 (rounded(x_i) - x_i)^2`. What lies beyond is clipped. tokens is (rows,
     length), all read at once, each row after the tokens `lead` (n,).
     """
-    linears = linears_of(model, family)
-    names = list(linears)
     ranges: dict[str, Tensor] = {}
+    bar = tqdm(total=len(_multiplied(model, family)), desc="choosing INT8 ranges", unit="matrix")
 
     def see(name: str, value: Tensor) -> None:
         ranges[name] = _best_range(value.float(), weight_at(model, name))
+        bar.update()
 
     rows = tokens if lead is None else led(tokens, lead)
-    inside = watching_experts(model, family, see)
-    bar = tqdm(total=len(names), desc="choosing INT8 ranges", unit="matrix")
+    with bar, _watching_inputs(model, family, see):
+        model.base_model(rows.to(model.device), use_cache=False)
+    return ranges
+
+
+@contextmanager
+def _watching_inputs(
+    model: PreTrainedModel, family: Family, see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call see(name, inputs (tokens, ..., channels)) with what each Linear and expert reads."""
+    linears = linears_of(model, family)
+    names = list(linears)
 
     def see_linear(index: int, value: Tensor) -> None:
         see(names[index], value.flatten(0, -2))
-        bar.update()
 
-    with bar, inside, watching(linears.values(), see_linear, inputs=True):
-        model.base_model(rows.to(model.device), use_cache=False)
-    return ranges
+    inside = watching_experts(model, family, see)
+    with inside, watching(linears.values(), see_linear, inputs=True):
+        yield
+
+
+def _multiplied(model: PreTrainedModel, family: Family) -> list[str]:
+    """The names of all Linears, and of `up` and `down` of all experts."""
+    return [*linears_of(model, family), *chain(*experts_of(model, family))]
 
 
 def _best_range(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -165,8 +173,7 @@ def quantised(
 
     Fixed ranges are needed for a format that has them, and none for any other.
     """
-    names = [*linears_of(model, family), *chain(*experts_of(model, family))]
-    weights = [weight_at(model, name).detach() for name in names]
+    weights = [weight_at(model, name).detach() for name in _multiplied(model, family)]
     before = [weight.clone() for weight in weights]
     try:
         for weight in weights:

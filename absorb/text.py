@@ -63,7 +63,7 @@ def gather(source: Source, calibration: Calibration, training_rows: int | None) 
 
     With None for `training_rows` there is no text to train on and none to report on.
     """
-    _refuse_short_models(source)
+    refuse_short_model(source, LENGTH + _LATEST_START + 1)
     held_out = 0 if training_rows is None else HELD_OUT_ROWS
     sizes = [CALIBRATION_ROWS, VALIDATION_ROWS, held_out, training_rows or 0]
     if calibration.text is not None:
@@ -81,9 +81,9 @@ def gather(source: Source, calibration: Calibration, training_rows: int | None) 
     )
 
 
-def _refuse_short_models(source: Source) -> None:
-    """Refuse a model whose learned positions end before a row of text and a prefix do."""
-    room, needed = source.model.config.max_position_embeddings, LENGTH + _LATEST_START + 1
+def refuse_short_model(source: Source, needed: int) -> None:
+    """Refuse a model whose learned positions end before a row of text, and what leads it, does."""
+    room = source.model.config.max_position_embeddings
     if source.family.positions is not None and room < needed:
         raise AbsorbError(
             f"{source.name} reads {room} tokens at most and absorb measures on {needed}; "

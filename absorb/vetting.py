@@ -77,7 +77,7 @@ def family_of_config(config: Mapping[str, Any], name: str) -> Family:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise AbsorbError(f"the config.json of {name} names no model_type; fetch it again")
-    if model_type.startswith(_CONVERTED) or "absorb" in config:
+    if stock_type(config) is not None or "absorb" in config:
         raise AbsorbError(f"{name} is absorbed already; convert the model it was made from")
     if _is_quantised(config):
         raise AbsorbError(f"{name} is quantised; convert the model it was made from, then quantise")

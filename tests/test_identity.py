@@ -11,13 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 from edits import decoder_layers, weight_of
-from tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, POSITIONS, kv_heads, tiny
+from tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, NOTHING, POSITIONS, kv_heads, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb import plan as plan_module
 from absorb.families import FAMILIES, Family
-from absorb.findings import Findings, SpikeNeuron
+from absorb.findings import SpikeNeuron
 from absorb.fit import LogitSink
 from absorb.graft import graft, smooth, twin
 from absorb.plan import Plan, Removal, make_plan, smoothing_scales
@@ -30,14 +30,6 @@ EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys()
 LEARNED_POSITIONS = pytest.mark.parametrize("family", [FAMILIES["gpt2"], FAMILIES["opt"]])
 TIED = pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "opt", "cohere"])
 TOLERANCE = 1e-5
-NOTHING = Findings(
-    sink_heads=(),
-    sink_tokens=(),
-    massive_activations=(),
-    spike_neurons=(),
-    outlier_channels=(),
-    outlier_tokens=0,
-)
 
 
 def drift(after: Tensor, before: Tensor) -> float:

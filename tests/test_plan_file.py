@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import HIDDEN, LAYERS, tiny
+from tiny import HIDDEN, LAYERS, NOTHING, tiny
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from absorb import plan as plan_module
 from absorb.cli import main
 from absorb.errors import AbsorbError
 from absorb.families import FAMILIES, Family
-from absorb.findings import Findings, SpikeNeuron
+from absorb.findings import SpikeNeuron
 from absorb.graft import graft
 from absorb.plan import Plan, Removal, make_plan, smoothing_scales
 from absorb.plan_file import PLAN, read_plan, write_plan
@@ -121,14 +121,6 @@ def test_a_conversion_by_a_plan_can_be_fine_tuned(model: Path, made: Path, tmp_p
 
 
 RESIDUAL = 2.0 ** (torch.arange(HIDDEN) % 5)
-NOTHING = Findings(
-    sink_heads=(),
-    sink_tokens=(),
-    massive_activations=(),
-    spike_neurons=(),
-    outlier_channels=(),
-    outlier_tokens=0,
-)
 
 
 def planned(source: Source, sink: str, tokens: Tensor) -> Plan:

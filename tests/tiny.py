@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from absorb.findings import Findings
+
 LAYERS = 3
 HIDDEN = 32
 INTERMEDIATE = 48
@@ -14,6 +16,15 @@ HEAD_DIM = 8
 EXPERTS = 4
 VOCABULARY = 64
 POSITIONS = 64
+# What is found in a model without outliers.
+NOTHING = Findings(
+    sink_heads=(),
+    sink_tokens=(),
+    massive_activations=(),
+    spike_neurons=(),
+    outlier_channels=(),
+    outlier_tokens=0,
+)
 
 COMMON = {
     "num_hidden_layers": LAYERS,
