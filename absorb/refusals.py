@@ -1,0 +1,37 @@
+"""How the command line ends when something is refused or a signal comes."""
+
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from absorb.errors import AbsorbError
+
+
+class Refusals:
+    """Turns an AbsorbError into one sentence and exit code 1, and a signal into an exit."""
+
+    def __init__(self, frugal: str = "pass --train sinks, which needs least, or --device cpu"):
+        self.frugal = frugal  # what to do where memory is short
+
+    def __enter__(self) -> None:
+        # Unlike the default of SIGTERM, an exception lets every `finally` clean up.
+        signal.signal(signal.SIGTERM, _terminated)
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, AbsorbError):
+            click.echo(f"absorb: {error}", err=True)
+            sys.exit(1)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            click.echo(
+                f"absorb: the memory is full, so nothing was written; {self.frugal}", err=True
+            )
+            sys.exit(1)
+        if isinstance(error, KeyboardInterrupt):
+            click.echo("absorb: interrupted; nothing was written", err=True)
+            sys.exit(130)
+
+
+def _terminated(*_: Any) -> NoReturn:
+    sys.exit(143)
