@@ -56,11 +56,11 @@ def main() -> None:
 @click.option(
     "--for",
     "purpose",
-    type=click.Choice(["int8", "none"]),
+    type=click.Choice(["int8", "w4a4", "nvfp4", "none"]),
     default="none",
     show_default=True,
-    help="int8: what Linears read is on fixed INT8 grids during the fine-tune, so that the model "
-    "learns to be quantised to W8A8.",
+    help="Fine-tune as if quantised, for a model that will be: to W8A8 with fixed ranges, to W4A4 "
+    "behind a Hadamard rotation, or to NVFP4.",
 )
 @click.option(
     "--plan",

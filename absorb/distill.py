@@ -63,7 +63,7 @@ class Recipe:
     def __str__(self) -> str:
         length = "" if self.steps is None else f"{self.steps} "
         limit = "" if self.minutes is None else f"{self.minutes:g} minutes of "
-        rounding = "" if self.purpose == "none" else f", with inputs in {self.purpose.upper()}"
+        rounding = "" if self.purpose == "none" else f", for {self.purpose.upper()}"
         size = f"{self.rows} x {LENGTH} tokens"
         return f"{limit}{length}steps of {size}, training {self.train}{rounding}"
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from absorb.families import Family
 from absorb.plan import kl
 from absorb.quantize import FORMATS, Format, quantised
-from absorb.settings import Thresholds
+from absorb.settings import FormatName, Thresholds
 from absorb.watch import each_layers, eager, layers_of, led, watching
 
 _ROWS = 1  # the logits of one are a tenth of a gigabyte, and ten such tensors are alive at once
@@ -42,9 +42,9 @@ class Figures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score(Figures):
-    """The same with what becomes of it in INT8 arithmetic."""
+    """The same with what becomes of it in low precision."""
 
-    int8_perplexity: float  # W8A8, static, per tensor
+    quantised: dict[FormatName, float]  # the perplexity in each
 
 
 @dataclass(slots=True)
@@ -113,11 +113,13 @@ def evaluate(
     held_out: Tensor,
     calibration: Tensor,
     thresholds: Thresholds,
+    formats: Sequence[FormatName],
 ) -> list[Score]:
     """Score every subject on `held_out` (rows, length).
 
-    Perplexity counts each row's tokens but the first, whatever lead a model is given. Static INT8
-    ranges come from `calibration` (rows, length); `thresholds` say which activations are massive.
+    Perplexity counts each row's tokens but the first, whatever lead a model is given. Fixed ranges
+    of formats come from `calibration` (rows, length); `thresholds` say which activations are
+    massive.
     """
     tallies = [Tally() for _ in subjects]
     for batch in tqdm(held_out.split(_ROWS), desc="evaluating", unit="row"):
@@ -128,9 +130,10 @@ def evaluate(
     return [
         Score(
             **asdict(tally.figures(thresholds)),
-            int8_perplexity=quantised_perplexity(
-                subject, family, FORMATS["w8a8-static"], held_out, calibration
-            ),
+            quantised={
+                name: quantised_perplexity(subject, family, FORMATS[name], held_out, calibration)
+                for name in formats
+            },
         )
         for subject, tally in zip(subjects, tallies, strict=True)
     ]

@@ -1,27 +1,27 @@
 """The story of a conversion, from a model's name to a folder."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from math import nan
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from absorb.checkpoint import staged
 from absorb.device import device_of, sketch_of
-from absorb.distill import Recipe, distill, divergence, recipe
+from absorb.distill import distill, divergence, recipe
 from absorb.evaluate import Subject, evaluate
-from absorb.families import Family
 from absorb.findings import find
 from absorb.graft import graft, smooth
 from absorb.measure import measure
 from absorb.plan import Plan, make_plan, residual_scales, smoothing_scales
 from absorb.plan_file import read_plan, write_plan
 from absorb.prefix import Trial, encoded, find_prefix, lead_of
-from absorb.quantize import FORMATS, clipped_ranges, quantised_inputs
+from absorb.quantize import FORMATS
+from absorb.rehearse import FORMAT_FOR, rehearsing
 from absorb.report import Inspection, Report, layer_figures, versions
 from absorb.settings import Job, Thresholds
 from absorb.source import Source, load
@@ -55,7 +55,12 @@ def convert(job: Job, say: Say) -> Report:
         write_plan(folder, plan, draft.inspection)
         prefix = torch.tensor(plan.prefix)
         say(f"fine-tune: {fine_tune}")
-        with grids(student, source.family, draft.texts.scaling, fine_tune):
+        goal = FORMAT_FOR.get(fine_tune.purpose)
+        with (
+            rehearsing(student, source.family, FORMATS[goal], draft.texts.scaling)
+            if goal
+            else nullcontext()
+        ):
             losses = distill(
                 source.model, student, prefix, draft.texts, fine_tune, job.distillation.seed
             )
@@ -71,6 +76,7 @@ def convert(job: Job, say: Say) -> Report:
             draft.texts.held_out,
             draft.texts.calibration,
             Thresholds(**draft.inspection.arguments["thresholds"]),  # a plan brings its own
+            ("w8a8-static", goal) if goal else ("w8a8-static",),
         )
         report = Report(
             inspection=draft.inspection,
@@ -82,16 +88,6 @@ def convert(job: Job, say: Say) -> Report:
         say(f"writing {job.out}")
         write(folder, student, source.tokenizer, report)
     return report
-
-
-def grids(
-    student: PreTrainedModel, family: Family, text: Tensor, fine_tune: Recipe
-) -> AbstractContextManager[None]:
-    """What the student reads is rounded within it, if it is to be quantised."""
-    if fine_tune.purpose == "none":
-        return nullcontext()
-    ranges = clipped_ranges(student, family, text)
-    return quantised_inputs(student, family, FORMATS["w8a8-clipped"], ranges)
 
 
 def inspect(job: Job, say: Say) -> Inspection:

@@ -15,6 +15,7 @@ from absorb.findings import Findings
 from absorb.measure import Measurement
 from absorb.plan import Plan, Removal
 from absorb.prefix import Trial
+from absorb.quantize import FORMATS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -120,7 +121,8 @@ def _built(kind: Any, data: Any) -> Any:
         kinds = get_type_hints(kind)
         return kind(**{name: _built(kinds[name], value) for name, value in data.items()})
     if get_origin(kind) is dict:
-        return {inner[0](key): _built(inner[1], value) for key, value in data.items()}
+        key_of = int if inner[0] is int else str  # JSON has no other keys
+        return {key_of(key): _built(inner[1], value) for key, value in data.items()}
     if get_origin(kind) is tuple:
         each = inner[:1] * len(data) if inner[-1] is Ellipsis else inner
         return tuple(_built(one, value) for one, value in zip(each, data, strict=True))
@@ -163,13 +165,20 @@ def score_rows(original: Score, converted: Score) -> list[Row]:
         ("  as a multiple of the median", "stream_ratio", "{:,.0f} x"),
         ("massive-activation tokens", "massive_tokens", "{:d}"),
         ("mean weight on the first token", "first_weight", "{:.3f}"),
-        ("perplexity in W8A8, static per tensor", "int8_perplexity", "{:.3f}"),
     )
     rows = [
         (label, form.format(getattr(original, name)), form.format(getattr(converted, name)))
         for label, name, form in figures
     ]
-    return [("", "original", "converted"), *rows]
+    quantised = [
+        (
+            f"perplexity in {FORMATS[name].label}",
+            f"{before:.3f}",
+            f"{converted.quantised[name]:.3f}",
+        )
+        for name, before in original.quantised.items()
+    ]
+    return [("", "original", "converted"), *rows, *quantised]
 
 
 def finding_rows(inspection: Inspection) -> list[Row]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 Sink = Literal["logit", "key", "auto"]
 Train = Literal["sinks", "scales", "all"]
-Purpose = Literal["none", "int8"]
+Purpose = Literal["none", "int8", "w4a4", "nvfp4"]
 FormatName = Literal[
     "w8a8-static",
     "w8a8-clipped",

@@ -29,7 +29,9 @@ def score(
     model: PreTrainedModel, text: Tensor, lead: Tensor, teacher: Subject, **changes: float
 ) -> Score:
     thresholds = replace(Thresholds(), **changes)
-    [found] = evaluate([Subject(model=model, lead=lead)], teacher, LLAMA, text, text, thresholds)
+    [found] = evaluate(
+        [Subject(model=model, lead=lead)], teacher, LLAMA, text, text, thresholds, ()
+    )
     return found
 
 
@@ -102,9 +104,11 @@ def test_the_weight_on_the_first_token_is_a_mean_over_queries_after_it(
 def test_a_neutral_twin_scores_like_its_original(model: PreTrainedModel, tokens: Tensor) -> None:
     teacher = Subject(model=model, lead=NOTHING)
     student = Subject(model=twin(model, LLAMA), lead=NOTHING)
-    original, converted = evaluate([teacher, student], teacher, LLAMA, tokens, tokens, Thresholds())
+    original, converted = evaluate(
+        [teacher, student], teacher, LLAMA, tokens, tokens, Thresholds(), ("w8a8-static", "nvfp4")
+    )
     assert converted.perplexity == pytest.approx(original.perplexity, rel=1e-5)
-    assert converted.int8_perplexity == pytest.approx(original.int8_perplexity, rel=1e-3)
+    assert converted.quantised == pytest.approx(original.quantised, rel=1e-3)
 
 
 def test_kurtosis_is_that_of_known_distributions() -> None:

@@ -1,0 +1,66 @@
+"""A rehearsal computes what quantisation would, trains what is stored, and leaves no trace."""
+
+import copy
+from typing import get_args
+
+import pytest
+import torch
+from test_distill import PREFIX, texts
+from tiny import tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from absorb.distill import Recipe, distill, divergence
+from absorb.families import FAMILIES, Family
+from absorb.graft import twin
+from absorb.quantize import FORMATS, quantised
+from absorb.rehearse import FORMAT_FOR, rehearsing
+from absorb.settings import Purpose
+
+PURPOSES = pytest.mark.parametrize("purpose", FORMAT_FOR)
+
+
+def test_every_purpose_but_none_has_a_format() -> None:
+    assert {*FORMAT_FOR, "none"} == set(get_args(Purpose))
+
+
+@PURPOSES
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+def test_a_rehearsal_is_what_it_is_for(purpose: Purpose, family: Family, tokens: Tensor) -> None:
+    model = tiny(family.model_type, torch.float32)
+    form = FORMATS[FORMAT_FOR[purpose]]
+    ranges = {} if form.ranges is None else form.ranges(model, family, tokens)
+    with torch.no_grad(), quantised(model, family, form, ranges):
+        expected = model(tokens).logits
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with rehearsing(model, family, form, tokens):
+        logits = model(tokens).logits
+        logits.square().mean().backward()
+    torch.testing.assert_close(logits, expected)  # another order of sums where experts are called
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    matrices = [p for p in model.parameters() if p.ndim > 1 and p.grad is not None]
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in matrices)
+
+
+@PURPOSES
+def test_a_student_learns_to_be_quantised(purpose: Purpose) -> None:
+    teacher = tiny("llama", torch.float32)
+    student = twin(teacher, FAMILIES["llama"])
+    family, form, text = FAMILIES["llama"], FORMATS[FORMAT_FOR[purpose]], texts()
+    for up in (layer.mlp.up_proj for layer in student.model.layers):
+        up.weight.data[0] *= 30  # one neuron far above the others: a coarse grid for all
+    ranges = {} if form.ranges is None else form.ranges(student, family, text.calibration)
+    plain = copy.deepcopy(student)
+
+    def gap(model: PreTrainedModel) -> float:
+        with torch.no_grad(), quantised(model, family, form, ranges):
+            return divergence(teacher, model, PREFIX, text.validation)
+
+    fine_tune = Recipe(steps=30, train="all", rows=8)
+    distill(teacher, plain, PREFIX, text, fine_tune, seed=0)
+    with rehearsing(student, family, form, text.calibration):
+        losses = distill(teacher, student, PREFIX, text, fine_tune, seed=0)
+    assert losses.kept > 0
+    assert gap(student) < gap(plain)
