@@ -21,9 +21,7 @@ from absorb.refusals import Refusals
 from absorb.settings import Evaluation
 
 
-@click.group(
-    context_settings={"help_optionformat_names": ["-h", "--help"], "max_content_width": 100}
-)
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def main() -> None:
     """Move the outliers of a language model into explicit parameters.

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from absorb.device import device_of
 from absorb.errors import AbsorbError
-from absorb.evaluate import Figures, Subject, Tally, quantised_perplexity, watched_logits
 from absorb.prefix import lead_of
 from absorb.quantize import FORMATS
 from absorb.report import Row, versions
+from absorb.score import Figures, Subject, Tally, quantised_perplexity, watched_logits
 from absorb.settings import Calibration, Evaluation, FormatName, ModelRef, Thresholds
 from absorb.source import Source, load
 from absorb.text import Texts, gather, read_ids, refuse_short_model

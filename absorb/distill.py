@@ -26,7 +26,8 @@ _RATES = {
     "bias": 1e-3,
     "input_scale": 1e-3,
 }
-_WEIGHT_RATE = 5e-5
+# Of weights, which have a longer way to go where four bits are left of them.
+_WEIGHT_RATES: dict[Purpose, float] = {"none": 5e-5, "int8": 5e-5, "w4a4": 3e-4, "nvfp4": 3e-4}
 _SINKS = ("sink", "sink_key", "sink_value", "bias")
 _TRAINED: dict[Train, tuple[str, ...]] = {
     "sinks": _SINKS,
@@ -114,7 +115,7 @@ def distill(
     check = _Check(teacher, student, prefix, texts.validation, parameters)
     check(0)
     losses = []
-    optimizer = _optimizer(student, parameters)
+    optimizer = _optimizer(student, parameters, fine_tune.purpose)
     batches = _batches(texts.training, fine_tune.rows, seed)
     pace = _Pace(fine_tune)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: _rate(pace.done, pace.whole))
@@ -167,11 +168,13 @@ def _choose(student: PreTrainedModel, train: Train) -> list[nn.Parameter]:
     return chosen
 
 
-def _optimizer(student: PreTrainedModel, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+def _optimizer(
+    student: PreTrainedModel, parameters: list[nn.Parameter], purpose: Purpose
+) -> torch.optim.AdamW:
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            rate = _RATES.get(name.rpartition(".")[2], _WEIGHT_RATE)
+            rate = _RATES.get(name.rpartition(".")[2], _WEIGHT_RATES[purpose])
             groups.setdefault(rate, []).append(parameter)
     settings = [{"params": group, "lr": rate} for rate, group in groups.items()]
     return torch.optim.AdamW(settings, betas=(0.9, 0.95), weight_decay=0.0)

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from absorb.checkpoint import staged
 from absorb.device import device_of, sketch_of
 from absorb.distill import distill, divergence, recipe
-from absorb.evaluate import Subject, evaluate
 from absorb.findings import find
 from absorb.graft import graft, smooth
 from absorb.measure import measure
@@ -23,6 +22,7 @@ from absorb.prefix import Trial, encoded, find_prefix, lead_of
 from absorb.quantize import FORMATS
 from absorb.rehearse import FORMAT_FOR, rehearsing
 from absorb.report import Inspection, Report, layer_figures, versions
+from absorb.score import Subject, evaluate
 from absorb.settings import Job, Thresholds
 from absorb.source import Source, load
 from absorb.text import Texts, gather

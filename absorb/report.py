@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_h
 
 from absorb import __version__
 from absorb.distill import Losses, Recipe
-from absorb.evaluate import Score
 from absorb.findings import Findings
 from absorb.measure import Measurement
 from absorb.plan import Plan, Removal
 from absorb.prefix import Trial
 from absorb.quantize import FORMATS
+from absorb.score import Score
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -31,7 +31,8 @@ ORDER = (
     "plan",
     "graft",
     "distill",
-    "evaluate",
+    "rehearse",
+    "score",
     "report",
     "compare",
     "plan_file",
@@ -39,6 +40,8 @@ ORDER = (
     "checkpoint",
     "write",
     "pipeline",
+    "options",
+    "refusals",
     "cli",
 )
 

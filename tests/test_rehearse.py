@@ -58,7 +58,7 @@ def test_a_student_learns_to_be_quantised(purpose: Purpose) -> None:
         with torch.no_grad(), quantised(model, family, form, ranges):
             return divergence(teacher, model, PREFIX, text.validation)
 
-    fine_tune = Recipe(steps=30, train="all", rows=8)
+    fine_tune = Recipe(steps=30, train="all", rows=8, purpose=purpose)
     distill(teacher, plain, PREFIX, text, fine_tune, seed=0)
     with rehearsing(student, family, form, text.calibration):
         losses = distill(teacher, student, PREFIX, text, fine_tune, seed=0)

@@ -9,10 +9,10 @@ from tiny import tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.evaluate import Score, Subject, evaluate, kurtosis
 from absorb.families import FAMILIES
 from absorb.graft import twin
 from absorb.plan import kl
+from absorb.score import Score, Subject, evaluate, kurtosis
 from absorb.settings import Thresholds
 
 NOTHING = torch.tensor([], dtype=torch.long)
