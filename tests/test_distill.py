@@ -83,7 +83,8 @@ def test_training_brings_the_student_closer(
 def test_the_best_step_is_kept_even_if_it_is_the_untrained_one(
     teacher: PreTrainedModel, student: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_WEIGHT_RATES", {"none": 1.0})  # ruins every weight at the first step
+    ruinous = {"none": 1.0}
+    monkeypatch.setattr(module, "_WEIGHT_RATES", ruinous)
     before = {name: value.clone() for name, value in student.named_parameters()}
     fine_tune = Recipe(steps=2, train="all", rows=4)
     losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
