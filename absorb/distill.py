@@ -49,6 +49,7 @@ class Recipe:
     train: Train
     rows: int  # of text in a step
     purpose: Purpose = "none"
+    rate: float = _WEIGHT_RATES["none"]  # at which weights learn
 
     @property
     def training_rows(self) -> int:
@@ -93,6 +94,7 @@ def recipe(wish: Distillation, device: torch.device) -> Recipe:
         train=wish.train or ("all" if gpu else "sinks"),
         rows=32 if gpu else 8,
         purpose=wish.purpose,
+        rate=_WEIGHT_RATES[wish.purpose],
     )
 
 
@@ -115,7 +117,7 @@ def distill(
     check = _Check(teacher, student, prefix, texts.validation, parameters)
     check(0)
     losses = []
-    optimizer = _optimizer(student, parameters, fine_tune.purpose)
+    optimizer = _optimizer(student, parameters, fine_tune.rate)
     batches = _batches(texts.training, fine_tune.rows, seed)
     pace = _Pace(fine_tune)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: _rate(pace.done, pace.whole))
@@ -169,12 +171,12 @@ def _choose(student: PreTrainedModel, train: Train) -> list[nn.Parameter]:
 
 
 def _optimizer(
-    student: PreTrainedModel, parameters: list[nn.Parameter], purpose: Purpose
+    student: PreTrainedModel, parameters: list[nn.Parameter], weight_rate: float
 ) -> torch.optim.AdamW:
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            rate = _RATES.get(name.rpartition(".")[2], _WEIGHT_RATES[purpose])
+            rate = _RATES.get(name.rpartition(".")[2], weight_rate)
             groups.setdefault(rate, []).append(parameter)
     settings = [{"params": group, "lr": rate} for rate, group in groups.items()]
     return torch.optim.AdamW(settings, betas=(0.9, 0.95), weight_decay=0.0)

@@ -1,7 +1,7 @@
 """Models and held-out text → Scores, side by side in one pass over the same tokens."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 
@@ -170,19 +170,16 @@ def quantised_perplexity(
     find = form.ranges
     ranges = {} if find is None else find(model, family, calibration, subject.lead)
     with quantised(model, family, form, ranges):
-        return perplexity(
-            lambda tokens: _logits(subject, tokens), held_out, model.device, form.label
-        )
+        return perplexity(subject, held_out, form.label)
 
 
-def perplexity(
-    logits: Callable[[Tensor], Tensor], rows: Tensor, device: torch.device, label: str
-) -> float:
-    """exp of the mean loss of every token but the first of each row, for logits(tokens)."""
+@torch.no_grad()
+def perplexity(subject: Subject, rows: Tensor, label: str) -> float:
+    """exp of the mean loss of every token but the first of each row (rows, length)."""
     loss, count = 0.0, 0
     for batch in tqdm(rows.split(_ROWS), desc=label, unit="row"):
-        tokens = batch.to(device)
-        predicted = logits(tokens)[:, :-1].float().flatten(0, 1)
+        tokens = batch.to(subject.model.device)
+        predicted = _logits(subject, tokens)[:, :-1].float().flatten(0, 1)
         part = functional.cross_entropy(predicted, tokens[:, 1:].flatten(), reduction="sum")
         loss, count = loss + float(part), count + tokens[:, 1:].numel()
     return math.exp(loss / count)

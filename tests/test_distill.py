@@ -81,12 +81,10 @@ def test_training_brings_the_student_closer(
 
 
 def test_the_best_step_is_kept_even_if_it_is_the_untrained_one(
-    teacher: PreTrainedModel, student: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    teacher: PreTrainedModel, student: PreTrainedModel
 ) -> None:
-    ruinous = {"none": 1.0}
-    monkeypatch.setattr(module, "_WEIGHT_RATES", ruinous)
     before = {name: value.clone() for name, value in student.named_parameters()}
-    fine_tune = Recipe(steps=2, train="all", rows=4)
+    fine_tune = Recipe(steps=2, train="all", rows=4, rate=1.0)  # ruins every weight at once
     losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
     assert losses.kept == 0
     assert losses.held_out[-1][1] > losses.held_out[0][1]
@@ -103,10 +101,9 @@ def test_no_steps_change_nothing(teacher: PreTrainedModel, student: PreTrainedMo
 
 
 def test_a_fine_tune_that_diverges_is_told(
-    teacher: PreTrainedModel, student: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    teacher: PreTrainedModel, student: PreTrainedModel
 ) -> None:
-    monkeypatch.setattr(module, "_WEIGHT_RATES", {"none": 1e30})
-    fine_tune = Recipe(steps=20, train="all", rows=4)
+    fine_tune = Recipe(steps=20, train="all", rows=4, rate=1e30)
     with pytest.raises(AbsorbError, match=r"diverged.*--steps 0"):
         distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
 
