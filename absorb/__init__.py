@@ -1,3 +1,27 @@
-"""Turn the outliers of a pretrained language model into explicit parameters."""
+"""Turn the outliers of a pretrained language model into explicit parameters.
+
+The Python interface is `convert`, `inspect` and `evaluate`; they do what the commands do. Importing
+absorb also lets transformers load converted models without trust_remote_code.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from absorb.errors import AbsorbError
+from absorb.registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from absorb.interface import convert, evaluate, inspect
 
 __version__ = "0.1.0"
+__all__ = ["AbsorbError", "convert", "evaluate", "inspect"]
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    """The interface, which imports torch, when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from absorb import interface
+
+    return getattr(interface, name)

@@ -1,0 +1,149 @@
+"""The Python interface: what the commands do, with the same defaults, and plain data as a result.
+
+What is being done goes to the logger `absorb`; what is refused raises an AbsorbError.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from absorb import pipeline
+from absorb.compare import Comparison, compare
+from absorb.errors import AbsorbError
+from absorb.report import Inspection, Report
+from absorb.settings import (
+    Calibration,
+    Distillation,
+    Evaluation,
+    FormatName,
+    Job,
+    ModelRef,
+    Purpose,
+    Sink,
+    Thresholds,
+    Train,
+)
+
+_say = logging.getLogger("absorb").info
+_FORMATS: tuple[FormatName, ...] = get_args(FormatName)
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    text: str | Path | None = None,
+    sink: Sink = "logit",
+    residual_target: float = 1.0,
+    prefix: str | None = None,
+    thresholds: Thresholds = Thresholds(),  # noqa: B008 - it is immutable
+    plan: str | Path | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    train: Train | None = None,
+    purpose: Purpose = "none",
+    seed: int = 0,
+    device: str = "auto",
+) -> Report:
+    """Convert a model and write the checkpoint to `out`, complete or not at all.
+
+    `model` is a Hub id, a folder, a .gguf file or "demo"; `purpose` is the command's --for. The
+    report is what absorb.json holds. Raises an AbsorbError for what cannot be converted.
+    """
+    if steps is not None and minutes is not None:
+        raise AbsorbError("steps and minutes both set the length; drop one of them")
+    if plan is not None and (sink, residual_target, prefix, thresholds) != _UNDECIDED:
+        raise AbsorbError(
+            "a plan has decided sink, residual_target, prefix and thresholds; drop them, or plan"
+        )
+    _refuse_unknown("sink", sink, get_args(Sink))
+    _refuse_unknown("train", train, (None, *get_args(Train)))
+    _refuse_unknown("purpose", purpose, get_args(Purpose))
+    job = Job(
+        model=ModelRef(name=str(model), revision=revision, trust_remote_code=trust_remote_code),
+        out=Path(out),
+        calibration=Calibration(text=_text(text), prefix=prefix, seed=seed),
+        thresholds=thresholds,
+        sink=sink,
+        residual_target=residual_target,
+        plan=_path(plan),
+        distillation=Distillation(
+            steps=steps, minutes=minutes, train=train, purpose=purpose, seed=seed
+        ),
+        device=device,
+        force=force,
+    )
+    return pipeline.convert(job, _say)
+
+
+def inspect(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    text: str | Path | None = None,
+    sink: Sink = "logit",
+    residual_target: float = 1.0,
+    prefix: str | None = None,
+    thresholds: Thresholds = Thresholds(),  # noqa: B008 - it is immutable
+    seed: int = 0,
+    device: str = "auto",
+) -> Inspection:
+    """Find the outliers of a model, and how they would be absorbed; writes nothing."""
+    _refuse_unknown("sink", sink, get_args(Sink))
+    job = Job(
+        model=ModelRef(name=str(model), revision=revision, trust_remote_code=trust_remote_code),
+        out=Path(),
+        calibration=Calibration(text=_text(text), prefix=prefix, seed=seed),
+        thresholds=thresholds,
+        sink=sink,
+        residual_target=residual_target,
+        device=device,
+    )
+    return pipeline.inspect(job, _say)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    against: Sequence[str | Path] = (),
+    text: str | Path | None = None,
+    formats: Sequence[FormatName] = _FORMATS,
+    device: str = "auto",
+) -> Comparison:
+    """Measure models, originals and converted ones, side by side on one text.
+
+    The first of `against` is the reference. `formats` are low-precision formats to measure in.
+    """
+    for name in formats:
+        _refuse_unknown("formats", name, _FORMATS)
+    wish = Evaluation(
+        model=str(model),
+        against=tuple(map(str, against)),
+        text=_text(text),
+        formats=tuple(formats),
+        device=device,
+    )
+    return compare(wish, _say)
+
+
+_UNDECIDED = ("logit", 1.0, None, Thresholds())
+
+
+def _path(name: str | Path | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+def _text(name: str | Path | None) -> Path | None:
+    if name is not None and not Path(name).is_file():
+        raise AbsorbError(f"{name} is no file to read text from; check text")
+    return _path(name)
+
+
+def _refuse_unknown(option: str, value: str | None, known: tuple[str | None, ...]) -> None:
+    if value not in known:
+        raise AbsorbError(f"{option} is {value!r} and must be one of {', '.join(map(repr, known))}")

@@ -1,0 +1,114 @@
+"""The Python interface does what the commands do, and converted models load by `import absorb`."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click import Command
+
+import absorb
+from absorb import AbsorbError, cli
+from absorb.report import Report, from_json
+from absorb.settings import Thresholds
+
+# What has no place in Python: there the result is an object.
+ONLY_COMMANDS = {"as_json"}
+
+COMMANDS = [
+    (absorb.convert, cli.convert),
+    (absorb.inspect, cli.inspect),
+    (absorb.evaluate, cli.evaluate),
+]
+
+
+def arguments(function: Callable[..., Any]) -> dict[str, Any]:
+    """Every argument of a function and its default, the thresholds one by one."""
+    found = {name: one.default for name, one in signature(function).parameters.items()}
+    thresholds = found.pop("thresholds", None)
+    if thresholds is not None:
+        found |= {field.name: getattr(thresholds, field.name) for field in fields(Thresholds)}
+    return {name: value for name, value in found.items() if value is not signature(function).empty}
+
+
+@pytest.mark.parametrize(("function", "command"), COMMANDS)
+def test_the_defaults_are_those_of_the_command(
+    function: Callable[..., Any], command: Command
+) -> None:
+    context = command.make_context(
+        "absorb", ["model", "--out", "dir"][: 1 + 2 * (command.name == "convert")]
+    )
+    required = {option.name for option in command.params if option.required}
+    theirs = {k: v for k, v in context.params.items() if k not in required | ONLY_COMMANDS}
+    assert arguments(function) == theirs
+
+
+def test_a_conversion_gives_the_report_that_it_writes(converted: Path) -> None:
+    report = from_json(Report, (converted / "absorb.json").read_text())
+    assert report.recipe.steps == 0
+    assert report.inspection.license == "mit"
+
+
+def test_an_evaluation_knows_originals_and_converted_models(
+    original: Path, converted: Path
+) -> None:
+    text = Path(__file__).parent.parent / "README.md"
+    result = absorb.evaluate(converted, against=[original], text=text, formats=["fp8"])
+    assert [model.converted for model in result.models] == [True, False]
+    assert set(result.models[0].formats) == {"fp8"}
+
+
+def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    def refused(sentence: str, **options: Any) -> None:
+        with pytest.raises(AbsorbError, match=sentence):
+            absorb.convert("nothing", tmp_path / "out", **options)
+
+    refused("steps and minutes both set the length", steps=1, minutes=1)
+    refused("a plan has decided", plan="somewhere", sink="key")
+    refused("sink is 'keys' and must be one of 'logit', 'key', 'auto'", sink="keys")
+    refused("train is 'none'", train="none")
+    refused("is no file to read text from", text=tmp_path / "nothing.txt")
+    with pytest.raises(AbsorbError, match="formats is 'int3'"):
+        absorb.evaluate("nothing", formats=["int3"])  # type: ignore[list-item]
+
+
+LOAD = """
+import sys
+import {first}
+import {second}
+assert "absorb.modeling_absorb" in sys.modules or "torch" not in sys.modules
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+
+torch.set_num_threads(1)
+folder, tokens = sys.argv[1], torch.arange(5, 25)[None]
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+assert type(model).__module__ == "absorb.modeling_absorb"
+assert AutoConfig.from_pretrained(folder).model_type == "absorb_llama"
+bare = AutoModel.from_pretrained(folder).eval()
+with torch.no_grad():
+    logits = model(tokens).logits
+    assert torch.equal(model.lm_head(bare(tokens).last_hidden_state), logits)
+assert pipeline("text-generation", model=folder)("a b", max_new_tokens=3)[0]["generated_text"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("absorb", "sys"),
+        pytest.param("transformers", "absorb", marks=pytest.mark.slow),
+        pytest.param("absorb.modeling_absorb", "sys", marks=pytest.mark.slow),
+    ],
+)
+def test_with_absorb_imported_a_model_needs_no_trust(
+    converted: Path, first: str, second: str
+) -> None:
+    script = LOAD.format(first=first, second=second)
+    command = [sys.executable, "-c", script, str(converted)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
