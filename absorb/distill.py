@@ -1,7 +1,7 @@
 """The brief fine-tune: the student learns the teacher's next-token distribution."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 
@@ -17,6 +17,9 @@ from absorb.plan import kl
 from absorb.settings import Distillation, Purpose, Train
 from absorb.text import LENGTH, Texts
 from absorb.watch import led
+
+# The mean loss in nats per token of text (rows, length).
+Loss = Callable[[Tensor], Tensor]
 
 # Learning rates by the last part of a parameter's name; what is not named is a weight.
 _RATES = {
@@ -106,15 +109,28 @@ def distill(
     fine_tune: Recipe,
     seed: int,
 ) -> Losses:
-    """Train the student in place, and keep its best step by the divergence on validation text.
+    """Train the student in place to predict what the teacher does, as `train` says.
 
-    The teacher reads the tokens `prefix` (n,) first, the student never does. Limited by minutes,
-    no two runs are the same to the bit: how many steps there are, and the learning rate of each,
-    depend on how fast the machine is.
+    The teacher reads the tokens `prefix` (n,) first, the student never does.
+    """
+
+    def loss(tokens: Tensor) -> Tensor:
+        return _divergence(teacher, student, prefix, tokens)
+
+    return train(student, loss, texts, fine_tune, seed)
+
+
+def train(
+    student: PreTrainedModel, loss: Loss, texts: Texts, fine_tune: Recipe, seed: int
+) -> Losses:
+    """Train the student in place, and keep its best step by the loss on validation text.
+
+    Limited by minutes, no two runs are the same to the bit: how many steps there are, and the
+    learning rate of each, depend on how fast the machine is.
     """
     student.eval()  # dropout would only blur what is to be matched
     parameters = _choose(student, fine_tune.train)
-    check = _Check(teacher, student, prefix, texts.validation, parameters)
+    check = _Check(loss, _rows_at_once(student), texts.validation, parameters)
     check(0)
     losses = []
     optimizer = _optimizer(student, parameters, fine_tune.rate)
@@ -123,9 +139,9 @@ def distill(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: _rate(pace.done, pace.whole))
     with pace.bar:
         while pace.done < pace.whole:
-            loss = _step(teacher, student, prefix, next(batches), optimizer, parameters)
+            value = _step(loss, student, next(batches), optimizer, parameters)
             check_is_due = pace.count()
-            losses.append((pace.steps, loss))
+            losses.append((pace.steps, value))
             schedule.step()
             if check_is_due:
                 check(pace.steps)
@@ -204,9 +220,8 @@ def _batches(training: Tensor, rows: int, seed: int) -> Iterator[Tensor]:
 
 
 def _step(
-    teacher: PreTrainedModel,
+    loss: Loss,
     student: PreTrainedModel,
-    prefix: Tensor,
     batch: Tensor,
     optimizer: torch.optim.AdamW,
     parameters: list[nn.Parameter],
@@ -214,9 +229,9 @@ def _step(
     total = 0.0
     for part in batch.split(_rows_at_once(student)):
         with hastened(student.device):
-            loss = _divergence(teacher, student, prefix, part) * len(part) / len(batch)
-        loss.backward()
-        total += loss.item()
+            share = loss(part) * len(part) / len(batch)
+        share.backward()
+        total += share.item()
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)
     if not math.isfinite(total + norm.item()):
         raise AbsorbError(
@@ -253,9 +268,17 @@ def divergence(
     teacher: PreTrainedModel, student: PreTrainedModel, prefix: Tensor, tokens: Tensor
 ) -> float:
     """Mean KL(teacher | student) in nats on text `tokens` (rows, length), in parts that fit."""
-    total = 0.0
-    for part in tokens.split(_rows_at_once(student)):
-        total += _divergence(teacher, student, prefix, part).item() * len(part)
+
+    def loss(part: Tensor) -> Tensor:
+        return _divergence(teacher, student, prefix, part)
+
+    return _mean(loss, tokens, _rows_at_once(student))
+
+
+@torch.no_grad()
+def _mean(loss: Loss, tokens: Tensor, rows: int) -> float:
+    """The mean loss on text `tokens`, so many rows at once."""
+    total = sum(loss(part).item() * len(part) for part in tokens.split(rows))
     if not math.isfinite(total):
         raise AbsorbError(
             "the converted model predicts what is not a number; convert with another --prefix"
@@ -264,24 +287,19 @@ def divergence(
 
 
 class _Check:
-    """Measures the divergence on validation text, and keeps a copy of the best parameters."""
+    """Measures the loss on validation text, and keeps a copy of the best parameters."""
 
     def __init__(
-        self,
-        teacher: PreTrainedModel,
-        student: PreTrainedModel,
-        prefix: Tensor,
-        validation: Tensor,
-        parameters: list[nn.Parameter],
+        self, loss: Loss, rows: int, validation: Tensor, parameters: list[nn.Parameter]
     ) -> None:
-        self.teacher, self.student, self.prefix = teacher, student, prefix
+        self.loss, self.rows = loss, rows
         self.validation, self.parameters = validation, parameters
         self.seen: list[tuple[int, float]] = []
         self.kept = 0
         self.best: list[Tensor] = []
 
     def __call__(self, step: int) -> None:
-        value = divergence(self.teacher, self.student, self.prefix, self.validation)
+        value = _mean(self.loss, self.validation, self.rows)
         if value < min((before for _, before in self.seen), default=math.inf):
             self.kept = step
             self.best = [parameter.detach().clone() for parameter in self.parameters]

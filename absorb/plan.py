@@ -175,7 +175,9 @@ def residual_scales(measurement: Measurement, findings: Findings, target: float)
     return scales.clamp_min(1)
 
 
-def smoothing_scales(student: PreTrainedModel, family: Family, tokens: Tensor) -> dict[str, Tensor]:
+def smoothing_scales(
+    student: PreTrainedModel, family: Family, tokens: Tensor, alpha: float = _ALPHA
+) -> dict[str, Tensor]:
     """SmoothQuant scales by the name of what they divide, as `smooth` takes them.
 
     Links are norm → matrices, value → output and up → down. Each scale is
@@ -188,7 +190,7 @@ def smoothing_scales(student: PreTrainedModel, family: Family, tokens: Tensor) -
         weight = torch.stack([_reach(student, family, r, peak[0]) for r in readers]).amax(0)
         if name == family.value:
             peak, weight = (_shared(part, student, family) for part in (peak, weight))
-        scale = peak.clamp_min(1e-5) ** _ALPHA / weight.clamp_min(1e-5) ** (1 - _ALPHA)
+        scale = peak.clamp_min(1e-5) ** alpha / weight.clamp_min(1e-5) ** (1 - alpha)
         # Of an expert that calibration never reached, nothing is known.
         scales[name] = torch.where(peak > 0, scale.clamp(1e-3, 1e3), 1.0).cpu()
     return scales

@@ -161,25 +161,40 @@ def watched_logits(subject: Subject, family: Family, tokens: Tensor, tally: Tall
         return _logits(subject, tokens)
 
 
-@torch.no_grad()
 def quantised_perplexity(
     subject: Subject, family: Family, form: Format, held_out: Tensor, calibration: Tensor
 ) -> float:
     """Perplexity in a format, which takes fixed ranges, if it has any, from `calibration`."""
-    model = subject.model
-    find = form.ranges
-    ranges = {} if find is None else find(model, family, calibration, subject.lead)
-    with quantised(model, family, form, ranges):
-        return perplexity(subject, held_out, form.label)
+    return _perplexity_of(quantised_losses(subject, family, form, held_out, calibration))
 
 
 @torch.no_grad()
+def quantised_losses(
+    subject: Subject, family: Family, form: Format, held_out: Tensor, calibration: Tensor
+) -> Tensor:
+    """What `losses` gives in a format, which takes fixed ranges, if any, from `calibration`."""
+    find = form.ranges
+    ranges = {} if find is None else find(subject.model, family, calibration, subject.lead)
+    with quantised(subject.model, family, form, ranges):
+        return losses(subject, held_out, form.label)
+
+
 def perplexity(subject: Subject, rows: Tensor, label: str) -> float:
     """exp of the mean loss of every token but the first of each row (rows, length)."""
-    loss, count = 0.0, 0
+    return _perplexity_of(losses(subject, rows, label))
+
+
+def _perplexity_of(losses: Tensor) -> float:
+    return float(losses.mean().exp())
+
+
+@torch.no_grad()
+def losses(subject: Subject, rows: Tensor, label: str) -> Tensor:
+    """The mean loss in nats of every row's tokens but its first: (rows,), float64."""
+    found = []
     for batch in tqdm(rows.split(_ROWS), desc=label, unit="row"):
         tokens = batch.to(subject.model.device)
-        predicted = _logits(subject, tokens)[:, :-1].float().flatten(0, 1)
-        part = functional.cross_entropy(predicted, tokens[:, 1:].flatten(), reduction="sum")
-        loss, count = loss + float(part), count + tokens[:, 1:].numel()
-    return math.exp(loss / count)
+        predicted = _logits(subject, tokens)[:, :-1].float().mT
+        each = functional.cross_entropy(predicted, tokens[:, 1:], reduction="none")
+        found.append(each.mean(1, dtype=torch.float64).cpu())
+    return torch.cat(found)
