@@ -23,6 +23,11 @@ class Grid:
     span: int | Literal["row", "tensor"]  # what shares a scale: so many neighbours in a row, ...
     scale: Callable[[Tensor, float], Tensor]  # of the largest magnitude in each span, and `top`
 
+    @property
+    def is_of_tensor(self) -> bool:
+        """Whether a value's place depends on the largest of the whole tensor."""
+        return self.span == "tensor" or self.scale is e4m3_scale
+
 
 def rounded(values: Tensor, grid: Grid, peak: Tensor | None = None) -> Tensor:
     """Values (..., channels) on the grid, in their own dtype. A row is what the last index counts.

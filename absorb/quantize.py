@@ -140,6 +140,11 @@ class Format:
     ranges: Callable[..., dict[str, Tensor]] | None = None
     turn: Callable[[Tensor], Tensor] = _as_they_are  # of both, before they are rounded
 
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a row of text is rounded otherwise where other rows are read with it."""
+        return self.ranges is None and self.inputs.is_of_tensor
+
 
 FORMATS: dict[FormatName, Format] = {
     "w8a8-static": Format(

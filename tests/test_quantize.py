@@ -175,3 +175,16 @@ def test_a_range_is_clipped_where_rare_values_cost_more_than_they_are_worth(toke
         for end in (ranges[name], inputs.abs().max())
     ]
     assert errors[0] < errors[1] / 10
+
+
+@every_format
+@torch.no_grad()
+def test_a_format_says_whether_rows_read_together_change_each_other(
+    form: Format, tokens: Tensor
+) -> None:
+    model = tiny("llama", torch.float64)
+    model.model.embed_tokens.weight[tokens[1]] *= 7  # its first row has the smaller values
+    ranges = {} if form.ranges is None else form.ranges(model, LLAMA, tokens)
+    with quantised(model, LLAMA, form, ranges):
+        together, alone = model(tokens[:2]).logits[0], model(tokens[:1]).logits[0]
+    assert torch.allclose(together, alone, rtol=1e-9) is not form.mixes_rows
