@@ -181,7 +181,8 @@ def interval(losses: Tensor) -> tuple[float, float]:
     """
     draw = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(losses), (_RESAMPLES, len(losses)), generator=draw)
-    low, high = losses[chosen].mean(1).exp().quantile(torch.tensor([0.025, 0.975])).tolist()
+    ends = losses.new_tensor([0.025, 0.975])
+    low, high = losses[chosen].mean(1).exp().quantile(ends).tolist()
     return low, high
 
 

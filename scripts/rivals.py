@@ -1,0 +1,280 @@
+"""What one would do about outliers instead of absorbing them, each as its paper does it.
+
+Every rival is a function of a Bench that gives the model it makes, ready to be measured, and what
+it chose on the way.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from windows import windows
+
+from absorb.checkpoint import REPORT
+from absorb.device import device_of, sketch_of
+from absorb.distill import Losses, Recipe, train
+from absorb.errors import AbsorbError
+from absorb.experts import experts_of
+from absorb.families import Family
+from absorb.graft import graft, smooth, twin
+from absorb.plan import Plan, sinks_for, smoothing_scales
+from absorb.plan_file import read_plan
+from absorb.prefix import lead_of
+from absorb.quantize import FORMATS
+from absorb.report import Report, from_json
+from absorb.rotation import rotated
+from absorb.score import Subject, quantised_losses
+from absorb.settings import Calibration, ModelRef
+from absorb.sinks import prefix_of
+from absorb.source import Source, load
+from absorb.text import Texts, gather
+from absorb.watch import layers_of, led, linears_of, watching
+from absorb.weights import is_norm, place_at, weight_at
+from absorb.write import as_stored
+
+SEEN = 8  # windows that fixed ranges are taken from, and settings chosen by
+ALPHAS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+SHARES = [0.99, 0.999, 0.9999, 0.99999]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """The original, its conversion, and the text that all have in common."""
+
+    source: Source
+    converted: Source
+    plan: Plan
+    report: Report  # of the conversion
+    texts: Texts  # what the conversion was fitted to and trained on
+    seen: Tensor  # (rows, length)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.source.model
+
+    @property
+    def family(self) -> Family:
+        return self.source.family
+
+    @property
+    def recipe(self) -> Recipe:
+        """As the conversion was trained, in as many steps as it took, but all weights."""
+        steps = len(self.report.losses.training)
+        return replace(self.report.recipe, steps=steps, minutes=None, train="all")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rival:
+    """A model to be measured, and what was chosen for it."""
+
+    subject: Subject
+    turned: bool = False  # all that its Linears read is rotated already
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+
+def bench_of(original: str, folder: Path, calibration: Path, device: str) -> Bench:
+    """Load both models, and gather again the text that the conversion had."""
+    source = load(ModelRef(name=original))
+    converted = load(ModelRef(name=str(folder)), converted=True)
+    plan, _ = read_plan(folder, source)
+    if experts_of(source.model, source.family):
+        raise AbsorbError(f"{original} is a mixture of experts; rivals are made of dense models")
+    for model in (source.model, converted.model):
+        nn.Module.to(model, device_of(device))
+    report = from_json(Report, (folder / REPORT).read_text())
+    settings = report.inspection.arguments["calibration"]
+    wish = Calibration(text=calibration if settings["text"] else None, seed=settings["seed"])
+    sketch = replace(source, model=sketch_of(source.model))
+    return Bench(
+        source=source,
+        converted=converted,
+        plan=plan,
+        report=report,
+        texts=gather(sketch, wish, report.recipe.training_rows),
+        seen=windows(source, calibration, SEEN),
+    )
+
+
+def untouched(bench: Bench) -> Rival:
+    return Rival(subject=original(bench))
+
+
+def original(bench: Bench) -> Subject:
+    return Subject(model=bench.model, lead=lead_of(bench.source.tokenizer))
+
+
+def fine_tuned(bench: Bench) -> Rival:
+    """The original, all weights trained on the next token of the text that absorb trains on."""
+    model = copy.deepcopy(bench.model)
+    subject = replace(original(bench), model=model)
+    losses = train_on_text(subject, bench.texts, bench.recipe)
+    as_if_saved(model, bench)
+    chosen = {"steps": bench.recipe.steps, "kept": losses.kept, "loss": losses.held_out[-1][1]}
+    return Rival(subject=subject, chosen=chosen)
+
+
+def as_if_saved(model: PreTrainedModel, bench: Bench) -> None:
+    """Round the weights to the type that the original's were stored in, and compute in float32."""
+    as_stored(model, bench.source.dtype)
+    nn.Module.to(model, torch.float32)
+
+
+def train_on_text(subject: Subject, texts: Texts, recipe: Recipe) -> Losses:
+    """Train the subject's model in place by the cross-entropy of its next tokens."""
+
+    def loss(tokens: Tensor) -> Tensor:
+        text = tokens.to(subject.model.device)
+        logits = subject.model(led(text, subject.lead), use_cache=False).logits
+        predicted = logits[:, len(subject.lead) : -1].float().mT
+        return nn.functional.cross_entropy(predicted, text[:, 1:])
+
+    return train(subject.model, loss, texts, recipe, seed=0)
+
+
+def smoothed(bench: Bench) -> Rival:
+    """SmoothQuant (arXiv 2211.10438): behind norms, with the α that does best in W8A8."""
+    first = layers_of(bench.model, bench.family)[0]
+    norms = [name for name in bench.family.links if is_norm(first, name)]
+
+    def with_alpha(alpha: float) -> Subject:
+        model = twin(bench.model, bench.family)
+        scales = smoothing_scales(bench.model, bench.family, bench.texts.scaling, alpha)
+        smooth(model, bench.family, {name: scales[name] for name in norms})
+        return replace(original(bench), model=model)
+
+    subject, alpha = best(bench, with_alpha, ALPHAS)
+    return Rival(subject=subject, chosen={"alpha": alpha})
+
+
+def with_prefix(bench: Bench) -> Rival:
+    """PrefixQuant's cache (arXiv 2410.05265): the prefix's keys and values, computed in float.
+
+    A sink in the form of a key is that cache. The tokens are those that absorb chose.
+    """
+    prefix = prefix_of(bench.model, torch.tensor(bench.plan.prefix))
+    nothing = torch.empty(0, 0, dtype=torch.long)
+    cache = Plan(
+        prefix=bench.plan.prefix,
+        sinks=sinks_for(bench.model, bench.family, prefix, (), nothing, "key"),
+        removals=(),
+        residual=torch.ones_like(bench.plan.residual),
+        smoothing={},
+    )
+    student = graft(bench.model, bench.family, cache)
+    return Rival(subject=Subject(model=student), chosen={"prefix": bench.plan.prefix})
+
+
+def turned(bench: Bench) -> Rival:
+    """QuaRot (arXiv 2404.00456): random Hadamard matrices before every Linear."""
+    model = turn(twin(bench.model, bench.family), bench.family)
+    return Rival(subject=replace(original(bench), model=model), turned=True)
+
+
+def clipped(bench: Bench) -> Rival:
+    """The stream of every layer clipped at the share of its entries that does best in W8A8."""
+    sizes: dict[int, list[Tensor]] = {}
+
+    def see(layer: int, stream: Tensor) -> None:
+        sizes.setdefault(layer, []).append(stream.abs().flatten())
+
+    with torch.no_grad(), watching(layers_of(bench.model, bench.family), see):
+        for row in tqdm(bench.texts.scaling.split(1), desc="measuring the stream", unit="row"):
+            text = led(row.to(bench.model.device), lead_of(bench.source.tokenizer))
+            bench.model.base_model(text, use_cache=False)
+    ordered = [torch.cat(seen).sort().values for seen in sizes.values()]
+
+    def with_share(share: float) -> Subject:
+        model = copy.deepcopy(bench.model)
+        limits = [float(values[int(share * (len(values) - 1))]) for values in ordered]
+        for layer, limit in zip(layers_of(model, bench.family), limits, strict=True):
+            layer.register_forward_hook(clipping(limit))
+        return replace(original(bench), model=model)
+
+    subject, share = best(bench, with_share, SHARES)
+    return Rival(subject=subject, chosen={"share": share})
+
+
+def clipping(limit: float) -> Callable[..., Any]:
+    """A hook that keeps what a decoder layer gives between -limit and limit."""
+
+    def clip(_: object, __: object, out: Any) -> Any:
+        if torch.is_tensor(out):
+            return out.clamp(-limit, limit)
+        return (out[0].clamp(-limit, limit), *out[1:])
+
+    return clip
+
+
+def untrained(bench: Bench) -> Rival:
+    """absorb right after its graft."""
+    student = graft(bench.model, bench.family, bench.plan)
+    as_if_saved(student, bench)
+    return Rival(subject=Subject(model=student))
+
+
+def absorbed(bench: Bench) -> Rival:
+    return Rival(subject=Subject(model=bench.converted.model))
+
+
+def absorbed_and_turned(bench: Bench) -> Rival:
+    model = turn(copy.deepcopy(bench.converted.model), bench.family)
+    return Rival(subject=Subject(model=model), turned=True)
+
+
+def best(bench: Bench, make: Callable[[float], Subject], settings: list[float]) -> Any:
+    """The subject, and its setting, with the least loss in W8A8 on what all have seen."""
+
+    def loss(subject: Subject) -> float:
+        form, seen = FORMATS["w8a8-static"], bench.seen
+        return float(quantised_losses(subject, bench.family, form, seen, seen).mean())
+
+    setting = min(settings, key=lambda setting: loss(make(setting)))
+    return make(setting), setting
+
+
+@torch.no_grad()
+def turn(model: PreTrainedModel, family: Family) -> PreTrainedModel:
+    """The same function, every Linear reading rotated inputs; the model, changed in place.
+
+    The weights of the norms go into the Linears first, as rotations could not pass them.
+    """
+    smooth(model, family, norm_weights(model, family))
+    for name, linear in linears_of(model, family).items():
+        weight = weight_at(model, name)
+        weight.copy_(rotated(weight))
+        linear.register_forward_pre_hook(lambda _, args: (rotated(args[0]).to(args[0]), *args[1:]))
+    return model
+
+
+def norm_weights(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
+    """The weights (layers, hidden) of the norms that Linears alone read, zeros left where they are.
+
+    By the names that `smooth` takes.
+    """
+    layers = layers_of(model, family)
+    found = {}
+    for name in family.links:
+        norms = [place_at(layer, name) for layer in layers]
+        if is_norm(layers[0], name) and getattr(norms[0], "weight", None) is not None:
+            weights = torch.stack([norm.weight.float() + family.norm_offset for norm in norms])
+            found[name] = torch.where(weights == 0, 1.0, weights)
+    return found
+
+
+RIVALS: dict[str, Callable[[Bench], Rival]] = {
+    "untouched": untouched,
+    "fine-tuned on the same tokens": fine_tuned,
+    "SmoothQuant": smoothed,
+    "prefix in the cache": with_prefix,
+    "random Hadamard rotation": turned,
+    "stream clipped": clipped,
+    "absorb, untrained": untrained,
+    "absorb": absorbed,
+    "absorb, then rotated": absorbed_and_turned,
+}
