@@ -141,9 +141,10 @@ def smoothed(bench: Bench) -> Rival:
     """SmoothQuant (arXiv 2211.10438): behind norms, with the α that does best in W8A8."""
     first = layers_of(bench.model, bench.family)[0]
     norms = [name for name in bench.family.links if is_norm(first, name)]
+    rough = twin(bench.model, bench.family)
 
     def with_alpha(alpha: float) -> Subject:
-        model = twin(bench.model, bench.family)
+        model = copy.deepcopy(rough)
         scales = smoothing_scales(bench.model, bench.family, bench.texts.scaling, alpha)
         smooth(model, bench.family, {name: scales[name] for name in norms})
         return replace(original(bench), model=model)
