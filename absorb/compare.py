@@ -1,5 +1,6 @@
 """Evaluation → Comparison: models side by side on one text, as stored and in every format."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Standing(Figures):
     agreement: float  # share of tokens for which its first choice is that of the reference
     token_ratio: float  # largest peak of a token over that of the median token, in any layer
     kurtosis: float  # of the stream of a row, mean over rows and layers
-    formats: dict[FormatName, float]  # the perplexity in each
+    formats: dict[FormatName, float | None]  # the perplexity in each; None where it is no number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,12 +166,18 @@ def _standing(
         token_ratio=float((peaks.amax(1) / peaks.median(1).values).max()),
         kurtosis=float(torch.stack(tally.kurtoses).mean()),
         formats={
-            name: quantised_perplexity(
-                subject, source.family, FORMATS[name], texts.held_out, texts.calibration
+            name: _finite(
+                quantised_perplexity(
+                    subject, source.family, FORMATS[name], texts.held_out, texts.calibration
+                )
             )
             for name in formats
         },
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def interval(losses: Tensor) -> tuple[float, float]:
@@ -206,7 +213,11 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
     rows = [(label, *map(show, comparison.models)) for label, show in figures]
     names = comparison.models[0].formats
     formats = [
-        (f"perplexity in {FORMATS[n].label}", *(f"{m.formats[n]:.3f}" for m in comparison.models))
+        (f"perplexity in {FORMATS[n].label}", *(_shown(m.formats[n]) for m in comparison.models))
         for n in names
     ]
     return [("", *(m.model for m in comparison.models)), *rows, *formats]
+
+
+def _shown(perplexity: float | None) -> str:
+    return "overflows" if perplexity is None else f"{perplexity:.3f}"

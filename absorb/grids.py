@@ -84,6 +84,11 @@ def e4m3_scale(peak: Tensor, top: float) -> Tensor:
     return e4m3(peak / top / unit.clamp_min(_TINY)) * unit
 
 
+def unit(peak: Tensor, _: float) -> Tensor:
+    """No scale: values are on the grid as they are."""
+    return torch.ones_like(peak)
+
+
 # --- values ---------------------------------------------------------------------------------------
 
 
@@ -99,6 +104,17 @@ def e2m1(values: Tensor) -> Tensor:
     return (values / step).round() * step
 
 
+def as_is(values: Tensor) -> Tensor:
+    return values
+
+
+def half(values: Tensor) -> Tensor:
+    """The nearest of float16, infinity beyond its end."""
+    return values.half().float()
+
+
+FLOAT32 = Grid(nearest=as_is, top=torch.inf, span="row", scale=unit)
+FLOAT16 = Grid(nearest=half, top=torch.inf, span="row", scale=unit)
 INT8_TENSOR = Grid(nearest=torch.round, top=127, span="tensor", scale=exact)
 INT8_ROW = Grid(nearest=torch.round, top=127, span="row", scale=exact)
 INT4_ROW = Grid(nearest=torch.round, top=7, span="row", scale=exact)

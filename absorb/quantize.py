@@ -1,7 +1,7 @@
 """Fake quantisation: what low-precision arithmetic would do to a model, computed in floating point.
 
-A format is data: on which grid the weights are, on which what they are multiplied by, and whether
-both are rotated first.
+A format is data: on which grid the weights are, on which what they are multiplied by, whether both
+are rotated first, and what is kept on a grid between layers and in the cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +20,8 @@ from absorb.experts import experts_of, mixed, neurons_of, watching_experts
 from absorb.families import Family
 from absorb.grids import (
     E4M3_ROW,
+    FLOAT16,
+    FLOAT32,
     INT4_GROUPS,
     INT4_ROW,
     INT8_ROW,
@@ -31,6 +33,7 @@ from absorb.grids import (
 )
 from absorb.rotation import rotated
 from absorb.settings import FormatName
+from absorb.storage import stored
 from absorb.watch import led, linears_of, watching
 from absorb.weights import weight_at
 
@@ -134,11 +137,13 @@ class Format:
     """
 
     label: str
-    weights: Grid
-    inputs: Grid
+    weights: Grid = FLOAT32
+    inputs: Grid = FLOAT32
     # Takes (model, family, tokens, lead) and gives the fixed ranges of inputs, as `input_peaks`.
     ranges: Callable[..., dict[str, Tensor]] | None = None
     turn: Callable[[Tensor], Tensor] = _as_they_are  # of both, before they are rounded
+    stream: Grid | None = None
+    cache: Grid | None = None
 
     @property
     def mixes_rows(self) -> bool:
@@ -167,6 +172,10 @@ FORMATS: dict[FormatName, Format] = {
     "w4a4-hadamard": Format(label="W4A4, rotated", weights=INT4_ROW, inputs=INT4_ROW, turn=rotated),
     "nvfp4": Format(label="NVFP4, weights and activations", weights=NVFP4, inputs=NVFP4),
     "mxfp4": Format(label="MXFP4, weights and activations", weights=MXFP4, inputs=MXFP4),
+    "stream-fp16": Format(label="FP16 residual stream", stream=FLOAT16),
+    "stream-int8": Format(label="INT8 residual stream, per token", stream=INT8_ROW),
+    "cache-int8": Format(label="INT8 cache, per token and head", cache=INT8_ROW),
+    "cache-int4": Format(label="INT4 cache, per token and head", cache=INT4_ROW),
 }
 
 
@@ -176,7 +185,8 @@ def quantised(
 ) -> Iterator[None]:
     """All that decoder layers multiply is rounded for a while: weights, and what they read.
 
-    Fixed ranges are needed for a format that has them, and none for any other.
+    So are the stream and the cache, where the format says so. Fixed ranges are needed for a format
+    that has them, and none for any other.
     """
     weights = [weight_at(model, name).detach() for name in _multiplied(model, family)]
     before = [weight.clone() for weight in weights]
@@ -184,7 +194,10 @@ def quantised(
         for weight in weights:
             for matrix in weight.view(-1, *weight.shape[-2:]):
                 matrix.copy_(rounded(form.turn(matrix), form.weights))
-        with quantised_inputs(model, family, form, ranges):
+        with (
+            quantised_inputs(model, family, form, ranges),
+            stored(model, family, form.stream, form.cache),
+        ):
             yield
     finally:
         for weight, kept in zip(weights, before, strict=True):

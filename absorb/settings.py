@@ -18,6 +18,10 @@ FormatName = Literal[
     "w4a4-hadamard",
     "nvfp4",
     "mxfp4",
+    "stream-fp16",
+    "stream-int8",
+    "cache-int8",
+    "cache-int4",
 ]
 
 

@@ -164,6 +164,19 @@ def test_the_table_has_a_column_for_every_model_and_a_row_for_every_format(
     assert "KL" not in alone
 
 
+def test_what_does_not_fit_a_format_is_said_to_overflow(text: Path, tmp_path: Path) -> None:
+    model = tiny("llama", torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 1e7
+    folder = saved(tmp_path, model)
+    arguments = (folder, "--text", text, "--formats", "stream-fp16,stream-int8")
+    [found] = measured(*arguments)["models"]
+    assert found["formats"]["stream-fp16"] is None
+    assert math.isfinite(found["formats"]["stream-int8"])
+    lines = run(*arguments).stdout.splitlines()
+    assert [line.split()[-1] for line in lines if "FP16" in line] == ["overflows"]
+
+
 def test_misuse_is_told_with_what_there_is(source: Path, text: Path) -> None:
     unknown = run(source, "--text", text, "--formats", "w8a8-static,int3")
     assert unknown.exit_code == 2

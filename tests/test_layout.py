@@ -22,6 +22,7 @@ ORDER = (
     "text",
     "grids",
     "rotation",
+    "storage",
     "quantize",
     "measure",
     "findings",

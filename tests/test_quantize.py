@@ -1,7 +1,8 @@
 """Fake quantisation gives what integer arithmetic gives, and leaves the model as it was."""
 
+import copy
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from transformers import PreTrainedModel
 
 from absorb.experts import experts_of
 from absorb.families import FAMILIES
-from absorb.grids import INT8_ROW, INT8_TENSOR, rounded
+from absorb.graft import twin
+from absorb.grids import INT4_ROW, INT8_ROW, INT8_TENSOR, rounded
 from absorb.quantize import FORMATS, Format, clipped_ranges, input_peaks, quantised
 from absorb.settings import FormatName
-from absorb.watch import linears_of
+from absorb.watch import attending, linears_of
 
 LLAMA = FAMILIES["llama"]
 STATIC = FORMATS["w8a8-static"]
@@ -188,3 +190,54 @@ def test_a_format_says_whether_rows_read_together_change_each_other(
     with quantised(model, LLAMA, form, ranges):
         together, alone = model(tokens[:2]).logits[0], model(tokens[:1]).logits[0]
     assert torch.allclose(together, alone, rtol=1e-9) is not form.mixes_rows
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+@torch.no_grad()
+def test_a_stream_in_a_format_is_rounded_behind_every_layer(absorbed: bool, tokens: Tensor) -> None:
+    model: Any = tiny("llama", torch.float32)
+    expected = copy.deepcopy(model)
+    model = twin(model, LLAMA) if absorbed else model
+
+    def halved(_: object, __: object, out: Tensor) -> Tensor:
+        return out.half().float()
+
+    for layer in expected.model.layers:
+        layer.register_forward_hook(halved)
+    with quantised(model, LLAMA, FORMATS["stream-fp16"], {}):
+        found = model(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, expected(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_into_float16_is_no_number(tokens: Tensor) -> None:
+    model = tiny("llama", torch.float32)
+    model.model.layers[1].mlp.down_proj.weight *= 1e7
+    assert model(tokens).logits.isfinite().all()
+    with quantised(model, LLAMA, FORMATS["stream-fp16"], {}):
+        assert not model(tokens).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+@torch.no_grad()
+def test_attention_reads_the_rounded_keys_and_values_of_a_cache(
+    absorbed: bool, tokens: Tensor
+) -> None:
+    model = tiny("llama", torch.float32)
+
+    def attend(module: Any, query: Tensor, *pair: Tensor, **_: Any) -> tuple[Tensor, None]:
+        keys, values = (
+            rounded(part, INT4_ROW).repeat_interleave(module.num_key_value_groups, 1)
+            for part in pair[:2]
+        )
+        out = nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
+        return out.transpose(1, 2), None
+
+    with attending(model, attend):
+        expected = model(tokens, use_cache=False).logits
+    subject = twin(model, LLAMA) if absorbed else model
+    plain = subject(tokens, use_cache=False).logits
+    with quantised(subject, LLAMA, FORMATS["cache-int4"], {}):
+        found = subject(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, plain, atol=1e-2)
