@@ -37,7 +37,7 @@ def main() -> None:
 @click.option(
     "--steps",
     type=click.IntRange(min=0),
-    help="Of the fine-tune; 0 for none.  [default: 400 on a GPU, 12 on a CPU]",
+    help="Of the fine-tune; 0 for none.  [default: 100 on a GPU, 12 on a CPU]",
 )
 @click.option(
     "--minutes",

@@ -90,7 +90,7 @@ def recipe(wish: Distillation, device: torch.device) -> Recipe:
     gpu = device.type == "cuda"
     steps = wish.steps
     if steps is None and wish.minutes is None:
-        steps = 400 if gpu else 12
+        steps = 100 if gpu else 12
     return Recipe(
         steps=steps,
         minutes=wish.minutes,
