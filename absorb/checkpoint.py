@@ -6,11 +6,14 @@ DIR.lock, DIR.partial or DIR.replaced behind; the next one takes them over.
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from tqdm import tqdm
 
 from absorb.errors import AbsorbError
 
@@ -35,6 +38,22 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
             _swap(partial, out, force)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint but its report, by its path in the folder.
+
+    What begins with a dot is the business of git and of the Hub's cache.
+    """
+    paths = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*"))}
+    mine = [name for name in paths if not name.startswith(".") and name != REPORT]
+    files = [name for name in mine if paths[name].is_file()]
+    return {name: _digest(paths[name]) for name in tqdm(files, "hashing", delay=2, unit="file")}
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _real(out: Path) -> Path:

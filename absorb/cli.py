@@ -3,6 +3,7 @@
 torch takes seconds to import, so everything that needs it is imported inside the commands.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from absorb.options import (
     refuse_contradictions,
 )
 from absorb.refusals import Refusals
-from absorb.settings import Evaluation
+from absorb.settings import Evaluation, ModelRef
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -141,6 +142,32 @@ def evaluate(as_json: bool, **options: Any) -> None:
         result = compare.compare(Evaluation(**options), _say)
         rows = compare.comparison_rows(result)
         click.echo(report.to_json(result).rstrip() if as_json else report.table(rows))
+
+
+@main.command()
+@click.argument("model", metavar="DIR|REPO")
+@click.option("--revision", help="Branch, tag or commit of a Hub repository.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def verify(model: str, revision: str | None, as_json: bool) -> None:
+    """Check that a checkpoint is what absorb wrote: its files, its code, its report, its logits.
+
+    The model is loaded in an isolated process, once files and code are known to be absorb's. The
+    exit code is 1, with a reason on stderr, where anything is wrong.
+
+    \b
+    absorb verify smollm2-absorbed
+    absorb verify someone/smollm2-absorbed --revision 0123abc
+    """
+    with Refusals("close other programs, or verify on a larger machine"):
+        from absorb import report
+        from absorb import verify as checks
+
+        result = checks.verify(ModelRef(name=model, revision=revision), _say)
+        rows = checks.check_rows(result)
+        click.echo(report.to_json(result).rstrip() if as_json else report.listing(rows))
+    for reason in result.wrong:
+        _say(f"absorb: {reason}")
+    sys.exit(1 if result.wrong else 0)
 
 
 def _say(sentence: str) -> None:

@@ -53,6 +53,11 @@ def weights(ref: ModelRef, commit: str) -> Path:
     return _download(ref, commit, WEIGHTS)
 
 
+def everything(ref: ModelRef) -> Path:
+    """The folder with all files of the commit that `ref` means now."""
+    return _download(ref, ref.revision, ("*",))
+
+
 def _download(ref: ModelRef, revision: str | None, patterns: tuple[str, ...]) -> Path:
     with _errors_explained(ref):
         return Path(snapshot_download(ref.name, revision=revision, allow_patterns=list(patterns)))

@@ -21,7 +21,7 @@ from absorb.plan_file import read_plan, write_plan
 from absorb.prefix import Trial, encoded, find_prefix, lead_of
 from absorb.quantize import FORMATS
 from absorb.rehearse import FORMAT_FOR, rehearsing
-from absorb.report import Inspection, Report, layer_figures, versions
+from absorb.report import Inspection, Probe, Report, layer_figures, versions
 from absorb.score import Subject, evaluate
 from absorb.settings import Job, Thresholds
 from absorb.source import Source, load
@@ -84,10 +84,11 @@ def convert(job: Job, say: Say) -> Report:
             losses=losses,
             original=original,
             converted=converted,
+            files={},
+            probe=Probe(tokens=(), logits=()),
         )
         say(f"writing {job.out}")
-        write(folder, student, source.tokenizer, report)
-    return report
+        return write(folder, student, source.tokenizer, report)
 
 
 def inspect(job: Job, say: Say) -> Inspection:

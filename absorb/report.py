@@ -62,6 +62,14 @@ class Inspection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What the model says after fixed tokens, in float32 on a CPU: see `stranger.logits_after`."""
+
+    tokens: tuple[int, ...]
+    logits: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """A conversion, complete."""
 
@@ -70,6 +78,8 @@ class Report:
     losses: Losses
     original: Score
     converted: Score
+    files: dict[str, str]  # the SHA-256 of every other file of the checkpoint
+    probe: Probe
 
 
 def versions() -> dict[str, str]:

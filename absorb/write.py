@@ -1,18 +1,21 @@
 """Absorbed model, tokenizer and report → the files of a checkpoint."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from absorb.card import card
-from absorb.checkpoint import REPORT
+from absorb.checkpoint import REPORT, digests
 from absorb.errors import AbsorbError
 from absorb.families import family_of
 from absorb.modeling_absorb import NEUTRAL
 from absorb.prefix import lead_of
-from absorb.report import Report, to_json
+from absorb.report import Probe, Report, to_json
+from absorb.stranger import logits_after, probe_tokens
 from absorb.watch import quiet
 
 _SHARD = "5GB"
@@ -31,16 +34,28 @@ def as_stored(student: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def write(
     folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: Report
-) -> None:
-    """Fill a folder with everything that `from_pretrained` and a reader need."""
+) -> Report:
+    """Fill a folder with everything that `from_pretrained` and a reader need.
+
+    Gives the report with what can be said of the files only now. The student ends on the CPU.
+    """
     with quiet():
         student.save_pretrained(folder, max_shard_size=_SHARD)
         plain = without_bos(tokenizer)
         if family_of(report.inspection.family).positions is not None:
             plain = within(plain, student.config.max_position_embeddings)
         plain.save_pretrained(folder)
-    (folder / REPORT).write_text(to_json(report), encoding="utf-8")
     (folder / "README.md").write_text(card(report), encoding="utf-8")
+    report = replace(report, files=digests(folder), probe=_probe(student))
+    (folder / REPORT).write_text(to_json(report), encoding="utf-8")
+    return report
+
+
+def _probe(student: PreTrainedModel) -> Probe:
+    """What the student says in float32, and on a CPU, where anybody can repeat it."""
+    nn.Module.to(student, "cpu", torch.float32)
+    tokens = probe_tokens(student.config.vocab_size)
+    return Probe(tokens=tokens, logits=tuple(map(tuple, logits_after(student, tokens))))
 
 
 def without_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
