@@ -127,6 +127,13 @@ def inspect(as_json: bool, **options: Any) -> None:
     show_default=True,
     help="Low-precision formats to measure the perplexity in.",
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What models are held and computed in.",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def evaluate(as_json: bool, **options: Any) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,12 +13,21 @@ from transformers import PreTrainedTokenizerBase
 from absorb.device import device_of
 from absorb.errors import AbsorbError
 from absorb.prefix import lead_of
-from absorb.quantize import FORMATS
+from absorb.quantize import FORMATS, watching_inputs
 from absorb.report import Row, versions
-from absorb.score import Figures, Subject, Tally, quantised_perplexity, watched_logits
-from absorb.settings import Calibration, Evaluation, FormatName, ModelRef, Thresholds
+from absorb.score import (
+    Figures,
+    Subject,
+    Tally,
+    kurtosis,
+    quantised_perplexity,
+    watched_logits,
+)
+from absorb.settings import Calibration, Dtype, Evaluation, FormatName, ModelRef, Thresholds
 from absorb.source import Source, load
 from absorb.text import Texts, gather, read_ids, refuse_short_model
+from absorb.timing import Speed, speeds
+from absorb.write import as_stored
 
 LENGTH = 512
 # Of a file: so many windows are measured at most, and one for every four of them is what fixed
@@ -38,6 +47,9 @@ class Standing(Figures):
     agreement: float  # share of tokens for which its first choice is that of the reference
     token_ratio: float  # largest peak of a token over that of the median token, in any layer
     kurtosis: float  # of the stream of a row, mean over rows and layers
+    input_kurtosis: dict[str, float]  # of what each matrix reads, mean over rows, by its name
+    head_weights: tuple[tuple[float, ...], ...]  # mean weight on the first token: layers, heads
+    speed: Speed
     formats: dict[FormatName, float | None]  # the perplexity in each; None where it is no number
 
 
@@ -51,6 +63,8 @@ class Comparison:
     text_sha256: str
     rows: int
     length: int
+    dtype: Dtype
+    device: str
     versions: dict[str, str]
 
 
@@ -66,20 +80,24 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
     _refuse_other_tokens(sources)
     for source, subject in zip(sources, subjects, strict=True):
         refuse_short_model(source, len(subject.lead) + LENGTH)
+        as_stored(source.model, getattr(torch, wish.dtype))
         nn.Module.to(source.model, device)
     texts = _texts(sources[0], wish.text)
     reference = min(1, len(wish.against))
     tallies = _tallies(sources, subjects, reference, texts.held_out)
+    took = speeds([source.model for source in sources], texts.held_out[:1].to(device))
     return Comparison(
         reference=sources[reference].name,
         models=tuple(
-            _standing(source, subject, tally, texts, wish.formats)
-            for source, subject, tally in zip(sources, subjects, tallies, strict=True)
+            _standing(source, subject, tally, speed, texts, wish.formats)
+            for source, subject, tally, speed in zip(sources, subjects, tallies, took, strict=True)
         ),
         text_origin=texts.origin,
         text_sha256=texts.fingerprint,
         rows=len(texts.held_out),
         length=texts.held_out.shape[1],
+        dtype=wish.dtype,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         versions=versions(),
     )
 
@@ -136,15 +154,31 @@ def _windows(path: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(ids[: rows * LENGTH]).view(rows, LENGTH)
 
 
+@dataclass(slots=True)
+class _Tally(Tally):
+    """With what each matrix reads."""
+
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)  # kurtosis of each row
+
+    def see_input(self, name: str, values: Tensor) -> None:
+        """values is (tokens, ..., channels)."""
+        self.inputs.setdefault(name, []).append(kurtosis(values.float()))
+
+
+def _watched(source: Source, subject: Subject, tokens: Tensor, tally: _Tally) -> Tensor:
+    with watching_inputs(source.model, source.family, tally.see_input):
+        return watched_logits(subject, source.family, tokens, tally)
+
+
 def _tallies(
     sources: list[Source], subjects: list[Subject], reference: int, held_out: Tensor
-) -> list[Tally]:
+) -> list[_Tally]:
     """What every model shows on text (rows, length), compared with the one at `reference`."""
-    tallies = [Tally() for _ in sources]
+    tallies = [_Tally() for _ in sources]
     for batch in tqdm(held_out.split(1), desc="evaluating", unit="row"):
         tokens = batch.to(sources[0].model.device)
         logits = [
-            watched_logits(subject, source.family, tokens, tally)
+            _watched(source, subject, tokens, tally)
             for source, subject, tally in zip(sources, subjects, tallies, strict=True)
         ]
         target = logits[reference].float().log_softmax(-1)
@@ -154,9 +188,15 @@ def _tallies(
 
 
 def _standing(
-    source: Source, subject: Subject, tally: Tally, texts: Texts, formats: tuple[FormatName, ...]
+    source: Source,
+    subject: Subject,
+    tally: _Tally,
+    speed: Speed,
+    texts: Texts,
+    formats: tuple[FormatName, ...],
 ) -> Standing:
-    peaks = tally.peaks()
+    peaks, layers = tally.peaks(), len(tally.stream)
+    heads = torch.stack(tally.first).unflatten(0, (-1, layers)).mean(0)
     return Standing(
         **asdict(tally.figures(Thresholds())),
         model=source.name,
@@ -165,6 +205,9 @@ def _standing(
         agreement=tally.agreed / tally.tokens,
         token_ratio=float((peaks.amax(1) / peaks.median(1).values).max()),
         kurtosis=float(torch.stack(tally.kurtoses).mean()),
+        input_kurtosis={n: float(torch.stack(k).mean()) for n, k in tally.inputs.items()},
+        head_weights=tuple(map(tuple, heads.tolist())),
+        speed=speed,
         formats={
             name: _finite(
                 quantised_perplexity(
@@ -205,8 +248,11 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
         ("  as a multiple of the median", lambda m: f"{m.stream_ratio:,.0f} x"),
         ("largest token, of the median token", lambda m: f"{m.token_ratio:,.0f} x"),
         ("kurtosis of the stream", lambda m: f"{m.kurtosis:,.0f}"),
+        ("  of what a matrix reads, mean", lambda m: f"{_mean(m.input_kurtosis):,.0f}"),
         ("massive-activation tokens", lambda m: f"{m.massive_tokens}"),
         ("mean weight on the first token", lambda m: f"{m.first_weight:.3f}"),
+        ("  highest of a head", lambda m: f"{max(map(max, m.head_weights)):.3f}"),
+        *_speed_rows(comparison),
     ]
     if len(comparison.models) == 1:
         del figures[2:4]
@@ -217,6 +263,22 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
         for n in names
     ]
     return [("", *(m.model for m in comparison.models)), *rows, *formats]
+
+
+def _speed_rows(comparison: Comparison) -> list[tuple[str, Callable[[Standing], str]]]:
+    rows: list[tuple[str, Callable[[Standing], str]]] = [
+        ("prefill, tokens per second", lambda m: f"{m.speed.prefill:,.0f}"),
+        ("decode, tokens per second", lambda m: f"{m.speed.decode:,.1f}"),
+        ("weights, MB", lambda m: f"{m.speed.weights / 1e6:,.1f}"),
+        (f"cache of {comparison.length} tokens, MB", lambda m: f"{m.speed.cache / 1e6:,.1f}"),
+    ]
+    if comparison.models[0].speed.peak is not None:
+        rows.append(("most memory in prefill, MB", lambda m: f"{(m.speed.peak or 0) / 1e6:,.0f}"))
+    return rows
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 def _shown(perplexity: float | None) -> str:

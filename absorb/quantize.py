@@ -60,7 +60,7 @@ def input_peaks(
         peaks[name] = peak if name not in peaks else torch.maximum(peaks[name], peak)
 
     rows = tokens if lead is None else led(tokens, lead)
-    with _watching_inputs(model, family, see):
+    with watching_inputs(model, family, see):
         for batch in tqdm(rows.split(_ROWS), desc="measuring inputs of Linears", unit="batch"):
             model.base_model(batch.to(model.device), use_cache=False)
     return peaks
@@ -84,13 +84,13 @@ def clipped_ranges(
         bar.update()
 
     rows = tokens if lead is None else led(tokens, lead)
-    with bar, _watching_inputs(model, family, see):
+    with bar, watching_inputs(model, family, see):
         model.base_model(rows.to(model.device), use_cache=False)
     return ranges
 
 
 @contextmanager
-def _watching_inputs(
+def watching_inputs(
     model: PreTrainedModel, family: Family, see: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Call see(name, inputs (tokens, ..., channels)) with what each Linear and expert reads."""

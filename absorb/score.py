@@ -60,7 +60,7 @@ class Tally:
     stream: dict[int, list[Tensor]] = field(default_factory=dict)
     medians: dict[int, list[Tensor]] = field(default_factory=dict)
     kurtoses: list[Tensor] = field(default_factory=list)  # of each row in each layer
-    first: list[Tensor] = field(default_factory=list)
+    first: list[Tensor] = field(default_factory=list)  # of each row in each layer: (heads,)
 
     def see_stream(self, layer: int, stream: Tensor) -> None:
         """stream is (rows, length, hidden)."""
@@ -153,7 +153,7 @@ def watched_logits(subject: Subject, family: Family, tokens: Tensor, tally: Tall
     model = subject.model
 
     def see_weights(_: object, __: object, out: tuple[Tensor, Tensor]) -> None:
-        tally.first.append(out[1][:, :, 1:, 0].float().mean())
+        tally.first.append(out[1][:, :, 1:, 0].float().mean((0, 2)))
 
     with ExitStack() as stack:
         stack.enter_context(eager(model))

@@ -7,6 +7,7 @@ from typing import Literal
 Sink = Literal["logit", "key", "auto"]
 Train = Literal["sinks", "scales", "all"]
 Purpose = Literal["none", "int8", "w4a4", "nvfp4"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 FormatName = Literal[
     "w8a8-static",
     "w8a8-clipped",
@@ -82,6 +83,7 @@ class Evaluation:
     against: tuple[str, ...] = ()
     text: Path | None = None
     formats: tuple[FormatName, ...] = ()
+    dtype: Dtype = "float32"
     device: str = "auto"
 
 

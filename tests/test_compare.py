@@ -8,17 +8,20 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from tiny import tiny
+from tiny import HEAD_DIM, KV_HEADS, LAYERS, tiny
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from absorb import compare
+from absorb import compare, timing
 from absorb.cli import main
+from absorb.families import FAMILIES
 from absorb.quantize import FORMATS
+from absorb.score import kurtosis
 from absorb.settings import ModelRef
 from absorb.source import load
+from absorb.watch import linears_of, watching
 
 LENGTH = compare.LENGTH
 
@@ -60,6 +63,11 @@ def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("text"), 4 * LENGTH)
+
+
+@pytest.fixture(autouse=True)
+def _short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "LEAST", 0.0)
 
 
 def run(*arguments: object) -> Result:
@@ -175,6 +183,48 @@ def test_what_does_not_fit_a_format_is_said_to_overflow(text: Path, tmp_path: Pa
     assert math.isfinite(found["formats"]["stream-int8"])
     lines = run(*arguments).stdout.splitlines()
     assert [line.split()[-1] for line in lines if "FP16" in line] == ["overflows"]
+
+
+@torch.no_grad()
+def test_each_head_and_each_matrix_has_its_figure(source: Path, text: Path) -> None:
+    [found] = measured(source, "--text", text, "--formats", "w8a8-token")["models"]
+    rows, model = rows_of(text, 3), AutoModelForCausalLM.from_pretrained(source)
+    model.set_attn_implementation("eager")
+    seen: list[Tensor] = []
+    with watching([model.model.layers[1].mlp.down_proj], lambda _, x: seen.append(x), inputs=True):
+        weights = [model(row[None], output_attentions=True).attentions for row in rows]
+    expected = torch.stack([torch.stack(layers)[:, 0, :, 1:, 0].mean(-1) for layers in weights])
+    torch.testing.assert_close(torch.tensor(found["head_weights"]), expected.mean(0))
+    assert found["first_weight"] == pytest.approx(float(expected.mean()), rel=1e-4)
+    expected = torch.stack([kurtosis(values) for values in seen]).mean()
+    name = "model.layers.1.mlp.down_proj"
+    assert found["input_kurtosis"][name] == pytest.approx(float(expected), rel=1e-4)
+    assert found["input_kurtosis"].keys() == linears_of(model, FAMILIES["llama"]).keys()
+
+
+def test_memory_is_that_of_the_weights_and_of_their_keys_and_values(
+    source: Path, converted: Path, text: Path
+) -> None:
+    arguments = (source, "--against", converted, "--text", text, "--formats", "w8a8-token")
+    for dtype, size in (("float32", 4), ("bfloat16", 2), ("float16", 2)):
+        found = measured(*arguments, "--dtype", dtype)
+        assert (found["dtype"], found["device"]) == (dtype, "cpu")
+        model = AutoModelForCausalLM.from_pretrained(source)
+        original, student = (each["speed"] for each in found["models"])
+        assert original["weights"] == size * sum(p.numel() for p in model.parameters())
+        assert student["weights"] > original["weights"]
+        assert original["cache"] == size * LENGTH * 2 * LAYERS * KV_HEADS * HEAD_DIM
+        assert min(original["prefill"], original["decode"]) > 0
+        expected = [perplexity(folder, text) for folder in (source, converted)]
+        for each, value in zip(found["models"], expected, strict=True):
+            assert each["perplexity"] == pytest.approx(value, rel=1e-4 if size == 4 else 0.02)
+
+
+@torch.no_grad()
+def perplexity(folder: Path, text: Path) -> float:
+    rows = rows_of(text, 3)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    return math.exp(model(rows, labels=rows).loss)
 
 
 def test_misuse_is_told_with_what_there_is(source: Path, text: Path) -> None:
