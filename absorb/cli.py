@@ -67,7 +67,12 @@ def main() -> None:
     help="Folder of a checkpoint, or the plan.safetensors in it: convert the same model as then, "
     "without measuring or fitting anything.",
 )
-def convert(out: Path, force: bool, as_json: bool, **options: Any) -> None:
+@click.option(
+    "--push-to-hub",
+    metavar="REPO",
+    help="Then upload the checkpoint to this repository, as `absorb push` does.",
+)
+def convert(out: Path, force: bool, push_to_hub: str | None, as_json: bool, **options: Any) -> None:
     """Convert MODEL and write a checkpoint that loads with trust_remote_code=True.
 
     \b
@@ -77,12 +82,16 @@ def convert(out: Path, force: bool, as_json: bool, **options: Any) -> None:
     refuse_contradictions(options)
     job = job_from(out, force, options)
     with Refusals():
-        from absorb import pipeline, report
+        from absorb import hub, pipeline, report
 
+        if push_to_hub is not None:
+            hub.admitted(hub.Destination(repository=push_to_hub))  # refused before the long work
         result = pipeline.convert(job, _say)
         click.echo(report.to_json(result).rstrip() if as_json else _story(result))
     if not as_json:
         click.echo(f"\nwritten to {out}; load it with from_pretrained(..., trust_remote_code=True)")
+    if push_to_hub is not None:
+        _push(out, as_json, repository=push_to_hub)
 
 
 @main.command()
@@ -175,6 +184,43 @@ def verify(model: str, revision: str | None, as_json: bool) -> None:
     for reason in result.wrong:
         _say(f"absorb: {reason}")
     sys.exit(1 if result.wrong else 0)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="REPO")
+@click.option("--private", is_flag=True, help="Make a new repository a private one.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing REPO.")
+@click.option("--revision", help="Branch to upload to; made if there is none.  [default: main]")
+@click.option("--json", "as_json", is_flag=True, help="Print where it went as JSON.")
+def push(folder: Path, as_json: bool, **options: Any) -> None:
+    """Upload a checkpoint to the Hub, in one commit, once it is verified.
+
+    REPO is owner/name, or a name of your own. It is made unless it is there; one that absorb did
+    not fill is not touched. Repeated after an interruption, the command uploads what is missing.
+
+    \b
+    absorb push smollm2-absorbed someone/smollm2-absorbed --private
+    absorb push smollm2-absorbed their-lab/smollm2-absorbed --create-pr
+    """
+    if options["create_pr"] and options["revision"] is not None:
+        raise click.UsageError("a pull request is made for main; drop --create-pr or --revision")
+    _push(folder, as_json, **options)
+
+
+def _push(folder: Path, as_json: bool, **options: Any) -> None:
+    with Refusals(
+        "close other programs, or push from a larger machine",
+        "run `absorb push` again, and only what is missing is uploaded",
+    ):
+        from absorb import hub, report
+
+        result = hub.push(folder, hub.Destination(**options), _say)
+        click.echo(
+            report.to_json(result).rstrip()
+            if as_json
+            else f"uploaded to {result.url}; pin it by its commit, revision={result.commit!r}"
+        )
 
 
 def _say(sentence: str) -> None:

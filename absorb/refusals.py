@@ -12,8 +12,13 @@ from absorb.errors import AbsorbError
 class Refusals:
     """Turns an AbsorbError into one sentence and exit code 1, and a signal into an exit."""
 
-    def __init__(self, frugal: str = "pass --train sinks, which needs least, or --device cpu"):
+    def __init__(
+        self,
+        frugal: str = "pass --train sinks, which needs least, or --device cpu",
+        interrupted: str = "nothing was written",
+    ):
         self.frugal = frugal  # what to do where memory is short
+        self.interrupted = interrupted
 
     def __enter__(self) -> None:
         # Unlike the default of SIGTERM, an exception lets every `finally` clean up.
@@ -29,7 +34,7 @@ class Refusals:
             )
             sys.exit(1)
         if isinstance(error, KeyboardInterrupt):
-            click.echo("absorb: interrupted; nothing was written", err=True)
+            click.echo(f"absorb: interrupted; {self.interrupted}", err=True)
             sys.exit(130)
 
 

@@ -16,8 +16,8 @@ from absorb import AbsorbError, cli
 from absorb.report import Report, from_json
 from absorb.settings import Thresholds
 
-# What has no place in Python: there the result is an object.
-ONLY_COMMANDS = {"as_json"}
+# What has no place in Python: there the result is an object, and huggingface_hub uploads a folder.
+ONLY_COMMANDS = {"as_json", "push_to_hub"}
 
 COMMANDS = [
     (absorb.convert, cli.convert),

@@ -42,6 +42,7 @@ ORDER = (
     "card",
     "checkpoint",
     "verify",
+    "hub",
     "write",
     "compare",
     "pipeline",

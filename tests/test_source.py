@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with serving(monkeypatch, tmp_path / "cache") as hub:
+    with serving(monkeypatch, tmp_path) as hub:
         hub.folders[REPOSITORY] = folder
         yield hub
 
