@@ -15,6 +15,7 @@ from absorb.report import Inspection, Report
 from absorb.settings import (
     Calibration,
     Distillation,
+    Dtype,
     Evaluation,
     FormatName,
     Job,
@@ -113,6 +114,7 @@ def evaluate(
     against: Sequence[str | Path] = (),
     text: str | Path | None = None,
     formats: Sequence[FormatName] = _FORMATS,
+    dtype: Dtype = "float32",
     device: str = "auto",
 ) -> Comparison:
     """Measure models, originals and converted ones, side by side on one text.
@@ -121,11 +123,13 @@ def evaluate(
     """
     for name in formats:
         _refuse_unknown("formats", name, _FORMATS)
+    _refuse_unknown("dtype", dtype, get_args(Dtype))
     wish = Evaluation(
         model=str(model),
         against=tuple(map(str, against)),
         text=_text(text),
         formats=tuple(formats),
+        dtype=dtype,
         device=device,
     )
     return compare(wish, _say)
