@@ -115,7 +115,7 @@ def distill(
     """
 
     def loss(tokens: Tensor) -> Tensor:
-        return _divergence(teacher, student, prefix, tokens)
+        return gap(teacher, student, prefix, tokens)
 
     return train(student, loss, texts, fine_tune, seed)
 
@@ -251,10 +251,10 @@ def _rows_at_once(student: PreTrainedModel) -> int:
     return max(1, int(room // (LENGTH * student.config.vocab_size * 16)))
 
 
-def _divergence(
+def gap(
     teacher: PreTrainedModel, student: PreTrainedModel, prefix: Tensor, tokens: Tensor
 ) -> Tensor:
-    """Mean KL(teacher | student) in nats on text `tokens` (rows, length)."""
+    """Mean KL(teacher | student) in nats on text `tokens` (rows, length), with its gradient."""
     tokens = tokens.to(student.device)
     with torch.no_grad():
         rows = led(tokens, prefix)
@@ -270,7 +270,7 @@ def divergence(
     """Mean KL(teacher | student) in nats on text `tokens` (rows, length), in parts that fit."""
 
     def loss(part: Tensor) -> Tensor:
-        return _divergence(teacher, student, prefix, part)
+        return gap(teacher, student, prefix, part)
 
     return _mean(loss, tokens, _rows_at_once(student))
 
