@@ -4,7 +4,6 @@ DIR.lock keeps a second conversion out of the same folder meanwhile. A run that 
 DIR.lock, DIR.partial or DIR.replaced behind; the next one takes them over.
 """
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from absorb.errors import AbsorbError
+from absorb.files import full_disk_explained, unwritable_explained, with_parents
 
 # Every checkpoint that absorb writes holds this file; a folder without it is never replaced.
 REPORT = "absorb.json"
@@ -29,7 +29,7 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
     """
     out = _real(out)
     partial = _beside(out, "partial")
-    with _locked(out), _full_disk_explained(out):
+    with _locked(out), full_disk_explained(out):
         _prepare(out, force)
         try:
             partial.mkdir()
@@ -73,7 +73,7 @@ def _is_checkpoint(folder: Path) -> bool:
 def _locked(out: Path) -> Iterator[None]:
     """Keep other conversions out of `out`. That the lock can be made proves the parent writable."""
     lock = _beside(out, "lock")
-    with _parents(lock):
+    with with_parents(lock):
         handle = _acquire(lock, out)
         try:
             yield
@@ -82,24 +82,10 @@ def _locked(out: Path) -> Iterator[None]:
             os.close(handle)
 
 
-@contextmanager
-def _parents(path: Path) -> Iterator[None]:
-    """Make the folders above `path`; afterwards remove those new ones that are still empty."""
-    missing = [parent for parent in path.parents if not parent.exists()]
-    try:
-        with _unwritable_explained(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    finally:
-        for parent in missing:
-            with suppress(OSError):  # not empty, or never made
-                parent.rmdir()
-
-
 def _acquire(lock: Path, out: Path) -> int:
     """An open handle on the lock file, held by nobody else."""
     while True:
-        with _unwritable_explained(lock.parent):
+        with unwritable_explained(lock.parent):
             handle = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,34 +175,3 @@ def _swap(partial: Path, out: Path, force: bool) -> None:
     _sync(out.parent)
     if replaced.exists():
         replaced.rename(partial)
-
-
-@contextmanager
-def _unwritable_explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise AbsorbError(
-            f"{folder} cannot be written to ({error.strerror}); choose another --out"
-        ) from error
-
-
-@contextmanager
-def _full_disk_explained(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if _says_disk_full(error):
-            raise AbsorbError(
-                f"the disk that holds {out.parent} is full, so {out.name} was not written; "
-                "free some space or choose another --out"
-            ) from error
-        raise
-
-
-def _says_disk_full(error: Exception) -> bool:
-    """Whether the disk or the user's share of it is full. safetensors tells the number as text."""
-    numbers = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError) and error.errno in numbers:
-        return True
-    return any(f"(os error {number})" in str(error) for number in numbers)

@@ -7,6 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "absorb"
 ORDER = (
     "errors",
+    "files",
     "settings",
     "families",
     "modeling_absorb",
