@@ -96,18 +96,33 @@ def convert(out: Path, force: bool, push_to_hub: str | None, as_json: bool, **op
 
 @main.command()
 @model_options
-def inspect(as_json: bool, **options: Any) -> None:
-    """Show the outliers of MODEL and how they would be absorbed; write nothing.
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    help="Also draw it, before and after, into this page, which needs no network. A file that is "
+    "there is replaced.",
+)
+@click.option(
+    "--png",
+    type=click.Path(path_type=Path),
+    help="Also draw it into this folder, as PNG files beside a figures.json. Files of the same "
+    "names are replaced.",
+)
+def inspect(as_json: bool, html: Path | None, png: Path | None, **options: Any) -> None:
+    """Show the outliers of MODEL and how they would be absorbed; write no model.
 
     \b
-    absorb inspect demo
+    absorb inspect demo --html outliers.html
     absorb inspect ./my-llama --text corpus.txt --json > findings.json
     """
     job = job_from(Path(), False, options)
     with Refusals():
         from absorb import pipeline, report
 
-        result = pipeline.inspect(job, _say)
+        if html is None and png is None:
+            result = pipeline.inspect(job, _say)
+        else:
+            result = pipeline.picture(job, html, png, _say)
         click.echo(
             report.to_json(result).rstrip()
             if as_json

@@ -139,7 +139,7 @@ def measure(model: PreTrainedModel, family: Family, tokens: Tensor, lead: Tensor
     tally = _Tally(model, family)
     rows = led(tokens, lead)
     with _counting(model, family, tally), hastened(model.device):
-        for batch in tqdm(rows.split(_ROWS), desc="measuring the original", unit="batch"):
+        for batch in tqdm(rows.split(_ROWS), desc="measuring the stream", unit="batch"):
             model.base_model(batch.to(model.device), use_cache=False)
     return Measurement(
         tokens=rows.cpu(),

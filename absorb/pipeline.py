@@ -1,27 +1,30 @@
 """The story of a conversion, from a model's name to a folder."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from math import nan
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from absorb.checkpoint import staged
 from absorb.device import device_of, sketch_of
 from absorb.distill import distill, divergence, recipe
+from absorb.exhibit import Exhibit, exhibit_of
+from absorb.files import promised
 from absorb.findings import find
 from absorb.graft import graft, smooth
-from absorb.measure import measure
+from absorb.measure import Measurement, measure
 from absorb.plan import Plan, make_plan, residual_scales, smoothing_scales
 from absorb.plan_file import read_plan, write_plan
 from absorb.prefix import Trial, encoded, find_prefix, lead_of
 from absorb.quantize import FORMATS
 from absorb.rehearse import FORMAT_FOR, rehearsing
-from absorb.report import Inspection, Probe, Report, layer_figures, versions
+from absorb.report import Inspection, Probe, Report, layer_figures, to_json, versions
 from absorb.score import Subject, evaluate
 from absorb.settings import Job, Thresholds
 from absorb.source import Source, load
@@ -40,6 +43,7 @@ class Draft:
     plan: Plan
     student: PreTrainedModel
     inspection: Inspection
+    measurement: Measurement | None  # of the original; none where a plan was read
 
 
 def convert(job: Job, say: Say) -> Report:
@@ -49,9 +53,7 @@ def convert(job: Job, say: Say) -> Report:
         draft = prepare(job, say, fine_tune.training_rows)
         source, student, plan = draft.source, draft.student, draft.plan
         if job.plan is None:  # a plan that was read holds the scales, and they are grafted
-            scales = smoothing_scales(student, source.family, draft.texts.scaling)
-            smooth(student, source.family, scales)
-            plan = replace(plan, smoothing=scales)
+            plan = replace(plan, smoothing=smoothed(draft))
         write_plan(folder, plan, draft.inspection)
         prefix = torch.tensor(plan.prefix)
         say(f"fine-tune: {fine_tune}")
@@ -96,6 +98,43 @@ def inspect(job: Job, say: Say) -> Inspection:
     return prepare(job, say, training_rows=None).inspection
 
 
+def exhibit(job: Job, say: Say) -> Exhibit:
+    """The same, with how the model looks before and after what convert does before a fine-tune."""
+    draft = prepare(job, say, training_rows=None)
+    assert draft.measurement is not None  # no plan is read to inspect
+    smoothed(draft)
+    say("looking at the model after the graft")
+    tokens = draft.texts.calibration
+    return exhibit_of(draft.inspection, draft.source, draft.measurement, draft.student, tokens)
+
+
+def picture(job: Job, html: Path | None, png: Path | None, say: Say) -> Inspection:
+    """Inspect a model and write a page of it, a folder of pictures, or both."""
+    from absorb.page import drawn, inspection_page  # matplotlib, which nothing else needs
+    from absorb.views import sections
+
+    with ExitStack() as files:  # places that cannot be written to are refused now
+        page = None if html is None else files.enter_context(promised(html))
+        data = None if png is None else files.enter_context(promised(png / "figures.json"))
+        shown = exhibit(job, say)
+        pictures = drawn(sections(shown))
+        if page is not None:
+            page.write(inspection_page(shown.inspection, pictures).encode())
+        if data is not None and png is not None:
+            data.write(to_json(shown).encode())
+            for section, picture in pictures:
+                files.enter_context(promised(png / f"{section.name}.png")).write(picture)
+    return shown.inspection
+
+
+def smoothed(draft: Draft) -> dict[str, Tensor]:
+    """Smooth the student; the scales, as a plan holds them."""
+    family = draft.source.family
+    scales = smoothing_scales(draft.student, family, draft.texts.scaling)
+    smooth(draft.student, family, scales)
+    return scales
+
+
 def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
     """Plan the conversion, or take the plan that the user names, and graft it onto a copy."""
     device = device_of(job.device)
@@ -106,8 +145,10 @@ def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
     made = None if job.plan is None else read_plan(job.plan, source)
     nn.Module.to(model, device)
     texts, trials = read(job, source, training_rows)
+    measurement = None
     if made is None:
-        plan, inspection = survey(job, source, texts, trials)
+        measurement = measure(model, family, texts.calibration, lead_of(source.tokenizer))
+        plan, inspection = survey(job, source, measurement, texts, trials)
     else:
         plan, found = made
         inspection = recalled(job, source, texts, found)
@@ -121,6 +162,7 @@ def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
         plan=plan,
         student=student,
         inspection=replace(inspection, divergence=gap),
+        measurement=measurement,
     )
 
 
@@ -135,13 +177,14 @@ def read(job: Job, source: Source, training_rows: int | None) -> tuple[Texts, li
     return texts, find_prefix(sketch, wish, texts.calibration, job.thresholds)
 
 
-def survey(job: Job, source: Source, texts: Texts, trials: list[Trial]) -> tuple[Plan, Inspection]:
-    """Measure the model and plan its conversion, for the last of the prefixes that were tried.
+def survey(
+    job: Job, source: Source, measurement: Measurement, texts: Texts, trials: list[Trial]
+) -> tuple[Plan, Inspection]:
+    """What a measurement shows, and the plan by it, for the last of the prefixes that were tried.
 
     The inspection lacks the divergence, which needs the grafted model.
     """
     model, family, text = source.model, source.family, texts.calibration
-    measurement = measure(model, family, text, lead_of(source.tokenizer))
     findings = find(measurement, job.thresholds)
     residual = residual_scales(measurement, findings, job.residual_target)
     prefix, budget = trials[-1].prefix, job.thresholds.divergence

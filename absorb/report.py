@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Row = tuple[str, ...]
-Kind = TypeVar("Kind", "Inspection", "Report")
+Kind = TypeVar("Kind", bound="DataclassInstance")
 _WIDTH = 100
 
 
@@ -118,7 +118,7 @@ def _plain(value: object) -> str:
 
 
 def from_json(kind: type[Kind], text: str) -> Kind:
-    """The inspection or report that `to_json` wrote."""
+    """The report that `to_json` wrote, of the kind that it was."""
     data = _built(kind, json.loads(text))
     assert isinstance(data, kind)
     return data

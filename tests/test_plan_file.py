@@ -94,7 +94,7 @@ def test_a_conversion_by_a_plan_reports_the_same_figures_and_says_where_it_is_fr
     assert "sampling text" in result.stderr
     assert "read from first" in result.stdout
     assert "read from first" in (out / "README.md").read_text()
-    for work in ("measuring the original", "choosing the prefix", "fitting sinks", "removing"):
+    for work in ("measuring the stream", "choosing the prefix", "fitting sinks", "removing"):
         assert work not in result.stderr
     before, after = report(made), report(out)
     assert after["inspection"]["arguments"]["plan"] == "first"

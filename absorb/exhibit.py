@@ -1,0 +1,156 @@
+"""Before and after in figures small enough to draw: plain data, kept beside the pictures."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from absorb.families import Family
+from absorb.findings import channel_ratio
+from absorb.measure import Measurement, measure
+from absorb.quantize import input_peaks
+from absorb.report import Inspection
+from absorb.source import Source
+
+Layers = tuple[tuple[float, ...], ...]  # numbers of every layer
+
+_BANDS = 192
+_TOKENS = 24
+_NEURONS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What one model shows on the calibration text."""
+
+    first_weight: Layers  # of every head: mean attention weight on the first token
+    channels: Layers  # of every band of channels: the largest mean |x|, on ordinary tokens
+    channel_ratios: dict[int, float]  # of the channels named: largest multiple of the median one
+    token_text: tuple[str, ...]
+    tokens: Layers  # of every token of `token_text`: the largest |x|
+    inputs: dict[str, tuple[float, ...]]  # by the matrix that reads it: largest |x| of every layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neuron:
+    """An MLP neuron, and the most that it adds to an entry of the stream."""
+
+    layer: int
+    neuron: int
+    contribution: float
+    fate: str  # "removed", "kept", or "no spike"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exhibit:
+    """An inspection, and how the model looks before and after what it plans.
+
+    After is before any fine-tune. Both looks have as many channels in a band.
+    """
+
+    inspection: Inspection
+    before: Look
+    after: Look
+    band: int  # channels
+    hidden: int
+    neurons: tuple[Neuron, ...]  # those that add most, the largest first
+
+
+def exhibit_of(
+    inspection: Inspection,
+    source: Source,
+    measurement: Measurement,
+    student: PreTrainedModel,
+    tokens: Tensor,
+) -> Exhibit:
+    """Look at both models on text `tokens` (rows, length), of which `measurement` is the one's."""
+    family, lead = source.family, measurement.tokens[0, : -tokens.shape[1]]
+    nothing = lead[:0]
+    after = measure(student, family, tokens, nothing)
+    row = _liveliest(measurement, len(lead))
+    named = _named_channels(inspection, measurement)
+    hidden = len(measurement.channel_peak)
+
+    def look(model: PreTrainedModel, measured: Measurement, lead: Tensor) -> Look:
+        shown = slice(len(lead) + _TOKENS)
+        decode: Any = source.tokenizer.decode
+        return Look(
+            first_weight=_rounded(measured.first_weight),
+            channels=_rounded(banded(measured.channel_mean, _band(hidden))),
+            channel_ratios=_ratios(measured, named),
+            token_text=tuple(decode([token]) for token in measured.tokens[row, shown].tolist()),
+            tokens=_rounded(measured.token_peak[:, row, shown]),
+            inputs=_input_ranges(model, family, tokens, lead),
+        )
+
+    return Exhibit(
+        inspection=inspection,
+        before=look(source.model, measurement, lead),
+        after=look(student, after, nothing),
+        band=_band(hidden),
+        hidden=hidden,
+        neurons=_neurons(inspection, measurement),
+    )
+
+
+def _liveliest(measurement: Measurement, lead: int) -> int:
+    """The row whose shown tokens, those at its start aside, reach furthest."""
+    return int(measurement.token_peak[:, :, lead + 1 : lead + _TOKENS].amax((0, 2)).argmax())
+
+
+def _named_channels(inspection: Inspection, measurement: Measurement) -> list[int]:
+    """The outlier channels, or the one that is nearest to it where there is none."""
+    found = [outlier.channel for outlier in inspection.findings.outlier_channels]
+    return found or [int(channel_ratio(measurement).amax(0).argmax())]
+
+
+def _ratios(measurement: Measurement, channels: list[int]) -> dict[int, float]:
+    ratio = channel_ratio(measurement).amax(0)
+    return {channel: _short(float(ratio[channel])) for channel in channels}
+
+
+def _band(hidden: int) -> int:
+    return -(-hidden // _BANDS)
+
+
+def banded(values: Tensor, band: int) -> Tensor:
+    """The largest of every `band` neighbouring columns: (rows, columns) to fewer columns."""
+    rows, columns = values.shape
+    padded = values.new_zeros(rows, -(-columns // band) * band)
+    padded[:, :columns] = values
+    return padded.view(rows, -1, band).amax(2)
+
+
+def _input_ranges(
+    model: PreTrainedModel, family: Family, tokens: Tensor, lead: Tensor
+) -> dict[str, tuple[float, ...]]:
+    """Under the name, within a layer, of every matrix: the largest |x| that it reads, per layer."""
+    ranges: dict[str, list[float]] = {}
+    for name, peak in input_peaks(model, family, tokens, lead).items():
+        site = name.removeprefix(f"{family.layers}.").partition(".")[2]
+        ranges.setdefault(site, []).append(_short(float(peak.max())))
+    return {site: tuple(values) for site, values in ranges.items()}
+
+
+def _neurons(inspection: Inspection, measurement: Measurement) -> tuple[Neuron, ...]:
+    spikes = {(spike.layer, spike.neuron) for spike in inspection.findings.spike_neurons}
+    removed = {(gone.spike.layer, gone.spike.neuron) for gone in inspection.removals}
+    peak = measurement.neuron_peak
+    count = min(max(_NEURONS, len(spikes)), 2 * _NEURONS, peak.numel())
+    most = peak.flatten().topk(count)
+    neurons = []
+    for value, index in zip(most.values.tolist(), most.indices.tolist(), strict=True):
+        place = divmod(index, peak.shape[1])
+        fate = "removed" if place in removed else "kept" if place in spikes else "no spike"
+        neurons.append(Neuron(layer=place[0], neuron=place[1], contribution=value, fate=fate))
+    return tuple(neurons)
+
+
+def _rounded(values: Tensor) -> Layers:
+    return tuple(tuple(map(_short, row)) for row in values.tolist())
+
+
+def _short(value: float) -> float:
+    """Four digits: no picture shows more."""
+    return float(f"{value:.4g}")

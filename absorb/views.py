@@ -1,0 +1,264 @@
+"""What is shown of figures: sections of words, a chart and a table. Pure."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from absorb.exhibit import Exhibit, Layers, Look
+from absorb.report import Row
+
+_MANY = 24  # rows in a table of heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """One map of lines by layers, and what is written beside some of its lines."""
+
+    title: str
+    values: Layers  # (layers, lines)
+    labels: tuple[tuple[int, str], ...]  # line and text, the most important first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Maps:
+    """Maps on one scale of colours: logarithmic, or from 0 to 1."""
+
+    lines: str  # what a line is
+    unit: str
+    logarithmic: bool
+    panels: tuple[Panel, ...]
+    dotted: float | None  # fields above it have a dot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs:
+    """Before and after as bars for every layer, in a panel for each name."""
+
+    unit: str
+    panels: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """Bars with a label before them, and a number and a note behind: one below the other."""
+
+    unit: str
+    rows: tuple[tuple[str, float, str], ...]
+
+
+Chart = Maps | Pairs | Ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A chart, the same in words, and its figures. The first row of the table is its head."""
+
+    name: str
+    title: str
+    words: str
+    chart: Chart
+    table: list[Row]
+
+
+def digest(chart: Chart) -> str:
+    """SHA-256 of everything that is drawn."""
+    return hashlib.sha256(json.dumps(asdict(chart)).encode()).hexdigest()
+
+
+def sections(exhibit: Exhibit) -> list[Section]:
+    """All that the pictures of an inspection show."""
+    return [
+        _sinks(exhibit),
+        _channels(exhibit),
+        _tokens(exhibit),
+        _neurons(exhibit),
+        _inputs(exhibit),
+    ]
+
+
+def _sinks(exhibit: Exhibit) -> Section:
+    before, after = exhibit.before.first_weight, exhibit.after.first_weight
+    threshold = exhibit.inspection.arguments["thresholds"]["sink_weight"]
+    heads = [(weight, i, j) for i, row in enumerate(before) for j, weight in enumerate(row)]
+    strongest = sorted(heads, key=lambda head: -head[0])
+    above = sum(weight > threshold for weight, _, _ in heads)
+    most, layer, head = strongest[0]
+    words = (
+        f"In the original a head gives the first token {_mean(before):.3f} of its attention on "
+        f"average; {above} of {len(heads)} heads give it more than {threshold:g} (dotted). The "
+        f"most is {most:.2f}, by head {head} of layer {layer}. After the graft the average is "
+        f"{_mean(after):.3f} and the most {_most(after)[0]:.2f}: the sinks are parameters."
+    )
+    rows = [(f"{i}", f"{j}", f"{weight:.3f}", f"{after[i][j]:.3f}") for weight, i, j in strongest]
+    labels = tuple((j, f"{j}") for j in range(len(before[0])))
+    return Section(
+        name="sinks",
+        title="Attention on the first token",
+        words=words,
+        chart=Maps(
+            lines="head",
+            unit="mean weight on the first token",
+            logarithmic=False,
+            panels=_both(before, after, labels, labels),
+            dotted=threshold,
+        ),
+        table=[("layer", "head", "before", "after"), *rows[:_MANY]],
+    )
+
+
+def _channels(exhibit: Exhibit) -> Section:
+    before, after = exhibit.before, exhibit.after
+    ratios = before.channel_ratios
+    worst = max(ratios, key=lambda channel: ratios[channel])
+    scales = exhibit.inspection.residual_scales
+    words = (
+        f"Mean |x| of the stream's {exhibit.hidden} channels on ordinary tokens"
+        + (f", the largest of {exhibit.band} neighbours in each line" if exhibit.band > 1 else "")
+        + f". In the original channel {worst} is up to {ratios[worst]:,.0f} x the median channel, "
+        f"and after the graft up to {after.channel_ratios[worst]:,.0f} x."
+    )
+    rows = [
+        (
+            f"{c}",
+            f"{ratios[c]:,.1f} x",
+            f"{after.channel_ratios[c]:,.1f} x",
+            f"{scales.get(c, 1):g}",
+        )
+        for c in ratios
+    ]
+    labels = tuple((channel // exhibit.band, f"{channel}") for channel in ratios)
+    return Section(
+        name="channels",
+        title="Channels of the residual stream",
+        words=words,
+        chart=Maps(
+            lines="channel",
+            unit="mean |x|",
+            logarithmic=True,
+            panels=_both(before.channels, after.channels, labels, labels),
+            dotted=None,
+        ),
+        table=[("channel", "of the median, before", "after", "residual scale"), *rows],
+    )
+
+
+def _tokens(exhibit: Exhibit) -> Section:
+    looks = (exhibit.before, exhibit.after)
+    (most, token), (left, _) = (_peak(look) for look in looks)
+    words = (
+        f"Largest |x| of each of the first tokens of a text. In the original it reaches "
+        f"{most:,.0f}, on {token}; after the graft {left:,.0f}."
+    )
+    labels = [
+        tuple((i, f"{i} {text!r}") for i, text in enumerate(look.token_text)) for look in looks
+    ]
+    lead = len(looks[0].token_text) - len(looks[1].token_text)  # read by the original alone
+    rows = []
+    for index, text in enumerate(looks[0].token_text):
+        before = _summit(looks[0], index)
+        after = ("–", "–") if index < lead else _summit(looks[1], index - lead)
+        rows.append((f"{text!r}", *before, *after))
+    return Section(
+        name="tokens",
+        title="Tokens in the residual stream",
+        words=words,
+        chart=Maps(
+            lines="token",
+            unit="largest |x|",
+            logarithmic=True,
+            panels=_both(looks[0].tokens, looks[1].tokens, *labels),
+            dotted=None,
+        ),
+        table=[("token", "largest |x| before", "in layer", "after", "in layer"), *rows],
+    )
+
+
+def _neurons(exhibit: Exhibit) -> Section:
+    neurons = exhibit.neurons
+    spikes = [neuron for neuron in neurons if neuron.fate != "no spike"]
+    gone = sum(neuron.fate == "removed" for neuron in spikes)
+    first = neurons[0]
+    words = (
+        f"MLP neurons by the most that one of them adds to an entry of the stream. Neuron "
+        f"{first.neuron} of layer {first.layer} adds {first.contribution:,.0f}. "
+        + (
+            f"{len(spikes)} write a massive activation alone (spike neurons); removed: {gone}."
+            if spikes
+            else "None of them writes a massive activation alone."
+        )
+    )
+    rows = [(f"{n.layer}", f"{n.neuron}", f"{n.contribution:,.4g}", n.fate) for n in neurons]
+    return Section(
+        name="neurons",
+        title="Spike neurons",
+        words=words,
+        chart=Ranks(
+            unit="most added to an entry of the stream",
+            rows=tuple((f"({n.layer}, {n.neuron})", n.contribution, n.fate) for n in neurons),
+        ),
+        table=[("layer", "neuron", "adds", "fate"), *rows],
+    )
+
+
+def _inputs(exhibit: Exhibit) -> Section:
+    panels = _together(exhibit.before.inputs, exhibit.after.inputs)
+    name, before, after = max(panels, key=lambda panel: max(panel[1]))
+    layer = before.index(max(before))
+    words = (
+        "Largest |x| that a matrix of each layer reads, which a fixed INT8 range must hold. "
+        f"The widest in the original is that of {name} in layer {layer}: {before[layer]:,.4g}, and "
+        f"{after[layer]:,.4g} after graft and smoothing."
+    )
+    layers = range(len(before))
+    rows = [(f"{i}", *(f"{b[i]:.4g} → {a[i]:.4g}" for _, b, a in panels)) for i in layers]
+    return Section(
+        name="inputs",
+        title="What the matrices read",
+        words=words,
+        chart=Pairs(unit="largest |x|", panels=panels),
+        table=[("layer", *(name for name, _, _ in panels)), *rows],
+    )
+
+
+def _both(
+    before: Layers,
+    after: Layers,
+    first: tuple[tuple[int, str], ...],
+    second: tuple[tuple[int, str], ...],
+) -> tuple[Panel, Panel]:
+    return (
+        Panel(title="before", values=before, labels=first),
+        Panel(title="after the graft, untrained", values=after, labels=second),
+    )
+
+
+def _together(
+    before: dict[str, tuple[float, ...]], after: dict[str, tuple[float, ...]]
+) -> tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...]:
+    """One panel for the matrices that read the same."""
+    ends = [site.rpartition(".")[2] for site in before]
+    shared: dict[tuple[tuple[float, ...], tuple[float, ...]], list[str]] = {}
+    for site, end in zip(before, ends, strict=True):
+        name = end if ends.count(end) == 1 else site
+        shared.setdefault((before[site], after[site]), []).append(name)
+    return tuple((", ".join(names), *values) for values, names in shared.items())
+
+
+def _mean(layers: Layers) -> float:
+    return sum(map(sum, layers)) / sum(map(len, layers))
+
+
+def _most(layers: Layers) -> tuple[float, int, int]:
+    """The largest number, its layer and its place in it."""
+    return max((value, i, j) for i, row in enumerate(layers) for j, value in enumerate(row))
+
+
+def _peak(look: Look) -> tuple[float, str]:
+    value, layer, token = _most(look.tokens)
+    return value, f"{look.token_text[token]!r} in layer {layer}"
+
+
+def _summit(look: Look, token: int) -> tuple[str, str]:
+    """The largest |x| of a token, and the layer of it."""
+    values = [row[token] for row in look.tokens]
+    return f"{max(values):,.4g}", f"{values.index(max(values))}"
