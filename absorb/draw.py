@@ -1,7 +1,7 @@
 """Charts → PNG, by matplotlib. Nothing in them is told by colour alone."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -15,7 +15,7 @@ from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from absorb.views import Chart, Maps, Pairs, Panel, Ranks, digest
+from absorb.views import Chart, Maps, Pairs, Panel, Ranks, digest, number
 
 # As wide as a phone shows without making the letters too small, in inches.
 _WIDTH = 5.0
@@ -74,17 +74,23 @@ def _maps(chart: Maps) -> Figure:
 
 def _in_decades(axis: Axis, low: float, high: float) -> None:
     """Plain numbers at the powers of ten of a logarithmic axis, or also between if it is short."""
-    axis.set_major_locator(LogLocator(subs=(1,) if high > 1000 * low else (1, 2, 5)))
-    axis.set_major_formatter(StrMethodFormatter("{x:,.5g}"))
+    axis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _span(values: Iterable[float]) -> tuple[float, float]:
+    """From the smallest to the largest of those that a logarithmic axis can show."""
+    positive = [value for value in values if value > 0] or [1.0]
+    return min(positive), max(positive)
 
 
 def _scale(chart: Maps) -> Normalize:
     if not chart.logarithmic:
         return Normalize(0, 1)
-    values = [value for panel in chart.panels for value in chain(*panel.values) if value > 0]
-    most = max(values, default=1.0)
-    return LogNorm(max(min(values, default=1.0), most * 1e-6), most * 1.001, clip=True)
+    least, most = _span(chain(*chain(*(panel.values for panel in chart.panels))))
+    low = max(least, chart.floor, most * 1e-6)
+    return LogNorm(low, max(most, low * 1.001), clip=True)
 
 
 def _map(ax: Axes, panel: Panel, chart: Maps, scale: Normalize) -> Any:
@@ -126,8 +132,10 @@ def _pairs(chart: Pairs) -> Figure:
         layers = range(len(before))
         ax.bar(layers, before, 0.9, color=_LIGHT, edgecolor="black", lw=0.4, hatch="////")
         ax.bar(layers, after, 0.45, color=_DARK)
+        least, most = _span((*before, *after))
+        ax.set_ylim(least / 2, most * 1.2)  # the bars start somewhat below the shortest
         ax.set_yscale("log")
-        _in_decades(ax.yaxis, *ax.get_ylim())
+        _in_decades(ax.yaxis, least, most)
         ax.set_title(name)
         ax.set_ylabel(chart.unit)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -147,16 +155,16 @@ def _ranks(chart: Ranks) -> Figure:
     ax.barh(places, values, color=_DARK, height=0.7)
     ax.set_yticks(places, [_drawable(label) for label, _, _ in chart.rows])
     ax.invert_yaxis()
+    least, most = _span(values)
+    # What stands behind the longest bar has room.
+    ax.set_xlim(least / 2, most * (2 * most / least) ** 0.5)
     ax.set_xscale("log")
-    # The bars start somewhat below the shortest, and what stands behind the longest has room.
-    low, high = min(values) / 2, max(values)
-    ax.set_xlim(low, high * (high / low) ** 0.5)
     _in_decades(ax.xaxis, *ax.get_xlim())
     ax.set_xlabel(chart.unit)
     for place, (_, value, note) in zip(places, chart.rows, strict=True):
         ax.annotate(
-            f"{value:,.4g}  {note}".rstrip(),
-            (value, place),
+            f"{number(value)}  {note}".rstrip(),
+            (max(value, least / 2), place),
             xytext=(3, 0),
             textcoords="offset points",
             va="center",

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from absorb.families import Family
 from absorb.findings import channel_ratio
-from absorb.measure import Measurement, measure
-from absorb.quantize import input_peaks
+from absorb.measure import Measurement
 from absorb.report import Inspection
 from absorb.source import Source
 
@@ -25,8 +23,8 @@ class Look:
     """What one model shows on the calibration text."""
 
     first_weight: Layers  # of every head: mean attention weight on the first token
-    channels: Layers  # of every band of channels: the largest mean |x|, on ordinary tokens
-    channel_ratios: dict[int, float]  # of the channels named: largest multiple of the median one
+    channels: Layers  # of every band of channels: largest mean |x| over the median channel's
+    channel_ratios: dict[int, float]  # of the channels named: the largest such multiple
     token_text: tuple[str, ...]
     tokens: Layers  # of every token of `token_text`: the largest |x|
     inputs: dict[str, tuple[float, ...]]  # by the matrix that reads it: largest |x| of every layer
@@ -58,38 +56,32 @@ class Exhibit:
 
 
 def exhibit_of(
-    inspection: Inspection,
-    source: Source,
-    measurement: Measurement,
-    student: PreTrainedModel,
-    tokens: Tensor,
+    inspection: Inspection, source: Source, measurement: Measurement, after: Measurement
 ) -> Exhibit:
-    """Look at both models on text `tokens` (rows, length), of which `measurement` is the one's."""
-    family, lead = source.family, measurement.tokens[0, : -tokens.shape[1]]
-    nothing = lead[:0]
-    after = measure(student, family, tokens, nothing)
-    row = _liveliest(measurement, len(lead))
+    """What is shown of the measurements of the original and of the student, on the same text."""
+    row = _liveliest(measurement, measurement.tokens.shape[1] - after.tokens.shape[1])
     named = _named_channels(inspection, measurement)
-    hidden = len(measurement.channel_peak)
+    band = -(-len(measurement.channel_peak) // _BANDS)
+    decode: Any = source.tokenizer.decode
 
-    def look(model: PreTrainedModel, measured: Measurement, lead: Tensor) -> Look:
-        shown = slice(len(lead) + _TOKENS)
-        decode: Any = source.tokenizer.decode
+    def look(measured: Measurement) -> Look:
+        shown = slice(_TOKENS + measured.tokens.shape[1] - after.tokens.shape[1])
+        ratio = channel_ratio(measured)
         return Look(
             first_weight=_rounded(measured.first_weight),
-            channels=_rounded(banded(measured.channel_mean, _band(hidden))),
-            channel_ratios=_ratios(measured, named),
+            channels=_rounded(banded(ratio, band)),
+            channel_ratios={channel: _short(float(ratio[:, channel].max())) for channel in named},
             token_text=tuple(decode([token]) for token in measured.tokens[row, shown].tolist()),
             tokens=_rounded(measured.token_peak[:, row, shown]),
-            inputs=_input_ranges(model, family, tokens, lead),
+            inputs=_input_ranges(measured, source.family),
         )
 
     return Exhibit(
         inspection=inspection,
-        before=look(source.model, measurement, lead),
-        after=look(student, after, nothing),
-        band=_band(hidden),
-        hidden=hidden,
+        before=look(measurement),
+        after=look(after),
+        band=band,
+        hidden=len(measurement.channel_peak),
         neurons=_neurons(inspection, measurement),
     )
 
@@ -105,15 +97,6 @@ def _named_channels(inspection: Inspection, measurement: Measurement) -> list[in
     return found or [int(channel_ratio(measurement).amax(0).argmax())]
 
 
-def _ratios(measurement: Measurement, channels: list[int]) -> dict[int, float]:
-    ratio = channel_ratio(measurement).amax(0)
-    return {channel: _short(float(ratio[channel])) for channel in channels}
-
-
-def _band(hidden: int) -> int:
-    return -(-hidden // _BANDS)
-
-
 def banded(values: Tensor, band: int) -> Tensor:
     """The largest of every `band` neighbouring columns: (rows, columns) to fewer columns."""
     rows, columns = values.shape
@@ -122,14 +105,12 @@ def banded(values: Tensor, band: int) -> Tensor:
     return padded.view(rows, -1, band).amax(2)
 
 
-def _input_ranges(
-    model: PreTrainedModel, family: Family, tokens: Tensor, lead: Tensor
-) -> dict[str, tuple[float, ...]]:
+def _input_ranges(measurement: Measurement, family: Family) -> dict[str, tuple[float, ...]]:
     """Under the name, within a layer, of every matrix: the largest |x| that it reads, per layer."""
     ranges: dict[str, list[float]] = {}
-    for name, peak in input_peaks(model, family, tokens, lead).items():
+    for name, peak in measurement.input_peak.items():
         site = name.removeprefix(f"{family.layers}.").partition(".")[2]
-        ranges.setdefault(site, []).append(_short(float(peak.max())))
+        ranges.setdefault(site, []).append(_short(float(peak)))
     return {site: tuple(values) for site, values in ranges.items()}
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from absorb.device import hastened
 from absorb.experts import watching_neurons
 from absorb.families import Family
+from absorb.quantize import watching_inputs
 from absorb.watch import each_layers, eager, layers_of, led, watching
 from absorb.weights import module_at, weight_at
 
@@ -39,6 +40,7 @@ class Measurement:
     first_weight: Tensor  # (layers, heads): mean attention weight on the first token
     token_weight: Tensor  # (layers, rows, length): mean weight a token gets from later ones
     neuron_peak: Tensor  # (layers, neurons): most that one MLP neuron adds to the stream
+    input_peak: dict[str, Tensor]  # (): largest magnitude that a matrix reads, under its name
 
 
 class _Tally:
@@ -61,6 +63,7 @@ class _Tally:
         ]
         self.fired: dict[int, Tensor] = {}
         self.down_peak: dict[int, Tensor] = {}
+        self.read: dict[str, Tensor] = {}
 
     def stream(self, layer: int, stream: Tensor) -> None:
         size = stream.float().abs()
@@ -85,6 +88,10 @@ class _Tally:
         below = weights.float().tril(-1).mean(1).sum(1)
         later = torch.arange(length - 1, -1, -1, device=weights.device).clamp_min(1)
         self.received[layer].append(below / later)
+
+    def inputs(self, name: str, inputs: Tensor) -> None:
+        peak = inputs.float().abs().max()
+        self.read[name] = torch.maximum(self.read.get(name, peak), peak)
 
     def activation(self, layer: int, activation: Tensor) -> None:
         self.fired[layer] = activation.float().abs()
@@ -116,6 +123,7 @@ def _counting(model: PreTrainedModel, family: Family, tally: _Tally) -> Iterator
         last = model.get_submodule(family.final_norm)
         stack.enter_context(watching([*reads, last], tally.channels, inputs=True))
         stack.enter_context(watching(chain(*writes), tally.channels))
+        stack.enter_context(watching_inputs(model, family, tally.inputs))
         stack.enter_context(_weights(each_layers(model, family, family.attention), tally))
         yield
 
@@ -152,6 +160,7 @@ def measure(model: PreTrainedModel, family: Family, tokens: Tensor, lead: Tensor
         first_weight=_mean(tally.first),
         token_weight=_rows(tally.received),
         neuron_peak=torch.stack([torch.stack(layer).amax(0) for layer in tally.neuron]).cpu(),
+        input_peak={name: peak.cpu() for name, peak in tally.read.items()},
     )
 
 

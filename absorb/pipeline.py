@@ -103,9 +103,9 @@ def exhibit(job: Job, say: Say) -> Exhibit:
     draft = prepare(job, say, training_rows=None)
     assert draft.measurement is not None  # no plan is read to inspect
     smoothed(draft)
-    say("looking at the model after the graft")
-    tokens = draft.texts.calibration
-    return exhibit_of(draft.inspection, draft.source, draft.measurement, draft.student, tokens)
+    tokens, nothing = draft.texts.calibration, torch.tensor([], dtype=torch.long)
+    after = measure(draft.student, draft.source.family, tokens, nothing)
+    return exhibit_of(draft.inspection, draft.source, draft.measurement, after)
 
 
 def picture(job: Job, html: Path | None, png: Path | None, say: Say) -> Inspection:

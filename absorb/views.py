@@ -28,6 +28,7 @@ class Maps:
     logarithmic: bool
     panels: tuple[Panel, ...]
     dotted: float | None  # fields above it have a dot
+    floor: float = 0  # where the colours of a logarithmic scale start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,11 @@ class Section:
 def digest(chart: Chart) -> str:
     """SHA-256 of everything that is drawn."""
     return hashlib.sha256(json.dumps(asdict(chart)).encode()).hexdigest()
+
+
+def number(value: float) -> str:
+    """A magnitude, in three digits or more."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def sections(exhibit: Exhibit) -> list[Section]:
@@ -109,13 +115,16 @@ def _sinks(exhibit: Exhibit) -> Section:
 def _channels(exhibit: Exhibit) -> Section:
     before, after = exhibit.before, exhibit.after
     ratios = before.channel_ratios
+    threshold = exhibit.inspection.arguments["thresholds"]["channel_ratio"]
     worst = max(ratios, key=lambda channel: ratios[channel])
     scales = exhibit.inspection.residual_scales
     words = (
-        f"Mean |x| of the stream's {exhibit.hidden} channels on ordinary tokens"
-        + (f", the largest of {exhibit.band} neighbours in each line" if exhibit.band > 1 else "")
-        + f". In the original channel {worst} is up to {ratios[worst]:,.0f} x the median channel, "
-        f"and after the graft up to {after.channel_ratios[worst]:,.0f} x."
+        f"Mean |x| of the stream's {exhibit.hidden} channels on ordinary tokens, as a multiple of "
+        "the median channel's"
+        + (f"; of {exhibit.band} neighbours the largest is shown" if exhibit.band > 1 else "")
+        + f". Above {threshold:g} x it is an outlier (dotted). In the original "
+        f"channel {worst} is up to {ratios[worst]:,.0f} x, and after the graft up to "
+        f"{after.channel_ratios[worst]:,.1f} x."
     )
     rows = [
         (
@@ -133,12 +142,13 @@ def _channels(exhibit: Exhibit) -> Section:
         words=words,
         chart=Maps(
             lines="channel",
-            unit="mean |x|",
+            unit="multiple of the median channel",
             logarithmic=True,
             panels=_both(before.channels, after.channels, labels, labels),
-            dotted=None,
+            dotted=threshold,
+            floor=1,
         ),
-        table=[("channel", "of the median, before", "after", "residual scale"), *rows],
+        table=[("channel", "before", "after", "residual scale"), *rows],
     )
 
 
@@ -187,14 +197,15 @@ def _neurons(exhibit: Exhibit) -> Section:
             else "None of them writes a massive activation alone."
         )
     )
-    rows = [(f"{n.layer}", f"{n.neuron}", f"{n.contribution:,.4g}", n.fate) for n in neurons]
+    bars = [(f"layer {n.layer}, neuron {n.neuron}", n.contribution, n.fate) for n in neurons]
+    rows = [(f"{n.layer}", f"{n.neuron}", f"{number(n.contribution)}", n.fate) for n in neurons]
     return Section(
         name="neurons",
         title="Spike neurons",
         words=words,
         chart=Ranks(
             unit="most added to an entry of the stream",
-            rows=tuple((f"({n.layer}, {n.neuron})", n.contribution, n.fate) for n in neurons),
+            rows=tuple(bars),
         ),
         table=[("layer", "neuron", "adds", "fate"), *rows],
     )
@@ -206,11 +217,11 @@ def _inputs(exhibit: Exhibit) -> Section:
     layer = before.index(max(before))
     words = (
         "Largest |x| that a matrix of each layer reads, which a fixed INT8 range must hold. "
-        f"The widest in the original is that of {name} in layer {layer}: {before[layer]:,.4g}, and "
-        f"{after[layer]:,.4g} after graft and smoothing."
+        f"The widest in the original is that of {name} in layer {layer}: {number(before[layer])}, "
+        f"and {number(after[layer])} after graft and smoothing."
     )
     layers = range(len(before))
-    rows = [(f"{i}", *(f"{b[i]:.4g} → {a[i]:.4g}" for _, b, a in panels)) for i in layers]
+    rows = [(f"{i}", *(f"{number(b[i])} → {number(a[i])}" for _, b, a in panels)) for i in layers]
     return Section(
         name="inputs",
         title="What the matrices read",
@@ -261,4 +272,4 @@ def _peak(look: Look) -> tuple[float, str]:
 def _summit(look: Look, token: int) -> tuple[str, str]:
     """The largest |x| of a token, and the layer of it."""
     values = [row[token] for row in look.tokens]
-    return f"{max(values):,.4g}", f"{values.index(max(values))}"
+    return f"{number(max(values))}", f"{values.index(max(values))}"
