@@ -16,6 +16,7 @@ from absorb.options import (
     format_names,
     job_from,
     model_options,
+    names,
     refuse_contradictions,
 )
 from absorb.refusals import Refusals
@@ -152,6 +153,14 @@ def inspect(as_json: bool, html: Path | None, png: Path | None, **options: Any) 
     help="Low-precision formats to measure the perplexity in.",
 )
 @click.option(
+    "--tasks",
+    metavar="A,B,C",
+    callback=names,
+    help="Tasks of lm-evaluation-harness, in float and in each format: its names, or .jsonl files "
+    "with question, choices and label on every line.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Questions of each task.  [default: all]")
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",
@@ -166,12 +175,13 @@ def evaluate(as_json: bool, **options: Any) -> None:
     \b
     absorb eval smollm2-absorbed --against demo
     absorb eval ./my-llama --text corpus.txt --formats w8a8-static,nvfp4 --json
+    absorb eval smollm2-absorbed --against demo --tasks piqa,questions.jsonl --limit 200
     """
     with Refusals("evaluate fewer models at once, or pass --device cpu"):
-        from absorb import compare, report
+        from absorb import compare, report, standing
 
         result = compare.compare(Evaluation(**options), _say)
-        rows = compare.comparison_rows(result)
+        rows = standing.comparison_rows(result)
         click.echo(report.to_json(result).rstrip() if as_json else report.table(rows))
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,17 +15,20 @@ from absorb.device import device_of
 from absorb.errors import AbsorbError
 from absorb.prefix import lead_of
 from absorb.quantize import FORMATS, watching_inputs
-from absorb.report import Row, versions
+from absorb.report import versions
 from absorb.score import (
-    Figures,
+    ROWS_AT_ONCE,
     Subject,
     Tally,
+    in_format,
     kurtosis,
     quantised_perplexity,
     watched_logits,
 )
-from absorb.settings import Calibration, Dtype, Evaluation, FormatName, ModelRef, Thresholds
+from absorb.settings import Calibration, Evaluation, FormatName, ModelRef, Thresholds
 from absorb.source import Source, load
+from absorb.standing import Answers, Comparison, Standing
+from absorb.tasks import Task, answered, tasks_of
 from absorb.text import Texts, gather, read_ids, refuse_short_model
 from absorb.timing import Speed, speeds
 from absorb.write import as_stored
@@ -37,44 +41,13 @@ _SHARE = 5
 _RESAMPLES = 2000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standing(Figures):
-    """How one of several models does. Its `divergence` is from the reference."""
-
-    model: str
-    converted: bool
-    interval: tuple[float, float]  # of the perplexity: 95 %, bootstrapped over rows
-    agreement: float  # share of tokens for which its first choice is that of the reference
-    token_ratio: float  # largest peak of a token over that of the median token, in any layer
-    kurtosis: float  # of the stream of a row, mean over rows and layers
-    input_kurtosis: dict[str, float]  # of what each matrix reads, mean over rows, by its name
-    head_weights: tuple[tuple[float, ...], ...]  # mean weight on the first token: layers, heads
-    speed: Speed
-    formats: dict[FormatName, float | None]  # the perplexity in each; None where it is no number
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """Models in the order they were named in, and what they were measured on."""
-
-    reference: str
-    models: tuple[Standing, ...]
-    text_origin: str
-    text_sha256: str
-    rows: int
-    length: int
-    dtype: Dtype
-    device: str
-    versions: dict[str, str]
-
-
 @torch.no_grad()
 def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
     """Measure all models; `say` is told what is being done.
 
     The reference is the first of the others, or the model itself where there are none.
     """
-    device = device_of(wish.device)
+    device, tasks = device_of(wish.device), tasks_of(wish.tasks)
     sources = [_loaded(name, say) for name in (wish.model, *wish.against)]
     subjects = [_subject(source) for source in sources]
     _refuse_other_tokens(sources)
@@ -85,11 +58,12 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
     texts = _texts(sources[0], wish.text)
     reference = min(1, len(wish.against))
     tallies = _tallies(sources, subjects, reference, texts.held_out)
+    asked = partial(_asked, tasks=tasks, limit=wish.limit)
     took = speeds([source.model for source in sources], texts.held_out[:1].to(device))
     return Comparison(
         reference=sources[reference].name,
         models=tuple(
-            _standing(source, subject, tally, speed, texts, wish.formats)
+            _standing(source, subject, tally, speed, texts, wish.formats, asked)
             for source, subject, tally, speed in zip(sources, subjects, tallies, took, strict=True)
         ),
         text_origin=texts.origin,
@@ -194,9 +168,12 @@ def _standing(
     speed: Speed,
     texts: Texts,
     formats: tuple[FormatName, ...],
+    asked: Callable[..., Answers],
 ) -> Standing:
     peaks, layers = tally.peaks(), len(tally.stream)
     heads = torch.stack(tally.first).unflatten(0, (-1, layers)).mean(0)
+    measured = {name: _finite(_perplexity(source, subject, name, texts)) for name in formats}
+    usable = [name for name, value in measured.items() if value is not None]
     return Standing(
         **asdict(tally.figures(Thresholds())),
         model=source.name,
@@ -208,15 +185,35 @@ def _standing(
         input_kurtosis={n: float(torch.stack(k).mean()) for n, k in tally.inputs.items()},
         head_weights=tuple(map(tuple, heads.tolist())),
         speed=speed,
-        formats={
-            name: _finite(
-                quantised_perplexity(
-                    subject, source.family, FORMATS[name], texts.held_out, texts.calibration
-                )
-            )
-            for name in formats
-        },
+        formats=measured,
+        tasks=asked(source, subject, usable, texts.calibration),
     )
+
+
+def _perplexity(source: Source, subject: Subject, name: FormatName, texts: Texts) -> float:
+    form, family = FORMATS[name], source.family
+    return quantised_perplexity(subject, family, form, texts.held_out, texts.calibration)
+
+
+def _asked(
+    source: Source,
+    subject: Subject,
+    formats: list[FormatName],
+    calibration: Tensor,
+    tasks: list[Task],
+    limit: int | None,
+) -> Answers:
+    """The tasks in float, and in each format."""
+    if not tasks:
+        return {}
+    rows = ROWS_AT_ONCE[source.model.device.type]
+    ask = partial(answered, source.model, source.tokenizer, tasks, limit)
+    found = {"float": ask(rows)}
+    for name in formats:
+        form = FORMATS[name]
+        with in_format(subject, source.family, form, calibration):
+            found[name] = ask(1 if form.mixes_rows else rows)
+    return found
 
 
 def _finite(value: float) -> float | None:
@@ -234,52 +231,3 @@ def interval(losses: Tensor) -> tuple[float, float]:
     ends = losses.new_tensor([0.025, 0.975])
     low, high = losses[chosen].mean(1).exp().quantile(ends).tolist()
     return low, high
-
-
-def comparison_rows(comparison: Comparison) -> list[Row]:
-    """A table with a column for every model."""
-    reference = comparison.reference.rpartition("/")[2]
-    figures: list[tuple[str, Callable[[Standing], str]]] = [
-        ("perplexity", lambda m: f"{m.perplexity:.3f}"),
-        ("  95 % interval", lambda m: "{:.2f} to {:.2f}".format(*m.interval)),
-        (f"KL from {reference}, nats", lambda m: f"{m.divergence:.4f}"),
-        ("  the same first choice", lambda m: f"{m.agreement:.1%}"),
-        ("largest |x| in the stream", lambda m: f"{m.stream_peak:,.0f}"),
-        ("  as a multiple of the median", lambda m: f"{m.stream_ratio:,.0f} x"),
-        ("largest token, of the median token", lambda m: f"{m.token_ratio:,.0f} x"),
-        ("kurtosis of the stream", lambda m: f"{m.kurtosis:,.0f}"),
-        ("  of what a matrix reads, mean", lambda m: f"{_mean(m.input_kurtosis):,.0f}"),
-        ("massive-activation tokens", lambda m: f"{m.massive_tokens}"),
-        ("mean weight on the first token", lambda m: f"{m.first_weight:.3f}"),
-        ("  highest of a head", lambda m: f"{max(map(max, m.head_weights)):.3f}"),
-        *_speed_rows(comparison),
-    ]
-    if len(comparison.models) == 1:
-        del figures[2:4]
-    rows = [(label, *map(show, comparison.models)) for label, show in figures]
-    names = comparison.models[0].formats
-    formats = [
-        (f"perplexity in {FORMATS[n].label}", *(_shown(m.formats[n]) for m in comparison.models))
-        for n in names
-    ]
-    return [("", *(m.model for m in comparison.models)), *rows, *formats]
-
-
-def _speed_rows(comparison: Comparison) -> list[tuple[str, Callable[[Standing], str]]]:
-    rows: list[tuple[str, Callable[[Standing], str]]] = [
-        ("prefill, tokens per second", lambda m: f"{m.speed.prefill:,.0f}"),
-        ("decode, tokens per second", lambda m: f"{m.speed.decode:,.1f}"),
-        ("weights, MB", lambda m: f"{m.speed.weights / 1e6:,.1f}"),
-        (f"cache of {comparison.length} tokens, MB", lambda m: f"{m.speed.cache / 1e6:,.1f}"),
-    ]
-    if comparison.models[0].speed.peak is not None:
-        rows.append(("most memory in prefill, MB", lambda m: f"{(m.speed.peak or 0) / 1e6:,.0f}"))
-    return rows
-
-
-def _mean(values: dict[str, float]) -> float:
-    return sum(values.values()) / len(values)
-
-
-def _shown(perplexity: float | None) -> str:
-    return "overflows" if perplexity is None else f"{perplexity:.3f}"

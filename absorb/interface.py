@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from absorb import pipeline
-from absorb.compare import Comparison, compare
+from absorb.compare import compare
 from absorb.errors import AbsorbError
 from absorb.report import Inspection, Report
 from absorb.settings import (
@@ -25,6 +25,7 @@ from absorb.settings import (
     Thresholds,
     Train,
 )
+from absorb.standing import Comparison
 
 _say = logging.getLogger("absorb").info
 _FORMATS: tuple[FormatName, ...] = get_args(FormatName)
@@ -114,12 +115,16 @@ def evaluate(
     against: Sequence[str | Path] = (),
     text: str | Path | None = None,
     formats: Sequence[FormatName] = _FORMATS,
+    tasks: Sequence[str | Path] = (),
+    limit: int | None = None,
     dtype: Dtype = "float32",
     device: str = "auto",
 ) -> Comparison:
     """Measure models, originals and converted ones, side by side on one text.
 
-    The first of `against` is the reference. `formats` are low-precision formats to measure in.
+    The first of `against` is the reference. `formats` are low-precision formats to measure in, and
+    `tasks` what is asked in each: names that lm-evaluation-harness knows, or .jsonl files, `limit`
+    questions of each.
     """
     for name in formats:
         _refuse_unknown("formats", name, _FORMATS)
@@ -129,6 +134,8 @@ def evaluate(
         against=tuple(map(str, against)),
         text=_text(text),
         formats=tuple(formats),
+        tasks=tuple(map(str, tasks)),
+        limit=limit,
         dtype=dtype,
         device=device,
     )

@@ -31,13 +31,21 @@ class Number(click.FloatRange):
         return number
 
 
+def names(ctx: Any, param: Any, value: str | None) -> tuple[str, ...]:
+    """Names with commas between them, without repeats."""
+    found = tuple(dict.fromkeys(value.split(","))) if value is not None else ()
+    if "" in found:
+        raise click.BadParameter("a name between two commas is missing", ctx, param)
+    return found
+
+
 def format_names(ctx: Any, param: Any, value: str) -> tuple[FormatName, ...]:
     """Names of formats with commas between them, without repeats."""
-    names: Any = tuple(dict.fromkeys(value.split(",")))
-    for name in names:
+    found: Any = tuple(dict.fromkeys(value.split(",")))
+    for name in found:
         if name not in FORMATS:
             raise click.BadParameter(f"{name!r} is none of {', '.join(FORMATS)}", ctx, param)
-    return names  # type: ignore[no-any-return]
+    return found  # type: ignore[no-any-return]
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:

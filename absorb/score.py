@@ -1,8 +1,8 @@
 """Models and held-out text → Scores, side by side in one pass over the same tokens."""
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from absorb.watch import each_layers, eager, layers_of, led, watching
 
 _ROWS = 1  # the logits of one are a tenth of a gigabyte, and ten such tensors are alive at once
 # Where nothing is kept of a row but its loss. A GPU reads eight in little more time than one.
-_ROWS_AT_ONCE = {"cpu": 1, "cuda": 8}
+ROWS_AT_ONCE = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,10 +175,19 @@ def quantised_losses(
     subject: Subject, family: Family, form: Format, held_out: Tensor, calibration: Tensor
 ) -> Tensor:
     """What `losses` gives in a format, which takes fixed ranges, if any, from `calibration`."""
+    with in_format(subject, family, form, calibration):
+        return losses(subject, held_out, form.label, alone=form.mixes_rows)
+
+
+@contextmanager
+def in_format(
+    subject: Subject, family: Family, form: Format, calibration: Tensor
+) -> Iterator[None]:
+    """The subject in a format for a while, with fixed ranges, if any, from `calibration`."""
     find = form.ranges
     ranges = {} if find is None else find(subject.model, family, calibration, subject.lead)
     with quantised(subject.model, family, form, ranges):
-        return losses(subject, held_out, form.label, alone=form.mixes_rows)
+        yield
 
 
 def perplexity(subject: Subject, rows: Tensor, label: str) -> float:
@@ -197,7 +206,7 @@ def losses(subject: Subject, rows: Tensor, label: str, *, alone: bool = False) -
     Rows are read `alone` where what a model makes of one would depend on those read with it.
     """
     device, found = subject.model.device, []
-    at_once = 1 if alone else _ROWS_AT_ONCE[device.type]
+    at_once = 1 if alone else ROWS_AT_ONCE[device.type]
     for batch in tqdm(rows.split(at_once), desc=label, unit="batch" if at_once > 1 else "row"):
         tokens = batch.to(device)
         predicted = _logits(subject, tokens)[:, :-1].float().mT

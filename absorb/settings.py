@@ -83,6 +83,8 @@ class Evaluation:
     against: tuple[str, ...] = ()
     text: Path | None = None
     formats: tuple[FormatName, ...] = ()
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None  # questions of each task
     dtype: Dtype = "float32"
     device: str = "auto"
 

@@ -45,6 +45,8 @@ ORDER = (
     "verify",
     "hub",
     "write",
+    "standing",
+    "tasks",
     "compare",
     "exhibit",
     "views",

@@ -1,0 +1,190 @@
+"""`absorb eval --tasks`: lm-evaluation-harness asks and scores, and agrees on perplexities."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from tiny import tiny
+from tiny_tokenizer import tiny_tokenizer
+from torch import Tensor, nn
+
+from absorb import compare, timing
+from absorb.cli import main
+from absorb.families import FAMILIES
+from absorb.quantize import FORMATS, quantised
+from absorb.score import Subject, losses
+from absorb.tasks import answered, questions_in, tasks_of
+
+pytest.importorskip("lm_eval")
+
+QUESTIONS = [
+    {"question": "which is it", "choices": ["a b c", "d e"], "label": 0},
+    {"question": "and now", "choices": ["x", "y z", "w w w w"], "label": 2},
+    {"question": "the last of them", "choices": ["g", "h"], "label": 1},
+    {"question": "once more", "choices": ["k l", "m n o p"], "label": 1},
+]
+
+
+def file_of(folder: Path, lines: list[Any], name: str = "riddles.jsonl") -> Path:
+    path = folder / name
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("\n".join(texts) + "\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "LEAST", 0.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    out = tmp_path / "model"
+    tiny("llama", torch.float32).save_pretrained(out)
+    tiny_tokenizer().save_pretrained(out)
+    (tmp_path / "text.txt").write_text("abcdefghijklm nop qrstuvwxyz" * 60)
+    return out
+
+
+def run(folder: Path, *arguments: object) -> Result:
+    command = ["eval", folder, "--text", folder.parent / "text.txt", "--formats", "w4a4"]
+    return CliRunner().invoke(main, [str(part) for part in (*command, *arguments)])
+
+
+@torch.no_grad()
+def log_likelihood(model: nn.Module, question: str, choice: str) -> float:
+    """Of the choice, when the question is asked as the harness asks it."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(f"Question: {question}\nAnswer: {choice}")["input_ids"]
+    start = len(tokenizer(f"Question: {question}\nAnswer:")["input_ids"])
+    logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(float(logs[at - 1, ids[at]]) for at in range(start, len(ids)))
+
+
+def accuracy(model: nn.Module, *, by_length: bool) -> float:
+    right = []
+    for asked in QUESTIONS:
+        choices: list[str] = asked["choices"]
+        marks = [
+            log_likelihood(model, asked["question"], c) / (len(c) if by_length else 1)
+            for c in choices
+        ]
+        right.append(marks.index(max(marks)) == asked["label"])
+    return sum(right) / len(right)
+
+
+def test_questions_of_a_file_are_answered_in_float_and_in_a_format(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = file_of(tmp_path, QUESTIONS)
+    result = run(folder, "--tasks", path, "--json")
+    assert result.exit_code == 0, result.output
+    [found] = json.loads(result.stdout)["models"]
+    assert found["tasks"].keys() == {"float", "w4a4"}
+    model = tiny("llama", torch.float32)
+    for place in found["tasks"]:
+        if place in FORMATS:
+            with quantised(model, FAMILIES["llama"], FORMATS["w4a4"], {}):
+                expected = [accuracy(model, by_length=by_length) for by_length in (False, True)]
+        else:
+            expected = [accuracy(model, by_length=by_length) for by_length in (False, True)]
+        scores = found["tasks"][place]["riddles"]
+        assert [scores["acc"], scores["acc_norm"]] == expected
+    lines = [line for line in run(folder, "--tasks", path).stdout.splitlines() if "riddles" in line]
+    assert [line.split(", ")[1].split("  ")[0] for line in lines] == [
+        "acc_norm",
+        "acc_norm in W4A4",
+    ]
+
+
+def test_only_so_many_questions_are_asked_as_wished(folder: Path, tmp_path: Path) -> None:
+    asked = file_of(tmp_path, [QUESTIONS[0], *QUESTIONS[:1] * 5, *QUESTIONS[1:]])
+    [task] = tasks_of((str(asked),))
+    model = tiny("llama", torch.float32)
+    found = answered(model, tiny_tokenizer(), [task], 6, 2)["riddles"]
+    assert found["acc"] in (0, 1)  # the first six are the same
+    assert found["acc_stderr"] == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ({"choices": ["a", "b"], "label": 0}, "line 3: the field `question` is missing"),
+        ({"question": "a", "label": 0}, "line 3: the field `choices` is missing"),
+        ({"question": "a", "choices": ["a", "b"]}, "line 3: the field `label` is missing"),
+        ({"question": " ", "choices": ["a", "b"], "label": 0}, "line 3: `question` is not a text"),
+        ({"question": "a", "choices": ["a"], "label": 0}, "line 3: `choices` is not a list of two"),
+        ({"question": "a", "choices": ["a", 2], "label": 0}, "line 3: `choices` is not a list"),
+        ({"question": "a", "choices": ["a", "b"], "label": 2}, "line 3: `label` is not the place"),
+        ({"question": "a", "choices": ["a", "b"], "label": True}, "line 3: `label` is not the"),
+        ({"question": "a", "choices": ["a", "b"], "label": "a"}, "line 3: `label` is not the"),
+        ("{", "line 3: not a JSON object"),
+        ("[]", "line 3: not a JSON object"),
+    ],
+)
+def test_a_bad_line_is_named(line: Any, sentence: str, folder: Path, tmp_path: Path) -> None:
+    path = file_of(tmp_path, [QUESTIONS[0], "", line])
+    refused(run(folder, "--tasks", path), f"{path}, {sentence}")
+
+
+def test_what_is_no_task_is_refused(folder: Path, tmp_path: Path) -> None:
+    refused(run(folder, "--tasks", file_of(tmp_path, [""])), "holds no question")
+    refused(run(folder, "--tasks", tmp_path / "no.jsonl"), "no.jsonl cannot be read")
+    refused(run(folder, "--tasks", "no_such_task,piqa"), "has no task no_such_task")
+    (tmp_path / "other").mkdir()
+    twice = (file_of(tmp_path / at, QUESTIONS) for at in ("", "other"))
+    refused(run(folder, "--tasks", ",".join(map(str, twice))), "two tasks are called riddles")
+    assert run(folder, "--tasks", "piqa,,arc_easy").exit_code == 2
+
+
+def test_the_harness_is_asked_for_by_name_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setattr("absorb.tasks.find_spec", lambda _: None)
+    refused(run(folder, "--tasks", "piqa"), "pip install 'absorb-llm[eval]'")
+
+
+def refused(result: Result, sentence: str) -> None:
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    assert sentence in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_the_files_of_the_harness_kind_are_read(tmp_path: Path) -> None:
+    assert questions_in(file_of(tmp_path, [QUESTIONS[0], QUESTIONS[1]])) == tuple(QUESTIONS[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_perplexity_is_that_of_the_harness(dtype: torch.dtype, tmp_path: Path) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    draw = torch.Generator().manual_seed(0)
+    letters = torch.randint(0, 26, (4 * compare.LENGTH,), generator=draw) + ord("a")
+    text = "".join(map(chr, letters.tolist()))
+    model, tokenizer = tiny("llama", dtype), tiny_tokenizer()
+    rows = torch.tensor(tokenizer(text)["input_ids"]).view(4, compare.LENGTH)
+    # The harness predicts every token of a row: the first behind BOS, which we leave out.
+    subject = HFLM(pretrained=model, tokenizer=tokenizer, max_length=512, softmax_dtype="float32")
+    total = 0.0
+    for row in rows:
+        [likelihood] = subject.loglikelihood_rolling(
+            [Instance("loglikelihood_rolling", {}, (tokenizer.decode(row),), 0)], disable_tqdm=True
+        )
+        total -= likelihood
+    lead = Subject(model=model, lead=torch.tensor([tokenizer.bos_token_id]))
+    first = [nll_of_first(lead, row) for row in rows]
+    expected = math.exp((total - sum(first)) / (rows.numel() - len(rows)))
+    found = float(losses(lead, rows, "test").mean().exp())
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@torch.no_grad()
+def nll_of_first(subject: Subject, row: Tensor) -> float:
+    logs = subject.model(subject.lead[None]).logits[0, -1].float().log_softmax(-1)
+    return -float(logs[row[0]])
