@@ -4,12 +4,14 @@ torch takes seconds to import, so everything that needs it is imported inside th
 """
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
 from absorb import __version__
+from absorb.files import promised
 from absorb.options import (
     FORMATS,
     Number,
@@ -168,8 +170,14 @@ def inspect(as_json: bool, html: Path | None, png: Path | None, **options: Any) 
     help="What models are held and computed in.",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    help="Also write the table and a chart of perplexities into this page. A file that is there is "
+    "replaced.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def evaluate(as_json: bool, **options: Any) -> None:
+def evaluate(as_json: bool, html: Path | None, **options: Any) -> None:
     """Measure MODEL, which may be a folder that absorb wrote: how good, how quantisable.
 
     \b
@@ -177,10 +185,15 @@ def evaluate(as_json: bool, **options: Any) -> None:
     absorb eval ./my-llama --text corpus.txt --formats w8a8-static,nvfp4 --json
     absorb eval smollm2-absorbed --against demo --tasks piqa,questions.jsonl --limit 200
     """
-    with Refusals("evaluate fewer models at once, or pass --device cpu"):
+    with Refusals("evaluate fewer models at once, or pass --device cpu"), ExitStack() as files:
         from absorb import compare, report, standing
 
+        file = None if html is None else files.enter_context(promised(html))
         result = compare.compare(Evaluation(**options), _say)
+        if file is not None:
+            from absorb.page import comparison_page  # matplotlib, which nothing else needs
+
+            file.write(comparison_page(result).encode())
         rows = standing.comparison_rows(result)
         click.echo(report.to_json(result).rstrip() if as_json else report.table(rows))
 

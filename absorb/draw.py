@@ -15,7 +15,7 @@ from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from absorb.views import Chart, Maps, Pairs, Panel, Ranks, digest, number
+from absorb.charts import Chart, Maps, Pairs, Panel, Ranks, digest, number
 
 # As wide as a phone shows without making the letters too small, in inches.
 _WIDTH = 5.0
@@ -148,12 +148,16 @@ def _pairs(chart: Pairs) -> Figure:
 
 
 def _ranks(chart: Ranks) -> Figure:
-    figure = Figure(figsize=(_WIDTH, 0.2 * len(chart.rows) + 0.7), layout="constrained")
+    groups = len(chart.rows) // chart.group
+    height = 0.2 * len(chart.rows) + 0.1 * groups * (chart.group > 1) + 0.7
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     ax = figure.subplots()
-    places = range(len(chart.rows))
-    values = [value for _, value, _ in chart.rows]
+    gap = 0.5 if chart.group > 1 else 0
+    places = [row + gap * (row // chart.group) for row in range(len(chart.rows))]
+    values = [value or 0 for _, value, _ in chart.rows]
     ax.barh(places, values, color=_DARK, height=0.7)
     ax.set_yticks(places, [_drawable(label) for label, _, _ in chart.rows])
+    ax.margins(y=0.02)
     ax.invert_yaxis()
     least, most = _span(values)
     # What stands behind the longest bar has room.
@@ -163,8 +167,8 @@ def _ranks(chart: Ranks) -> Figure:
     ax.set_xlabel(chart.unit)
     for place, (_, value, note) in zip(places, chart.rows, strict=True):
         ax.annotate(
-            f"{number(value)}  {note}".rstrip(),
-            (max(value, least / 2), place),
+            f"{'' if value is None else number(value)}  {note}".strip(),
+            (max(value or 0, least / 2), place),
             xytext=(3, 0),
             textcoords="offset points",
             va="center",

@@ -5,13 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
+from absorb.charts import Layers
 from absorb.families import Family
 from absorb.findings import channel_ratio
 from absorb.measure import Measurement
 from absorb.report import Inspection
 from absorb.source import Source
-
-Layers = tuple[tuple[float, ...], ...]  # numbers of every layer
 
 _BANDS = 192
 _TOKENS = 24

@@ -5,9 +5,11 @@ from base64 import b64encode
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from tqdm import tqdm
 
+from absorb.charts import Section
 from absorb.draw import png
 from absorb.report import Inspection, Row, finding_rows
-from absorb.views import Section
+from absorb.standing import Comparison
+from absorb.views import standings
 
 Drawn = tuple[Section, bytes]
 
@@ -28,6 +30,18 @@ def inspection_page(made: Inspection, shown: list[Drawn]) -> str:
         findings=finding_rows(made),
         shown=shown,
         unfolded=False,
+        origin=_origin(made.text_origin, made.text_sha256, made.versions),
+    )
+
+
+def comparison_page(made: Comparison) -> str:
+    """The HTML of a comparison."""
+    return _page(
+        title=" beside ".join(model.model for model in made.models),
+        lead=f"On {made.rows} rows of {made.length} tokens, in {made.dtype} on {made.device}.",
+        findings=[],
+        shown=drawn([standings(made)]),
+        unfolded=True,
         origin=_origin(made.text_origin, made.text_sha256, made.versions),
     )
 

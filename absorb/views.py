@@ -1,74 +1,10 @@
-"""What is shown of figures: sections of words, a chart and a table. Pure."""
+"""Figures → sections of words, a chart and a table. Pure."""
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
-
-from absorb.exhibit import Exhibit, Layers, Look
-from absorb.report import Row
+from absorb.charts import Layers, Maps, Pairs, Panel, Ranks, Section, number
+from absorb.exhibit import Exhibit, Look
+from absorb.standing import Comparison, Standing, comparison_rows
 
 _MANY = 24  # rows in a table of heads
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
-    """One map of lines by layers, and what is written beside some of its lines."""
-
-    title: str
-    values: Layers  # (layers, lines)
-    labels: tuple[tuple[int, str], ...]  # line and text, the most important first
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Maps:
-    """Maps on one scale of colours: logarithmic, or from 0 to 1."""
-
-    lines: str  # what a line is
-    unit: str
-    logarithmic: bool
-    panels: tuple[Panel, ...]
-    dotted: float | None  # fields above it have a dot
-    floor: float = 0  # where the colours of a logarithmic scale start
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pairs:
-    """Before and after as bars for every layer, in a panel for each name."""
-
-    unit: str
-    panels: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranks:
-    """Bars with a label before them, and a number and a note behind: one below the other."""
-
-    unit: str
-    rows: tuple[tuple[str, float, str], ...]
-
-
-Chart = Maps | Pairs | Ranks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """A chart, the same in words, and its figures. The first row of the table is its head."""
-
-    name: str
-    title: str
-    words: str
-    chart: Chart
-    table: list[Row]
-
-
-def digest(chart: Chart) -> str:
-    """SHA-256 of everything that is drawn."""
-    return hashlib.sha256(json.dumps(asdict(chart)).encode()).hexdigest()
-
-
-def number(value: float) -> str:
-    """A magnitude, in three digits or more."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def sections(exhibit: Exhibit) -> list[Section]:
@@ -80,6 +16,43 @@ def sections(exhibit: Exhibit) -> list[Section]:
         _neurons(exhibit),
         _inputs(exhibit),
     ]
+
+
+def standings(comparison: Comparison) -> Section:
+    """Models side by side, and what a format makes of their perplexity."""
+    models = comparison.models
+    bars: list[tuple[str, float | None, str]] = [
+        (f"{comparison.dtype}: {_last(model.model)}", model.perplexity, "") for model in models
+    ]
+    for name in models[0].formats:
+        for model in models:
+            value = model.formats[name]
+            note = "overflows" if value is None else ""
+            bars.append((f"{name}: {_last(model.model)}", value, note))
+    return Section(
+        name="perplexity",
+        title="Perplexity by format",
+        words=" ".join(_reach(model, comparison.dtype) for model in models),
+        chart=Ranks(unit="perplexity", rows=tuple(bars), group=len(models)),
+        table=comparison_rows(comparison),
+    )
+
+
+def _reach(model: Standing, dtype: str) -> str:
+    words = f"{model.model} has a perplexity of {model.perplexity:.2f} in {dtype}"
+    finite = {name: value for name, value in model.formats.items() if value is not None}
+    if not finite:
+        return f"{words}."
+    best, worst = min(finite, key=finite.__getitem__), max(finite, key=finite.__getitem__)
+    return (
+        f"{words}, and in lower precision from {number(finite[best])} ({best}) to "
+        f"{number(finite[worst])} ({worst})."
+    )
+
+
+def _last(name: str) -> str:
+    """A Hub id without its owner."""
+    return name.rpartition("/")[2]
 
 
 def _sinks(exhibit: Exhibit) -> Section:

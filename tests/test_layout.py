@@ -48,6 +48,7 @@ ORDER = (
     "standing",
     "tasks",
     "compare",
+    "charts",
     "exhibit",
     "views",
     "draw",

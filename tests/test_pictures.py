@@ -22,13 +22,14 @@ from test_planted import MASSIVE, NEURON, OUTLIER, planted
 from tiny import HEADS, HIDDEN, LAYERS
 from tiny_tokenizer import tiny_tokenizer
 
+from absorb.charts import Maps, Pairs, Panel, Ranks, digest
 from absorb.cli import main
 from absorb.draw import png
 from absorb.exhibit import Exhibit, banded
 from absorb.files import promised
 from absorb.page import drawn, inspection_page
 from absorb.report import from_json, to_json
-from absorb.views import Maps, Pairs, Panel, Ranks, digest, sections
+from absorb.views import sections
 
 NAMES = ["sinks", "channels", "tokens", "neurons", "inputs"]
 HOSTILE = "<script>alert(1)</script>$\\frac$\n😀"
@@ -250,6 +251,23 @@ def loaded(browser: webdriver.Chrome) -> set[str]:
     asked = (e for e in events if e["method"] == "Network.requestWillBeSent")
     urls = {event["params"]["request"]["url"] for event in asked}
     return {url for url in urls if not url.startswith("data:")}
+
+
+def test_a_comparison_is_a_page_too(model: Path, browser: webdriver.Chrome, tmp_path: Path) -> None:
+    text, page = tmp_path / "text.txt", tmp_path / "page.html"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    formats = ("--formats", "w8a8-static,nvfp4", "--html", page)
+    arguments = ["eval", model, "--against", model, "--text", text, *formats]
+    result = CliRunner().invoke(main, [*map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    browser.get(page.as_uri())
+    assert browser.get_log("browser") == []
+    assert model.name in browser.title
+    [picture] = browser.find_elements(By.TAG_NAME, "img")
+    assert picture.get_property("naturalWidth") == 1000
+    shown = browser.find_element(By.TAG_NAME, "tbody").text.splitlines()
+    printed = result.stdout.splitlines()[1:]
+    assert [line.split() for line in shown] == [line.split() for line in printed]
 
 
 def test_help_does_not_wait_for_a_plotting_library() -> None:
