@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from absorb.device import hastened
 from absorb.families import Family
 from absorb.findings import Findings, SpikeNeuron
 from absorb.fit import KeySink, LayerSink
@@ -183,7 +184,8 @@ def smoothing_scales(
     Links are norm → matrices, value → output and up → down. Each scale is
     `max|x|^α / max|W|^(1-α)`, with the inputs x seen on calibration text (rows, length).
     """
-    peaks = input_peaks(student, family, tokens)
+    with hastened(student.device):
+        peaks = input_peaks(student, family, tokens)
     scales = {}
     for name, readers in family.links.items():
         peak = torch.stack([peaks[reader] for reader in each_name(student, family, readers[0])])

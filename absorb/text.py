@@ -22,7 +22,7 @@ from absorb.watch import attending, remembering
 LENGTH = 256
 CALIBRATION_ROWS = 12
 VALIDATION_ROWS = 4
-HELD_OUT_ROWS = 24
+HELD_OUT_ROWS = 16
 _SCALING_ROWS = 48
 _SAMPLED_AT_ONCE = {"cpu": 64, "cuda": 512}
 # Without it a small model soon rambles, and top-p costs a sort of the vocabulary at every step.
