@@ -5,6 +5,7 @@ torch takes seconds to import, so everything that needs it is imported inside th
 
 import sys
 from contextlib import ExitStack
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,28 @@ from absorb.refusals import Refusals
 from absorb.settings import Evaluation, ModelRef
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Absorb(click.Group):
+    """Refuses arguments that are no text, whichever option they are of."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for argument in args:
+            if "\0" in argument or argument != argument.encode(errors="ignore").decode():
+                raise click.UsageError(f"{argument!r} is not text in UTF-8", ctx)
+        return super().parse_args(ctx, args)
+
+
+@click.group(
+    cls=_Absorb, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__)
 def main() -> None:
     """Move the outliers of a language model into explicit parameters.
 
     MODEL is a Hub id (owner/name), a folder, a .gguf file, or `demo` (SmolLM2-135M-Instruct).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a locale may know no more than ASCII
+            stream.reconfigure(errors="backslashreplace")
 
 
 @main.command()

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from absorb.device import device_of
 from absorb.errors import AbsorbError
@@ -104,7 +103,7 @@ def _texts(source: Source, path: Path | None) -> Texts:
     """Windows of the file, or rows that the model samples: held out, and to take ranges from."""
     if path is None:
         return gather(source, Calibration(), training_rows=0)
-    rows = _windows(path, source.tokenizer)
+    rows = _windows(path, source)
     seen = -(-len(rows) // _SHARE)
     return Texts(
         calibration=rows[-seen:],
@@ -115,10 +114,10 @@ def _texts(source: Source, path: Path | None) -> Texts:
     )
 
 
-def _windows(path: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _windows(path: Path, source: Source) -> Tensor:
     """The first windows of a file: (rows, LENGTH)."""
     most = _WINDOWS * _SHARE // (_SHARE - 1)
-    ids = read_ids(path, tokenizer, most * LENGTH)
+    ids = read_ids(path, source, most * LENGTH)
     rows = min(len(ids) // LENGTH, most)
     if rows < 2:
         raise AbsorbError(

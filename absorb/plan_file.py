@@ -80,7 +80,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], Inspection]:
         raise AbsorbError(f"{file} cannot be read as a plan ({reason}); {what_to_do}") from error
     try:
         return tensors, from_json(Inspection, text)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise AbsorbError(
             f"{file} was written by another version of absorb; convert without --plan"
         ) from error
@@ -104,7 +104,8 @@ def _refuse_damage(
     file: Path, tensors: dict[str, Tensor], inspection: Inspection, source: Source
 ) -> None:
     expected = _shapes(inspection, source)
-    strange = [f"lacks {name}" for name in sorted(expected.keys() - tensors.keys())]
+    strange = _out_of_range(inspection, source)
+    strange += [f"lacks {name}" for name in sorted(expected.keys() - tensors.keys())]
     strange += [f"holds {name}, unknown" for name in sorted(tensors.keys() - expected.keys())]
     for name in sorted(expected.keys() & tensors.keys()):
         tensor, shape = tensors[name], expected[name]
@@ -119,6 +120,29 @@ def _refuse_damage(
         raise AbsorbError(
             f"{file} {strange[0]}, so it is damaged; fetch it again or convert without --plan"
         )
+
+
+def _out_of_range(inspection: Inspection, source: Source) -> list[str]:
+    """What an inspection names that the model does not have: tokens, layers or neurons."""
+    model, family = source.model, source.family
+    layers = layers_of(model, family)
+    down = weight_at(layers[0], family.down)
+    neurons = down.numel() // down.shape[-2]
+    removed = [removal.spike for removal in inspection.removals]
+    channels = inspection.residual_scales
+    named = {
+        "token": (inspection.prefix, model.config.vocab_size),
+        "layer": ([*inspection.keyed_layers, *(spike.layer for spike in removed)], len(layers)),
+        "neuron": ([spike.neuron for spike in removed], neurons),
+        "channel": ([*channels], model.config.hidden_size),
+    }
+    strange = [
+        f"names {kind} {number}, which {source.name} does not have"
+        for kind, (numbers, count) in named.items()
+        for number in numbers
+        if not 0 <= number < count
+    ]
+    return strange if inspection.prefix else ["names no prefix", *strange]
 
 
 def _shapes(inspection: Inspection, source: Source) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from absorb.findings import find
 from absorb.measure import measure
 from absorb.settings import Thresholds
 from absorb.source import Source
-from absorb.text import LENGTH
+from absorb.text import LENGTH, refuse_unknown_tokens
 from absorb.watch import led
 
 # Candidates are told apart on the beginnings of a few rows; an extension must prove itself on more.
@@ -92,6 +92,7 @@ def encoded(source: Source, text: str) -> tuple[int, ...]:
     ids = source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise AbsorbError(f"--prefix {text!r} holds no token; give text, or leave --prefix out")
+    refuse_unknown_tokens(source, ids, "--prefix")
     room = source.model.config.max_position_embeddings - LENGTH
     if source.family.positions is not None and len(ids) > room:
         raise AbsorbError(

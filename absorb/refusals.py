@@ -28,6 +28,10 @@ class Refusals:
         if isinstance(error, AbsorbError):
             click.echo(f"absorb: {error}", err=True)
             sys.exit(1)
+        if isinstance(error, OSError):  # a name too long, a disk that fails, a file that vanished
+            reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            click.echo(f"absorb: {reason}, so nothing was written; check the name", err=True)
+            sys.exit(1)
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             click.echo(
                 f"absorb: the memory is full, so nothing was written; {self.frugal}", err=True

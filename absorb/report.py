@@ -3,19 +3,21 @@
 import json
 import platform
 import textwrap
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from absorb import __version__
 from absorb.distill import Losses, Recipe
 from absorb.findings import Findings
 from absorb.measure import Measurement
+from absorb.plain import built, parsed
 from absorb.plan import Plan, Removal
 from absorb.prefix import Trial
 from absorb.quantize import FORMATS
 from absorb.score import Score
+from absorb.settings import Sink, Thresholds
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -60,6 +62,17 @@ class Inspection:
     versions: dict[str, str]
     arguments: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        """Raise a ValueError where parts contradict each other, as those of a damaged file may."""
+        if not self.findings.tokens() <= self.token_text.keys():
+            raise ValueError("a token that was found has no text")
+        for name, kind in _DECIDED.items():
+            built(kind, self.arguments.get(name))
+
+
+# The arguments that later conversions by the same plan, and the card, depend on.
+_DECIDED = {"sink": Sink, "residual_target": float, "thresholds": Thresholds}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
@@ -80,6 +93,13 @@ class Report:
     converted: Score
     files: dict[str, str]  # the SHA-256 of every other file of the checkpoint
     probe: Probe
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError where the scores cannot be set side by side."""
+        if self.original.quantised.keys() != self.converted.quantised.keys():
+            raise ValueError("the two scores are of different formats")
+        if "absorb" not in self.inspection.versions:
+            raise ValueError("the version of absorb is missing")
 
 
 def versions() -> dict[str, str]:
@@ -118,24 +138,8 @@ def _plain(value: object) -> str:
 
 
 def from_json(kind: type[Kind], text: str) -> Kind:
-    """The report that `to_json` wrote, of the kind that it was."""
-    data = _built(kind, json.loads(text))
-    assert isinstance(data, kind)
-    return data
-
-
-def _built(kind: Any, data: Any) -> Any:
-    """Plain data as what the annotations say it is: dataclasses, tuples and dictionaries."""
-    inner = get_args(kind)
-    if is_dataclass(kind) and isinstance(kind, type):
-        kinds = get_type_hints(kind)
-        return kind(**{name: _built(kinds[name], value) for name, value in data.items()})
-    if get_origin(kind) is dict:
-        key_of = int if inner[0] is int else str  # JSON has no other keys
-        return {key_of(key): _built(inner[1], value) for key, value in data.items()}
-    if get_origin(kind) is tuple:
-        each = inner[:1] * len(data) if inner[-1] is Ellipsis else inner
-        return tuple(_built(one, value) for one, value in zip(each, data, strict=True))
+    """The inspection or report that `to_json` wrote; a ValueError says why it is none."""
+    data: Kind = built(kind, parsed(text))
     return data
 
 

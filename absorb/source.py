@@ -19,7 +19,6 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -77,6 +76,7 @@ def load(ref: ModelRef, *, converted: bool = False) -> Source:
     """
     source = _read(ref, converted)
     vetting.refuse_non_finite(source.model, source.name)
+    vetting.refuse_unusable(source.model, source.tokenizer, source.name)
     if getattr(source.model.config, "attn_logit_softcapping", None):
         # Other stock attention may leave the cap out and say nothing.
         source.model.set_attn_implementation("eager")
@@ -117,12 +117,16 @@ def _from_folder(
 ) -> Source:
     family = vetting.family_in(folder, ref.name, converted)
     files = vetting.weight_files(folder, ref.name)
-    dtype = vetting.stored_dtype(vetting.stored_elements(files), ref.name)
+    elements, tensors = vetting.stored_elements(files)
+    dtype = vetting.stored_dtype(elements, ref.name)
+    vetting.refuse_deeper(folder, tensors, ref.name)
     with vetting.reading(ref.name), _quiet(files):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=ref.trust_remote_code
         )
-        loading: Any = _class_of(folder).from_pretrained(
+        kind = _class_of(folder)
+        vetting.refuse_larger(_outline(kind, folder), elements.total(), ref.name)
+        loading: Any = kind.from_pretrained(
             folder,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # they are in `info`, and refused by name
@@ -144,16 +148,23 @@ def _from_folder(
     )
 
 
+def _outline(kind: Any, folder: Path) -> PreTrainedModel:
+    """The model that the configuration of a folder describes, without memory for its weights."""
+    config = kind.config_class.from_pretrained(folder)
+    with torch.device("meta"):
+        outline: PreTrainedModel = kind(config)
+    return outline
+
+
 def _class_of(folder: Path) -> Any:
     """What loads the model of a folder: a class of transformers, or our own on top of one.
 
     Never the model's own code, trusted or not: a family describes the stock class.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stock = vetting.stock_type(config)
-    if stock is None:
-        return AutoModelForCausalLM
-    return modeling_absorb.absorbed(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[stock]])
+    converted = vetting.stock_type(config)
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[converted or config["model_type"]]]
+    return modeling_absorb.absorbed(stock) if converted else stock
 
 
 def _from_gguf(path: Path, name: str) -> Source:

@@ -1,7 +1,6 @@
 """Text to calibrate on, to train on, to choose a step by and to report on: no token is shared."""
 
 import hashlib
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
 from absorb.modeling_absorb import NEUTRAL, sink_attention
+from absorb.plain import parsed
 from absorb.settings import Calibration
 from absorb.source import Source
 from absorb.watch import attending, remembering
@@ -30,6 +30,10 @@ _TOP_K = 100
 # Rows of sampled text start up to this many tokens into a text, as windows of a file do: sinks
 # fitted to beginnings alone do badly in the middle of a sentence.
 _LATEST_START = 32
+
+# A token of plain text has fewer than so many characters, on average; and what is tokenised beyond
+# what is needed, since a word may be cut there.
+_CHARACTERS, _SPARE = 8, 64
 
 # Where sampled text starts when the tokenizer has no BOS: words that many texts start with.
 _FIRST_WORDS = ("The", "In", "I", "A", "This", "It", "We", "When", "For", "If", "As", "There")
@@ -67,7 +71,7 @@ def gather(source: Source, calibration: Calibration, training_rows: int | None) 
     held_out = 0 if training_rows is None else HELD_OUT_ROWS
     sizes = [CALIBRATION_ROWS, VALIDATION_ROWS, held_out, training_rows or 0]
     if calibration.text is not None:
-        parts = _from_file(calibration.text, source.tokenizer, sizes)
+        parts = _from_file(calibration.text, source, sizes)
         origin = calibration.text.name
     else:
         parts = _sampled(source, sizes, calibration.seed)
@@ -81,6 +85,16 @@ def gather(source: Source, calibration: Calibration, training_rows: int | None) 
     )
 
 
+def refuse_unknown_tokens(source: Source, ids: list[int], origin: str) -> None:
+    """Refuse tokens that the tokenizer has and the model does not."""
+    known = source.model.config.vocab_size
+    if max(ids, default=0) >= known:
+        raise AbsorbError(
+            f"the tokenizer of {source.name} makes token {max(ids)} of {origin} and the model has "
+            f"{known}; fetch both again, or choose another text"
+        )
+
+
 def refuse_short_model(source: Source, needed: int) -> None:
     """Refuse a model whose learned positions end before a row of text, and what leads it, does."""
     room = source.model.config.max_position_embeddings
@@ -91,9 +105,9 @@ def refuse_short_model(source: Source, needed: int) -> None:
         )
 
 
-def _from_file(path: Path, tokenizer: PreTrainedTokenizerBase, sizes: list[int]) -> list[Tensor]:
+def _from_file(path: Path, source: Source, sizes: list[int]) -> list[Tensor]:
     """The file as windows (rows, LENGTH), in parts; the last may be smaller than wished for."""
-    ids = read_ids(path, tokenizer, sum(sizes) * LENGTH)
+    ids = read_ids(path, source, sum(sizes) * LENGTH)
     rows, fixed = len(ids) // LENGTH, sum(sizes[:-1])
     least = fixed + min(sizes[-1], 1)
     if rows < least:
@@ -106,18 +120,34 @@ def _from_file(path: Path, tokenizer: PreTrainedTokenizerBase, sizes: list[int])
     return list(used.split([*sizes[:-1], training]))
 
 
-def read_ids(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
+def read_ids(path: Path, source: Source, count: int) -> list[int]:
     """The tokens of the first documents of a file: `count` or more, or all that there are.
 
     Documents are divided by the end-of-text token.
     """
     ids: list[int] = []
+    tokenizer = source.tokenizer
     divider = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in tqdm(documents(path), desc="reading text", unit="document"):
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + divider
+        ids += _beginning(tokenizer, document, count - len(ids)) + divider
         if len(ids) >= count:
             break
+    refuse_unknown_tokens(source, ids, str(path))
     return ids
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase, document: str, count: int) -> list[int]:
+    """The tokens of a document, or of a beginning of it that holds more than `count`.
+
+    The last few of a beginning may not be those of the document, so there are some to spare.
+    """
+    length = _CHARACTERS * count
+    while True:
+        part = tokenizer(document[:length], add_special_tokens=False, verbose=False)
+        ids: list[int] = part["input_ids"]
+        if len(ids) >= count + _SPARE or length >= len(document):
+            return ids
+        length = 2 * length + _SPARE
 
 
 def documents(path: Path) -> list[str]:
@@ -135,7 +165,7 @@ def documents(path: Path) -> list[str]:
 
 def _field(path: Path, number: int, line: str) -> str:
     try:
-        text = json.loads(line)["text"]
+        text = parsed(line)["text"]
     except (ValueError, KeyError, TypeError):
         text = None
     if not isinstance(text, str):
@@ -195,8 +225,9 @@ def _attend(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _ends(model: PreTrainedModel) -> list[int]:
     """The tokens that end a text."""
     assert model.generation_config is not None
-    ends = model.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+    wish = model.generation_config.eos_token_id
+    ends = wish if isinstance(wish, list) else [wish]
+    return [end for end in ends if end in range(model.config.vocab_size)]
 
 
 def _starts(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[Tensor, int]:

@@ -1,6 +1,5 @@
 """What absorb refuses to convert, each with the sentence that says why and what to do."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,11 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
 from absorb.families import Family, family_of, suited
+from absorb.plain import parsed
 
+# What configurations call the number of their layers.
+_LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _CONVERTED = "absorb_"
 WEIGHTS = "model.safetensors"
@@ -100,7 +102,8 @@ def _is_causal(config: Mapping[str, Any]) -> bool:
     """
     if config.get("is_encoder_decoder"):
         return False
-    classes = config.get("architectures") or []
+    named = config.get("architectures")
+    classes = [str(name) for name in named] if isinstance(named, list) else []
     endings = ("ForCausalLM", "LMHeadModel")
     return not classes or "text_config" in config or any(name.endswith(endings) for name in classes)
 
@@ -112,7 +115,7 @@ def _read_json(file: Path, name: str) -> dict[str, Any]:
             "name a folder or repository that holds one, or a .gguf file"
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parsed(file.read_bytes())
     except ValueError as error:
         raise AbsorbError(
             f"the {file.name} of {name} is not JSON ({error}); fetch it again"
@@ -131,23 +134,37 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             f"{name} has no weights in the safetensors format, and absorb reads no pickle files "
             "(.bin, .pt), which can run any code; save the model again with save_pretrained"
         )
-    shards = _read_json(folder / INDEX, name).get("weight_map", {}).values()
-    files = [folder / shard for shard in sorted(set(shards))]
+    shards = _shards(_read_json(folder / INDEX, name), name)
+    files = [folder / shard for shard in shards]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise AbsorbError(f"{name} lacks {', '.join(missing) or 'its weights'}; fetch it again")
     return files
 
 
-def stored_elements(files: list[Path]) -> Counter[str]:
-    """How many elements the files hold of each type, from their headers."""
+def _shards(index: Mapping[str, Any], name: str) -> list[str]:
+    """The files that an index names. They lie beside it: one elsewhere is nobody's business."""
+    places = index.get("weight_map")
+    shards = {str(shard) for shard in places.values()} if isinstance(places, dict) else set()
+    for shard in shards:
+        if Path(shard).name != shard or "\0" in shard:
+            raise AbsorbError(
+                f"the {INDEX} of {name} names {shard!r}, which is no file beside it; fetch it again"
+            )
+    return sorted(shards)
+
+
+def stored_elements(files: list[Path]) -> tuple[Counter[str], int]:
+    """How many elements the files hold of each type, and in how many tensors, by their headers."""
     elements: Counter[str] = Counter()
+    count = 0
     for file in files:
         with reading(str(file)), safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a mapping
                 part = tensors.get_slice(key)
                 elements[part.get_dtype()] += prod(part.get_shape())
-    return elements
+                count += 1
+    return elements, count
 
 
 def stored_dtype(elements: Counter[str], name: str) -> torch.dtype:
@@ -163,6 +180,30 @@ def stored_dtype(elements: Counter[str], name: str) -> torch.dtype:
     return STORED[elements.most_common(1)[0][0]]
 
 
+def refuse_deeper(folder: Path, tensors: int, name: str) -> None:
+    """Refuse more layers than there are tensors: to build them takes for ever."""
+    config = _read_json(folder / "config.json", name)
+    for key in _LAYERS & config.keys():
+        if isinstance(config[key], int | float) and config[key] > tensors:
+            raise AbsorbError(
+                f"the config.json of {name} says {key} {config[key]:.6g} and there are {tensors} "
+                "tensors; fetch both again"
+            )
+
+
+def refuse_larger(model: PreTrainedModel, elements: int, name: str) -> None:
+    """Refuse a configuration of a much larger model: what is missing would fill the memory.
+
+    Tied weights are stored once, so up to twice as many may be right.
+    """
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    if wanted > 2 * elements:
+        raise AbsorbError(
+            f"the config.json of {name} describes a model of {wanted:,} weights and there are "
+            f"{elements:,}; fetch both again"
+        )
+
+
 def refuse_mismatch(info: Mapping[str, Any], model: PreTrainedModel, name: str) -> None:
     """Refuse weights of another model: transformers would draw what is missing at random."""
     strange = (
@@ -174,6 +215,23 @@ def refuse_mismatch(info: Mapping[str, Any], model: PreTrainedModel, name: str) 
         raise AbsorbError(
             f"{name} {strange[0]}: its weights are not those of the {type(model).__name__} that "
             "its configuration describes; fetch both again"
+        )
+
+
+@torch.no_grad()
+def refuse_unusable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse what cannot compute, since its configuration is damaged, or computes NaN."""
+    with reading(name):
+        logits = model(torch.tensor([[0, 1]]), use_cache=False).logits
+        tokenizer.decode(tokenizer("a")["input_ids"])
+    for role, token in (("BOS", tokenizer.bos_token_id), ("EOS", tokenizer.eos_token_id)):
+        if token is not None and token not in range(model.config.vocab_size):
+            raise AbsorbError(
+                f"{name} has no token {token}, which its tokenizer calls {role}; fetch both again"
+            )
+    if not logits.isfinite().all():
+        raise AbsorbError(
+            f"{name} computes NaN or infinity; check its config.json, or choose another model"
         )
 
 
