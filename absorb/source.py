@@ -117,9 +117,9 @@ def _from_folder(
 ) -> Source:
     family = vetting.family_in(folder, ref.name, converted)
     files = vetting.weight_files(folder, ref.name)
-    elements, tensors = vetting.stored_elements(files)
+    elements = vetting.stored_elements(files)
     dtype = vetting.stored_dtype(elements, ref.name)
-    vetting.refuse_deeper(folder, tensors, ref.name)
+    vetting.refuse_deeper(folder, files, ref.name)
     with vetting.reading(ref.name), _quiet(files):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=ref.trust_remote_code

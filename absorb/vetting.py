@@ -154,17 +154,15 @@ def _shards(index: Mapping[str, Any], name: str) -> list[str]:
     return sorted(shards)
 
 
-def stored_elements(files: list[Path]) -> tuple[Counter[str], int]:
-    """How many elements the files hold of each type, and in how many tensors, by their headers."""
+def stored_elements(files: list[Path]) -> Counter[str]:
+    """How many elements the files hold of each type, from their headers."""
     elements: Counter[str] = Counter()
-    count = 0
     for file in files:
         with reading(str(file)), safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a mapping
                 part = tensors.get_slice(key)
                 elements[part.get_dtype()] += prod(part.get_shape())
-                count += 1
-    return elements, count
+    return elements
 
 
 def stored_dtype(elements: Counter[str], name: str) -> torch.dtype:
@@ -180,8 +178,12 @@ def stored_dtype(elements: Counter[str], name: str) -> torch.dtype:
     return STORED[elements.most_common(1)[0][0]]
 
 
-def refuse_deeper(folder: Path, tensors: int, name: str) -> None:
+def refuse_deeper(folder: Path, files: list[Path], name: str) -> None:
     """Refuse more layers than there are tensors: to build them takes for ever."""
+    tensors = 0
+    for file in files:
+        with safe_open(file, "pt") as content:
+            tensors += len(content.keys())
     config = _read_json(folder / "config.json", name)
     for key in _LAYERS & config.keys():
         if isinstance(config[key], int | float) and config[key] > tensors:
