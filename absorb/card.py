@@ -1,6 +1,16 @@
-"""Report → model card. Pure."""
+"""Report → model card. Pure: all that a card says is in absorb.json."""
 
-from absorb.report import Report, Row, finding_rows, score_rows
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from absorb.families import family_of
+from absorb.quantize import FORMATS
+from absorb.report import Inspection, Report, Row, finding_rows, score_rows
+from absorb.settings import Job, ModelRef
 
 _CARD = """\
 ---
@@ -13,15 +23,19 @@ _CARD = """\
 [absorb](https://pypi.org/project/absorb-llm/) {version}: {form}, and the outlier channels of the
 residual stream have scales.
 
+## Load it
+
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
+name, safely = "PATH_OR_REPO", {{"revision": "COMMIT", "trust_remote_code": True}}
+model = AutoModelForCausalLM.from_pretrained(name, **safely)
+tokenizer = AutoTokenizer.from_pretrained(name, **safely)
 ```
 
-`trust_remote_code=True` runs `modeling_absorb.py` of this folder. Do not put a BOS or another
-prefix before the text: the sinks stand for {prefix}.
+`trust_remote_code=True` runs `modeling_absorb.py` of this repository, and `revision`, the id of a
+commit, makes sure that it is the code you read. `absorb verify PATH_OR_REPO` checks that it is that
+of absorb, and the files those that were written. After `import absorb` neither is needed.
 
 ## Before and after
 
@@ -29,14 +43,32 @@ prefix before the text: the sinks stand for {prefix}.
 
 Held-out text: {text}. The teacher is the original model with the prefix {prefix}. W8A8 is
 symmetric INT8, per tensor with fixed ranges for activations and per channel for weights.
-
+{pictures}
 ## What was found, and what was done
 
 {findings}
 
 Fine-tune: {recipe}; step {kept} was kept.
 
-All figures, arguments and versions are in `absorb.json`.
+## Quantise it
+
+All matrices are the stock Linears of transformers, so a tool that quantises {family} models
+quantises this one too. Leave `sink`, `sink_key`, `sink_value`, `input_scale` and `output_scale` as
+they are: a few numbers in float32 that everything else depends on. Calibrate on text without a BOS.
+{purpose}
+
+## Limits
+
+{limits}
+
+## How it was made
+
+```sh
+{command}
+```
+
+{versions}. `absorb.json` holds all figures and arguments and the SHA-256 of every file, and
+`plan.safetensors` is enough to convert the same model again: `absorb convert --plan`.
 """
 
 _FORMS = {
@@ -44,6 +76,16 @@ _FORMS = {
     "key": "the attention sink is a key and a value in every layer, which all queries see",
     "auto": "the attention sink is a logit for each head, and the values it carried are biases, "
     "save for the layers named below, which have a key and a value that all queries see",
+}
+_PURPOSES = {
+    "none": "Formats with one fixed range for each activation tensor gain most from it.",
+    "int8": "It was trained for W8A8 with one fixed range for each activation tensor.",
+    "w4a4": "It was trained for W4A4 behind a Hadamard rotation of what every matrix reads.",
+    "nvfp4": "It was trained for NVFP4, weights and activations.",
+}
+_PICTURES = {
+    "sinks.png": "What attention gives the first token, before and after",
+    "channels.png": "The channels of the residual stream, before and after",
 }
 
 
@@ -53,26 +95,146 @@ def card(report: Report) -> str:
     model = inspection.model
     return _CARD.format(
         metadata=_metadata(report),
-        title=f"{inspection.model.rpartition('/')[2]}, absorbed",
+        title=_title(inspection),
         model=f"[{model}](https://huggingface.co/{model})" if "/" in model else model,
         version=inspection.versions["absorb"],
         form=_FORMS[inspection.arguments["sink"]],
-        prefix=f"`{inspection.prefix_text!r}`",
+        prefix=_prefix(inspection),
         scores=markdown(score_rows(report.original, report.converted)),
         text=inspection.text_origin,
+        pictures=_pictures(report),
         findings=markdown([("", ""), *finding_rows(inspection)]),
         recipe=report.recipe,
         kept=report.losses.kept,
+        family=inspection.family,
+        purpose=_PURPOSES[report.recipe.purpose],
+        limits="\n".join(f"- {limit}" for limit in _limits(inspection)),
+        command=command(inspection.arguments),
+        versions=", ".join(f"{name} {version}" for name, version in inspection.versions.items()),
     )
 
 
+def _title(inspection: Inspection) -> str:
+    return f"{inspection.model.rpartition('/')[2]}, absorbed"
+
+
+def _prefix(inspection: Inspection) -> str:
+    return f"`{inspection.prefix_text!r}`"
+
+
 def _metadata(report: Report) -> str:
-    lines = ["library_name: transformers"]
-    if "/" in report.inspection.model:  # a Hub id, not the name of a file
-        lines.append(f"base_model: {report.inspection.model}")
-    if report.inspection.license is not None:
-        lines.append(f"license: {report.inspection.license}")
-    return "\n".join([*lines, "pipeline_tag: text-generation", "tags:", "- absorb"])
+    inspection = report.inspection
+    hub_id = inspection.model if "/" in inspection.model else None  # else the name of a file
+    data = ModelCardData(
+        base_model=hub_id,
+        # Of the four kinds that the Hub knows this is the one: whole weights in the precision of
+        # the original, so neither quantized nor an adapter, and of one model, so no merge.
+        base_model_relation="finetune" if hub_id else None,
+        library_name="transformers",
+        license=inspection.license,
+        pipeline_tag="text-generation",
+        tags=["absorb", "attention-sink"],
+        model_name=_title(inspection),
+        eval_results=_results(report),
+    )
+    return data.to_yaml()
+
+
+def _results(report: Report) -> list[EvalResult]:
+    score = report.converted
+    figures = {"perplexity": score.perplexity}
+    figures |= {
+        f"perplexity in {FORMATS[name].label}": value for name, value in score.quantised.items()
+    }
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=report.inspection.text_origin,
+            metric_type="perplexity",
+            metric_name=name,
+            metric_value=round(value, 3),
+        )
+        for name, value in figures.items()
+    ]
+
+
+def _pictures(report: Report) -> str:
+    """Those pictures that the checkpoint holds."""
+    shown = [f"\n![{text}]({name})\n" for name, text in _PICTURES.items() if name in report.files]
+    return "".join(shown)
+
+
+def _limits(inspection: Inspection) -> list[str]:
+    limits = [
+        f"Do not put a BOS or another prefix before the text: the sinks stand for "
+        f"{_prefix(inspection)}. The tokenizer adds none.",
+        "Attention runs as `sdpa` (the default), `eager` or `flex_attention`. What would drop the "
+        "sinks is refused.",
+    ]
+    if len(inspection.keyed_layers) < len(inspection.layers):
+        limits.append(
+            "A sink logit does not depend on the query, as the prefix's did: right after the graft "
+            f"that cost {inspection.divergence:.4f} nats per token."
+        )
+    if family_of(inspection.family).positions is not None:
+        limits.append(
+            f"Positions are learned, and the prefix took its own with it: the model reads "
+            f"{len(inspection.prefix)} tokens fewer than the original."
+        )
+    return [*limits, "Figures in low precision are computed by fake quantisation."]
+
+
+def command(arguments: dict[str, Any]) -> str:
+    """The `absorb convert` that the arguments in a report come from."""
+    model = arguments["model"]["name"]
+    return shlex.join(["absorb", "convert", model, "--out", "DIR", *_options(arguments)])
+
+
+def _options(arguments: dict[str, Any]) -> list[str]:
+    options: list[str] = []
+    for flag, value in _flags(arguments).items():
+        if value != _DEFAULTS[flag]:
+            shown = value.name if isinstance(value, Path) else f"{value}"
+            options += [flag] if value is True else [flag, shown]
+    return options
+
+
+def _flags(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The value of every option of `absorb convert` that has to do with the result."""
+    model, text = arguments["model"], arguments["calibration"]
+    tuned = arguments["distillation"]
+    decided = {} if arguments["plan"] is not None else _decided(arguments)
+    return {
+        "--revision": model["revision"],
+        "--trust-remote-code": model["trust_remote_code"],
+        "--text": text["text"],
+        "--seed": text["seed"],
+        "--plan": arguments["plan"],
+        "--steps": tuned["steps"],
+        "--minutes": tuned["minutes"],
+        "--train": tuned["train"],
+        "--for": tuned["purpose"],
+        "--device": arguments["device"],
+        **decided,
+    }
+
+
+def _decided(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those options that a plan stands for."""
+    thresholds = {
+        f"--threshold-{name.replace('_', '-')}": value
+        for name, value in arguments["thresholds"].items()
+    }
+    return {
+        "--sink": arguments["sink"],
+        "--residual-target": arguments["residual_target"],
+        "--prefix": arguments["calibration"]["prefix"],
+        **thresholds,
+    }
+
+
+_DEFAULTS = _flags(asdict(Job(model=ModelRef(name=""), out=Path())))
 
 
 def markdown(rows: list[Row]) -> str:

@@ -210,7 +210,7 @@ def survey(
         residual_scales={i: s for i, s in enumerate(plan.residual.tolist()) if s != 1},
         divergence=nan,
         versions=versions(),
-        arguments=asdict(job),
+        arguments=arguments_of(job, source),
     )
     return plan, inspection
 
@@ -228,5 +228,12 @@ def recalled(job: Job, source: Source, texts: Texts, made: Inspection) -> Inspec
         text_origin=texts.origin,
         text_sha256=texts.fingerprint,
         versions=versions(),
-        arguments={**asdict(job), **decided, "plan": job.plan.resolve().name},
+        arguments={**arguments_of(job, source), **decided, "plan": job.plan.resolve().name},
     )
+
+
+def arguments_of(job: Job, source: Source) -> dict[str, Any]:
+    """What the user asked for, save where a folder or file lay: that is nobody's business."""
+    name = job.model.name
+    public = source.commit is not None or name == "demo"
+    return asdict(replace(job, model=replace(job.model, name=name if public else source.name)))

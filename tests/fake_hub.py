@@ -327,26 +327,30 @@ ROUTES: list[tuple[str, Route]] = [
 
 
 @contextmanager
-def serving(monkeypatch: pytest.MonkeyPatch, root: Path) -> Iterator[FakeHub]:
-    """A running hub that keeps its files in `root`, and to which huggingface_hub is pointed.
-
-    huggingface_hub keeps what it downloads in a folder of `root` as well, and knows no token.
-    """
+def running(root: Path) -> Iterator[FakeHub]:
+    """A hub that keeps its files in `root`."""
     hub = FakeHub(root=root)
     handler = type("BoundHandler", (Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
     Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    # HF_ENDPOINT and HF_HOME are read at import, so it is too late to set them.
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(root / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
     try:
         yield hub
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch, root: Path) -> Iterator[FakeHub]:
+    """A running hub to which huggingface_hub is pointed, with an empty cache and no token."""
+    with running(root) as hub:
+        # HF_ENDPOINT and HF_HOME are read at import, so it is too late to set them.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(root / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub

@@ -1,0 +1,98 @@
+"""A model card says what its report says, in words that the Hub and the command line understand."""
+
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+import absorb
+from absorb import cli
+from absorb.card import card, command
+from absorb.options import job_from
+from absorb.report import Report, from_json
+
+RECORD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-absorbed" / "absorb.json"
+
+
+@pytest.fixture(scope="module")
+def record() -> Report:
+    """A conversion of a model from the Hub."""
+    return from_json(Report, RECORD.read_text())
+
+
+def test_a_card_is_made_of_the_report_alone(converted: Path) -> None:
+    report = from_json(Report, (converted / "absorb.json").read_text())
+    assert card(report) == (converted / "README.md").read_text()
+
+
+def test_the_hub_reads_the_metadata(record: Report) -> None:
+    data = ModelCard(card(record)).data
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data.to_dict()["base_model_relation"] == "finetune"
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert data.license == "apache-2.0"
+    assert "absorb" in data.tags
+    results = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert results["perplexity"] == round(record.converted.perplexity, 3)
+    assert results["perplexity in W8A8, static per tensor"] == round(
+        record.converted.quantised["w8a8-static"], 3
+    )
+
+
+def test_what_is_not_on_the_hub_has_no_base_model(converted: Path) -> None:
+    data = ModelCard((converted / "README.md").read_text()).data.to_dict()
+    assert not {"base_model", "base_model_relation"} & data.keys()
+    assert data["license"] == "mit"
+
+
+def test_a_card_and_its_report_keep_to_themselves_where_things_lay(
+    converted: Path, original: Path
+) -> None:
+    for name in ("README.md", "absorb.json"):
+        text = (converted / name).read_text()
+        assert str(original.parent) not in text
+        assert str(converted.parent) not in text
+    assert (
+        "absorb convert tiny-llama --out DIR --steps 0\n" in (converted / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--steps 12 --train sinks --seed 7 --device cpu",
+        "--sink auto --residual-target 2 --prefix 'a b' --for w4a4 --minutes 1.5",
+        "--threshold-sink-weight 0.5 --threshold-divergence 0.02 --trust-remote-code",
+        "--revision v1 --force",
+    ],
+)
+def test_the_command_makes_the_same_job(options: str) -> None:
+    def job_of(words: list[str]) -> dict[str, Any]:
+        chosen = cli.convert.make_context("convert", words).params
+        return asdict(job_from(chosen.pop("out"), chosen.pop("force"), chosen))
+
+    job = job_of(["a/b", "--out", "DIR", *shlex.split(options)])
+    words = shlex.split(command(job))
+    assert words[:2] == ["absorb", "convert"]
+    assert job_of(words[2:]) == {**job, "force": False}
+
+
+def test_a_plan_has_decided_what_the_command_leaves_out(record: Report) -> None:
+    arguments = {**record.inspection.arguments, "plan": "model", "sink": "key"}
+    assert command(arguments) == "absorb convert demo --out DIR --plan model"
+
+
+def test_pictures_are_shown_where_there_are_any(record: Report) -> None:
+    assert "![" not in card(record)
+    assert "](sinks.png)" in card(replace(record, files={"sinks.png": ""}))
+
+
+def test_a_card_says_what_made_it(record: Report) -> None:
+    text = card(record)
+    assert f"absorb {absorb.__version__}" in text
+    assert all(f"{name} {version}" in text for name, version in record.inspection.versions.items())
+    assert '"revision": "COMMIT"' in text
