@@ -43,7 +43,7 @@ of absorb, and the files those that were written. After `import absorb` neither 
 
 Held-out text: {text}. The teacher is the original model with the prefix {prefix}. W8A8 is
 symmetric INT8, per tensor with fixed ranges for activations and per channel for weights.
-{pictures}
+
 ## What was found, and what was done
 
 {findings}
@@ -83,10 +83,6 @@ _PURPOSES = {
     "w4a4": "It was trained for W4A4 behind a Hadamard rotation of what every matrix reads.",
     "nvfp4": "It was trained for NVFP4, weights and activations.",
 }
-_PICTURES = {
-    "sinks.png": "What attention gives the first token, before and after",
-    "channels.png": "The channels of the residual stream, before and after",
-}
 
 
 def card(report: Report) -> str:
@@ -102,7 +98,6 @@ def card(report: Report) -> str:
         prefix=_prefix(inspection),
         scores=markdown(score_rows(report.original, report.converted)),
         text=inspection.text_origin,
-        pictures=_pictures(report),
         findings=markdown([("", ""), *finding_rows(inspection)]),
         recipe=report.recipe,
         kept=report.losses.kept,
@@ -157,12 +152,6 @@ def _results(report: Report) -> list[EvalResult]:
         )
         for name, value in figures.items()
     ]
-
-
-def _pictures(report: Report) -> str:
-    """Those pictures that the checkpoint holds."""
-    shown = [f"\n![{text}]({name})\n" for name, text in _PICTURES.items() if name in report.files]
-    return "".join(shown)
 
 
 def _limits(inspection: Inspection) -> list[str]:

@@ -110,7 +110,7 @@ def convert(out: Path, force: bool, push_to_hub: str | None, as_json: bool, **op
     if not as_json:
         click.echo(f"\nwritten to {out}; load it with from_pretrained(..., trust_remote_code=True)")
     if push_to_hub is not None:
-        _push(out, as_json, repository=push_to_hub)
+        _say_where(_pushed(out, repository=push_to_hub), err=as_json)
 
 
 @main.command()
@@ -259,22 +259,27 @@ def push(folder: Path, as_json: bool, **options: Any) -> None:
     """
     if options["create_pr"] and options["revision"] is not None:
         raise click.UsageError("a pull request is made for main; drop --create-pr or --revision")
-    _push(folder, as_json, **options)
+    result = _pushed(folder, **options)
+    if as_json:
+        from absorb import report
+
+        click.echo(report.to_json(result).rstrip())
+    else:
+        _say_where(result)
 
 
-def _push(folder: Path, as_json: bool, **options: Any) -> None:
+def _pushed(folder: Path, **options: Any) -> Any:
     with Refusals(
         "close other programs, or push from a larger machine",
         "run `absorb push` again, and only what is missing is uploaded",
     ):
-        from absorb import hub, report
+        from absorb import hub
 
-        result = hub.push(folder, hub.Destination(**options), _say)
-        click.echo(
-            report.to_json(result).rstrip()
-            if as_json
-            else f"uploaded to {result.url}; pin it by its commit, revision={result.commit!r}"
-        )
+        return hub.push(folder, hub.Destination(**options), _say)
+
+
+def _say_where(pushed: Any, err: bool = False) -> None:
+    click.echo(f"uploaded to {pushed.url}; pin it by revision={pushed.commit!r}", err=err)
 
 
 def _say(sentence: str) -> None:

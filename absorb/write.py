@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from absorb.card import card
-from absorb.checkpoint import REPORT, digest, digests
+from absorb.checkpoint import REPORT, digests
 from absorb.errors import AbsorbError
 from absorb.families import family_of
 from absorb.modeling_absorb import NEUTRAL
@@ -45,10 +45,8 @@ def write(
         if family_of(report.inspection.family).positions is not None:
             plain = within(plain, student.config.max_position_embeddings)
         plain.save_pretrained(folder)
+    (folder / "README.md").write_text(card(report), encoding="utf-8")
     report = replace(report, files=digests(folder), probe=_probe(student))
-    readme = folder / "README.md"
-    readme.write_text(card(report), encoding="utf-8")
-    report = replace(report, files={**report.files, readme.name: digest(readme)})
     (folder / REPORT).write_text(to_json(report), encoding="utf-8")
     return report
 

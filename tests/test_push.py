@@ -1,5 +1,6 @@
 """A checkpoint reaches the Hub whole or not at all, and every refusal there is one sentence."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -97,9 +98,10 @@ def test_a_conversion_is_pushed_when_it_is_written(
     hub: FakeHub, original: Path, tmp_path: Path
 ) -> None:
     command = ["convert", str(original), "--out", str(tmp_path / "out"), "--steps", "0"]
-    result = CliRunner().invoke(main, [*command, "--push-to-hub", REPOSITORY])
+    result = CliRunner().invoke(main, [*command, "--push-to-hub", REPOSITORY, "--json"])
     assert result.exit_code == 0, result.output
-    assert "uploaded to" in result.stdout
+    assert "uploaded to" in result.stderr
+    assert json.loads(result.stdout)["files"]
     assert arrived(hub, tmp_path / "out")
 
 
