@@ -4,8 +4,6 @@ from absorb.charts import Layers, Maps, Pairs, Panel, Ranks, Section, number
 from absorb.exhibit import Exhibit, Look
 from absorb.standing import Comparison, Standing, comparison_rows
 
-_MANY = 24  # rows in a table of heads
-
 
 def sections(exhibit: Exhibit) -> list[Section]:
     """All that the pictures of an inspection show."""
@@ -58,17 +56,19 @@ def _last(name: str) -> str:
 def _sinks(exhibit: Exhibit) -> Section:
     before, after = exhibit.before.first_weight, exhibit.after.first_weight
     threshold = exhibit.inspection.arguments["thresholds"]["sink_weight"]
-    heads = [(weight, i, j) for i, row in enumerate(before) for j, weight in enumerate(row)]
-    strongest = sorted(heads, key=lambda head: -head[0])
-    above = sum(weight > threshold for weight, _, _ in heads)
-    most, layer, head = strongest[0]
+    heads = [weight for row in before for weight in row]
+    above = sum(weight > threshold for weight in heads)
+    most, layer, head = _most(before)
     words = (
         f"In the original a head gives the first token {_mean(before):.3f} of its attention on "
         f"average; {above} of {len(heads)} heads give it more than {threshold:g} (dotted). The "
         f"most is {most:.2f}, by head {head} of layer {layer}. After the graft the average is "
         f"{_mean(after):.3f} and the most {_most(after)[0]:.2f}: the sinks are parameters."
     )
-    rows = [(f"{i}", f"{j}", f"{weight:.3f}", f"{after[i][j]:.3f}") for weight, i, j in strongest]
+    rows = [
+        (f"{i}", *_mean_and_most(one), *_mean_and_most(other))
+        for i, (one, other) in enumerate(zip(before, after, strict=True))
+    ]
     labels = tuple((j, f"{j}") for j in range(len(before[0])))
     return Section(
         name="sinks",
@@ -81,8 +81,13 @@ def _sinks(exhibit: Exhibit) -> Section:
             panels=_both(before, after, labels, labels),
             dotted=threshold,
         ),
-        table=[("layer", "head", "before", "after"), *rows[:_MANY]],
+        table=[("layer", "mean before", "highest", "mean after", "highest"), *rows],
     )
+
+
+def _mean_and_most(weights: tuple[float, ...]) -> tuple[str, str]:
+    most = max(weights)
+    return f"{sum(weights) / len(weights):.3f}", f"{most:.3f} (head {weights.index(most)})"
 
 
 def _channels(exhibit: Exhibit) -> Section:

@@ -19,15 +19,19 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from test_planted import MASSIVE, NEURON, OUTLIER, planted
-from tiny import HEADS, HIDDEN, LAYERS
+from tiny import HEADS, HIDDEN, LAYERS, tiny
 from tiny_tokenizer import tiny_tokenizer
+from torch import Tensor
 
 from absorb.charts import Maps, Pairs, Panel, Ranks, digest
 from absorb.cli import main
 from absorb.draw import png
 from absorb.exhibit import Exhibit, banded
+from absorb.families import family_of
 from absorb.files import promised
+from absorb.measure import measure
 from absorb.page import drawn, inspection_page
+from absorb.quantize import input_peaks
 from absorb.report import from_json, to_json
 from absorb.views import sections
 
@@ -92,6 +96,16 @@ def test_what_was_planted_is_shown(exhibit: Exhibit) -> None:
     [massive] = exhibit.inspection.findings.massive_activations
     assert massive.channel == MASSIVE
     assert max(map(max, before.tokens)) == pytest.approx(massive.value, rel=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "olmo2"])
+def test_ranges_are_those_that_a_fixed_format_takes(model_type: str, tokens: Tensor) -> None:
+    original, family = tiny(model_type, torch.float32), family_of(model_type)
+    found = measure(original, family, tokens, tokens[0, :2]).input_peak
+    wanted = input_peaks(original, family, tokens, tokens[0, :2])
+    assert found.keys() == wanted.keys()
+    for name, peak in wanted.items():
+        assert float(found[name]) == pytest.approx(float(peak.max()), rel=1e-4)
 
 
 def test_words_and_tables_say_what_is_drawn(exhibit: Exhibit) -> None:
