@@ -91,7 +91,15 @@ def main() -> None:
     metavar="REPO",
     help="Then upload the checkpoint to this repository, as `absorb push` does.",
 )
-def convert(out: Path, force: bool, push_to_hub: str | None, as_json: bool, **options: Any) -> None:
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep what is found in OUT.progress until the checkpoint is written, and go on from what "
+    "the same command left there. With --train all that takes 16 bytes a weight.",
+)
+def convert(
+    out: Path, force: bool, push_to_hub: str | None, resume: bool, as_json: bool, **options: Any
+) -> None:
     """Convert MODEL and write a checkpoint that loads with trust_remote_code=True.
 
     \b
@@ -105,7 +113,7 @@ def convert(out: Path, force: bool, push_to_hub: str | None, as_json: bool, **op
 
         if push_to_hub is not None:
             hub.admitted(hub.Destination(repository=push_to_hub))  # refused before the long work
-        result = pipeline.convert(job, _say)
+        result = pipeline.convert(job, _say, resume)
         click.echo(report.to_json(result).rstrip() if as_json else _story(result))
     if not as_json:
         click.echo(f"\nwritten to {out}; load it with from_pretrained(..., trust_remote_code=True)")

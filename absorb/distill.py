@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from time import monotonic
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,18 @@ from absorb.errors import AbsorbError
 from absorb.modeling_absorb import NEUTRAL
 from absorb.plan import kl
 from absorb.settings import Distillation, Purpose, Train
+from absorb.state import Standstill, State, captured, put_back
 from absorb.text import LENGTH, Texts
 from absorb.watch import led
+
+
+class Keeper(Protocol):
+    """Remembers where a fine-tune stands, for one that goes on from there."""
+
+    def state(self) -> State | None: ...
+    def is_due(self) -> bool: ...
+    def keep_state(self, state: State) -> None: ...
+
 
 # The mean loss in nats per token of text (rows, length).
 Loss = Callable[[Tensor], Tensor]
@@ -108,6 +120,7 @@ def distill(
     texts: Texts,
     fine_tune: Recipe,
     seed: int,
+    keeper: Keeper | None = None,
 ) -> Losses:
     """Train the student in place to predict what the teacher does, as `train` says.
 
@@ -117,25 +130,38 @@ def distill(
     def loss(tokens: Tensor) -> Tensor:
         return gap(teacher, student, prefix, tokens)
 
-    return train(student, loss, texts, fine_tune, seed)
+    return train(student, loss, texts, fine_tune, seed, keeper)
 
 
 def train(
-    student: PreTrainedModel, loss: Loss, texts: Texts, fine_tune: Recipe, seed: int
+    student: PreTrainedModel,
+    loss: Loss,
+    texts: Texts,
+    fine_tune: Recipe,
+    seed: int,
+    keeper: Keeper | None = None,
 ) -> Losses:
     """Train the student in place, and keep its best step by the loss on validation text.
 
+    A keeper may have the state of an earlier run, which is then gone on from.
     Limited by minutes, no two runs are the same to the bit: how many steps there are, and the
     learning rate of each, depend on how fast the machine is.
     """
     student.eval()  # dropout would only blur what is to be matched
     parameters = _choose(student, fine_tune.train)
     check = _Check(loss, _rows_at_once(student), texts.validation, parameters)
-    check(0)
-    losses = []
     optimizer = _optimizer(student, parameters, fine_tune.rate)
     batches = _batches(texts.training, fine_tune.rows, seed)
     pace = _Pace(fine_tune)
+    state = keeper.state() if keeper else None
+    if state is None:
+        losses: list[tuple[int, float]] = []
+        check(0)
+    else:
+        losses = list(state.standstill.training)
+        check.go_on(state.standstill, put_back(state.tensors, parameters, optimizer))
+        pace.go_on(state.standstill)
+        batches = islice(batches, pace.steps, None)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: _rate(pace.done, pace.whole))
     with pace.bar:
         while pace.done < pace.whole:
@@ -145,6 +171,9 @@ def train(
             schedule.step()
             if check_is_due:
                 check(pace.steps)
+            if keeper and (check_is_due or keeper.is_due()):
+                tensors = captured(parameters, check.best, optimizer)
+                keeper.keep_state(State(standstill=check.at(pace, losses), tensors=tensors))
     check.restore()
     student.requires_grad_(False)
     return Losses(training=tuple(losses), held_out=tuple(check.seen), kept=check.kept)
@@ -166,6 +195,12 @@ class _Pace:
             unit_scale=self.timed,
             disable=not self.whole,
         )
+
+    def go_on(self, state: Standstill) -> None:
+        """Take up where an earlier run stopped."""
+        self.steps, self.done = state.steps, state.done
+        self.started = monotonic() - state.done
+        self.bar.update(state.done)
 
     def count(self) -> bool:
         """Count a step that is over; whether it was the last one of a quarter."""
@@ -304,6 +339,19 @@ class _Check:
             self.kept = step
             self.best = [parameter.detach().clone() for parameter in self.parameters]
         self.seen.append((step, value))
+
+    def at(self, pace: _Pace, losses: list[tuple[int, float]]) -> Standstill:
+        return Standstill(
+            steps=pace.steps,
+            done=pace.done,
+            training=tuple(losses),
+            held_out=tuple(self.seen),
+            kept=self.kept,
+        )
+
+    def go_on(self, state: Standstill, best: list[Tensor]) -> None:
+        """Take up what an earlier run had measured."""
+        self.seen, self.kept, self.best = list(state.held_out), state.kept, best
 
     @torch.no_grad()
     def restore(self) -> None:

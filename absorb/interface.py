@@ -50,6 +50,7 @@ def convert(
     purpose: Purpose = "none",
     seed: int = 0,
     device: str = "auto",
+    resume: bool = False,
 ) -> Report:
     """Convert a model and write the checkpoint to `out`, complete or not at all.
 
@@ -79,7 +80,7 @@ def convert(
         device=device,
         force=force,
     )
-    return pipeline.convert(job, _say)
+    return pipeline.convert(job, _say, resume)
 
 
 def inspect(

@@ -22,6 +22,7 @@ from absorb.measure import Measurement, measure
 from absorb.plan import Plan, make_plan, residual_scales, smoothing_scales
 from absorb.plan_file import read_plan, write_plan
 from absorb.prefix import Trial, encoded, find_prefix, lead_of
+from absorb.progress import Progress, forget
 from absorb.quantize import FORMATS
 from absorb.rehearse import FORMAT_FOR, rehearsing
 from absorb.report import Inspection, Probe, Report, layer_figures, to_json, versions
@@ -44,16 +45,23 @@ class Draft:
     student: PreTrainedModel
     inspection: Inspection
     measurement: Measurement | None  # of the original; none where a plan was read
+    progress: Progress | None = None
 
 
-def convert(job: Job, say: Say) -> Report:
-    """Convert a model and write the checkpoint to job.out; `say` is told what is being done."""
+def convert(job: Job, say: Say, resume: bool = False) -> Report:
+    """Convert a model and write the checkpoint to job.out; `say` is told what is being done.
+
+    With `resume` what is found is kept in OUT.progress meanwhile, and gone on from if it is there.
+    """
     with staged(job.out, job.force) as folder:
         fine_tune = recipe(job.distillation, device_of(job.device))
-        draft = prepare(job, say, fine_tune.training_rows)
+        draft = prepare(job, say, fine_tune.training_rows, resume)
         source, student, plan = draft.source, draft.student, draft.plan
-        if job.plan is None:  # a plan that was read holds the scales, and they are grafted
+        if not plan.smoothing:  # a plan that was read holds the scales, and they are grafted
             plan = replace(plan, smoothing=smoothed(draft))
+        if draft.progress is not None:
+            draft.progress.keep_draft(draft.texts, plan, draft.inspection)
+            say(f"kept in {draft.progress.folder}; the same command goes on from here")
         write_plan(folder, plan, draft.inspection)
         prefix = torch.tensor(plan.prefix)
         say(f"fine-tune: {fine_tune}")
@@ -64,7 +72,13 @@ def convert(job: Job, say: Say) -> Report:
             else nullcontext()
         ):
             losses = distill(
-                source.model, student, prefix, draft.texts, fine_tune, job.distillation.seed
+                source.model,
+                student,
+                prefix,
+                draft.texts,
+                fine_tune,
+                job.distillation.seed,
+                draft.progress,
             )
         as_stored(student, source.dtype)
         nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
@@ -90,7 +104,9 @@ def convert(job: Job, say: Say) -> Report:
             probe=Probe(tokens=(), logits=()),
         )
         say(f"writing {job.out}")
-        return write(folder, student, source.tokenizer, report)
+        written = write(folder, student, source.tokenizer, report)
+    forget(job.out)
+    return written
 
 
 def inspect(job: Job, say: Say) -> Inspection:
@@ -135,7 +151,7 @@ def smoothed(draft: Draft) -> dict[str, Tensor]:
     return scales
 
 
-def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
+def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False) -> Draft:
     """Plan the conversion, or take the plan that the user names, and graft it onto a copy."""
     device = device_of(job.device)
     say(f"loading {job.model.name}")
@@ -143,7 +159,21 @@ def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
     model, family = source.model, source.family
     without_bos(source.tokenizer)  # refused now rather than after an hour
     made = None if job.plan is None else read_plan(job.plan, source)
+    progress = Progress(job, source) if resume else None
     nn.Module.to(model, device)
+    kept = progress.draft() if progress else None
+    if kept is not None:
+        say("resumed: the text and the plan are there")
+        texts, plan, inspection = kept
+        return Draft(
+            source=source,
+            texts=texts,
+            plan=plan,
+            student=graft(model, family, plan),
+            inspection=inspection,
+            measurement=None,
+            progress=progress,
+        )
     texts, trials = read(job, source, training_rows)
     measurement = None
     if made is None:
@@ -163,6 +193,7 @@ def prepare(job: Job, say: Say, training_rows: int | None) -> Draft:
         student=student,
         inspection=replace(inspection, divergence=gap),
         measurement=measurement,
+        progress=progress,
     )
 
 
