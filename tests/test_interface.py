@@ -17,7 +17,7 @@ from absorb.report import Report, from_json
 from absorb.settings import Thresholds
 
 # What has no place in Python: there the result is an object, and huggingface_hub uploads a folder.
-ONLY_COMMANDS = {"as_json", "push_to_hub"}
+ONLY_COMMANDS = {"as_json", "push_to_hub", "html", "png"}
 
 COMMANDS = [
     (absorb.convert, cli.convert),
