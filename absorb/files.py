@@ -73,7 +73,8 @@ def full_disk_explained(out: Path) -> Iterator[None]:
 
 def _says_disk_full(error: Exception) -> bool:
     """Whether the disk or the user's share of it is full. safetensors tells the number as text."""
-    numbers = (errno.ENOSPC, errno.EDQUOT)
+    # The last is for a file that is too large for its file system, or for this process.
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError) and error.errno in numbers:
         return True
     return any(f"(os error {number})" in str(error) for number in numbers)

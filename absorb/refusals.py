@@ -32,7 +32,7 @@ class Refusals:
             reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             click.echo(f"absorb: {reason}, so nothing was written; check the name", err=True)
             sys.exit(1)
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if _is_out_of_memory(error):
             click.echo(
                 f"absorb: the memory is full, so nothing was written; {self.frugal}", err=True
             )
@@ -40,6 +40,13 @@ class Refusals:
         if isinstance(error, KeyboardInterrupt):
             click.echo(f"absorb: interrupted; {self.interrupted}", err=True)
             sys.exit(130)
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether Python, a GPU or, by its words alone, torch on a CPU has no more memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def _terminated(*_: Any) -> NoReturn:

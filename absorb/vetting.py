@@ -147,7 +147,7 @@ def _shards(index: Mapping[str, Any], name: str) -> list[str]:
     places = index.get("weight_map")
     shards = {str(shard) for shard in places.values()} if isinstance(places, dict) else set()
     for shard in shards:
-        if Path(shard).name != shard or "\0" in shard:
+        if not shard or Path(shard).name != shard or "\0" in shard:
             raise AbsorbError(
                 f"the {INDEX} of {name} names {shard!r}, which is no file beside it; fetch it again"
             )
