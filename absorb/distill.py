@@ -307,7 +307,7 @@ def divergence(
     def loss(part: Tensor) -> Tensor:
         return gap(teacher, student, prefix, part)
 
-    return _mean(loss, tokens, _rows_at_once(student))
+    return max(0.0, _mean(loss, tokens, _rows_at_once(student)))  # rounding may bring it below
 
 
 @torch.no_grad()
