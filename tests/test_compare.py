@@ -21,6 +21,8 @@ from absorb.quantize import FORMATS
 from absorb.score import kurtosis
 from absorb.settings import ModelRef
 from absorb.source import load
+from absorb.text import HELD_OUT_ROWS
+from absorb.text import LENGTH as SAMPLED_LENGTH
 from absorb.watch import linears_of, watching
 
 LENGTH = compare.LENGTH
@@ -154,7 +156,7 @@ def test_a_model_writes_its_own_text_converted_or_not(source: Path, converted: P
     for folder in (source, converted):
         found = measured(folder, "--formats", "w8a8-static")
         assert "sampled" in found["text_origin"]
-        assert (found["rows"], found["length"]) == (24, 256)
+        assert (found["rows"], found["length"]) == (HELD_OUT_ROWS, SAMPLED_LENGTH)
 
 
 def test_the_table_has_a_column_for_every_model_and_a_row_for_every_format(

@@ -85,6 +85,7 @@ def run(log: Path, words: list[str], largest: int | None = None) -> None:
     sys.exit(main(words))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_signal_at_any_stage_leaves_nothing(

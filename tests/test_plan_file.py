@@ -64,8 +64,12 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converted(model, tmp_path_factory.mktemp("made") / "first", *LOW)
 
 
-@pytest.mark.parametrize("sink", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sink", "dtype"),
+    [("logit", torch.float32), ("auto", torch.bfloat16), ("key", torch.float32)],
+    ids=str,
+)
 def test_the_plan_file_alone_gives_the_same_weights_whatever_the_text(
     sink: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,12 +10,12 @@ from tiny import tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.distill import Recipe, distill, divergence
+from absorb.distill import distill, divergence, recipe
 from absorb.families import FAMILIES, Family
 from absorb.graft import twin
 from absorb.quantize import FORMATS, quantised
 from absorb.rehearse import FORMAT_FOR, rehearsing
-from absorb.settings import Purpose
+from absorb.settings import Distillation, Purpose
 
 PURPOSES = pytest.mark.parametrize("purpose", FORMAT_FOR)
 
@@ -58,7 +58,7 @@ def test_a_student_learns_to_be_quantised(purpose: Purpose) -> None:
         with torch.no_grad(), quantised(model, family, form, ranges):
             return divergence(teacher, model, PREFIX, text.validation)
 
-    fine_tune = Recipe(steps=30, train="all", rows=8, purpose=purpose)
+    fine_tune = recipe(Distillation(steps=30, train="all", purpose=purpose), student.device)
     distill(teacher, plain, PREFIX, text, fine_tune, seed=0)
     with rehearsing(student, family, form, text.calibration):
         losses = distill(teacher, student, PREFIX, text, fine_tune, seed=0)

@@ -23,6 +23,7 @@ from absorb.errors import AbsorbError
 from absorb.score import Subject, losses
 from absorb.watch import layers_of, linears_of, remembering, watching
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark_rivals"
 STEPS = 2
 
