@@ -1,6 +1,5 @@
 """Tasks of lm-evaluation-harness, or in a file: asked and scored by the harness itself."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
+from absorb.plain import parsed
 
 # As the harness asks its own tasks of this kind, arc_easy and piqa.
 _MULTIPLE_CHOICE = {
@@ -106,7 +106,7 @@ def questions_in(path: Path) -> tuple[dict[str, Any], ...]:
 
 def _question(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        fields = json.loads(line)
+        fields = parsed(line)
     except ValueError:
         fields = None
     if not isinstance(fields, dict):

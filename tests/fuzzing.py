@@ -23,7 +23,9 @@ from tiny_tokenizer import tiny_tokenizer
 
 from absorb.card import card
 from absorb.cli import main
+from absorb.errors import AbsorbError
 from absorb.report import Report, from_json
+from absorb.tasks import questions_in
 
 FAMILIES = ("llama", "gpt2", "gemma2", "mixtral")
 # One case in so many is converted to the end where nothing is wrong with it; the others are stopped
@@ -259,6 +261,16 @@ def _report(bench: Bench, draw: Draw, folder: Path) -> None:
         card(from_json(Report, text)).encode()
 
 
+def _questions(bench: Bench, draw: Draw, folder: Path) -> None:
+    path = folder / "riddles.jsonl"
+    good = {"question": "a", "choices": ["b", "c"], "label": 0}
+    lines = [json.dumps(_edited(draw, good)).encode() for _ in range(draw(st.integers(0, 3)))]
+    content = b"\n".join([*lines, json.dumps(good).encode()])
+    path.write_bytes(_garbled(draw, content) if draw(st.booleans()) else content)
+    with suppress(AbsorbError):
+        questions_in(path)
+
+
 _OPTIONS = ("--revision", "--text", "--sink", "--residual-target", "--prefix", "--seed", "--device")
 _OPTIONS += ("--steps", "--minutes", "--train", "--for", "--plan", "--threshold-divergence", "--x")
 _WORDS = ["\x00", "\udcff", "", "nan", "inf", "-1", "1e999", "9" * 5000, "/", ".", "a/b", "0", "1"]
@@ -284,6 +296,7 @@ TARGETS: dict[str, Target] = {
     "tokenizer_config.json": partial(_model_file, "tokenizer_config.json"),
     "generation_config.json": partial(_model_file, "generation_config.json"),
     "arguments": _arguments,
+    "questions": _questions,
 }
 
 
