@@ -108,7 +108,8 @@ def convert(
     """
     refuse_contradictions(options)
     job = job_from(out, force, options)
-    with Refusals():
+    stopped = f"run the same command again, and it goes on from {out}.progress"
+    with Refusals(interrupted=stopped) if resume else Refusals():
         from absorb import hub, pipeline, report
 
         if push_to_hub is not None:

@@ -235,3 +235,22 @@ def test_a_name_too_long_is_refused(model: Path) -> None:
     result = convert(model, Path("o" * 300))
     assert result.exit_code == 1, result.exception
     assert "absorb: " in result.stderr
+
+
+def test_an_interruption_says_how_to_go_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("absorb.pipeline.convert", interrupted)
+    out = tmp_path / "out"
+    for options, sentence in (
+        ([], "absorb: interrupted; nothing was written"),
+        (
+            ["--resume"],
+            f"absorb: interrupted; run the same command again, and it goes on from {out}",
+        ),
+    ):
+        result = CliRunner().invoke(main, [*arguments(model, out), *options])
+        assert (result.exit_code, result.stderr.startswith(sentence)) == (130, True), result.stderr
