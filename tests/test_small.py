@@ -123,8 +123,8 @@ def test_the_rate_rises_then_falls() -> None:
 
 
 def test_a_sink_is_counted(made: tuple[str, Path, str]) -> None:
-    """A model whose queries all point to the key of BOS says that it has sinks."""
-    model_type, out, _ = made
+    """A model that attends to every token alike gives BOS half before the second."""
+    _, out, _ = made
     source = load(ModelRef(name=str(out)))
     for name, parameter in source.model.named_parameters():
         if name.endswith(("q_proj.weight", "query_key_value.weight")):
