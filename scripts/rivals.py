@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prefixquant import prefix_tokens
+from quarot import turn
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -28,17 +30,17 @@ from absorb.plan_file import read_plan
 from absorb.prefix import lead_of
 from absorb.quantize import FORMATS
 from absorb.report import Report, from_json
-from absorb.rotation import rotated
 from absorb.score import Subject, quantised_losses
 from absorb.settings import Calibration, ModelRef
 from absorb.sinks import prefix_of
 from absorb.source import Source, load
 from absorb.text import Texts, gather
-from absorb.watch import layers_of, led, linears_of, watching
-from absorb.weights import is_norm, place_at, weight_at
+from absorb.watch import layers_of, led, watching
+from absorb.weights import is_norm
 from absorb.write import as_stored
 
 SEEN = 8  # windows that fixed ranges are taken from, and settings chosen by
+SEARCHED = 64  # windows that outlier tokens are looked for in, as many as PrefixQuant has
 ALPHAS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 SHARES = [0.99, 0.999, 0.9999, 0.99999]
 
@@ -52,7 +54,12 @@ class Bench:
     plan: Plan
     report: Report  # of the conversion
     texts: Texts  # what the conversion was fitted to and trained on
-    seen: Tensor  # (rows, length)
+    known: Tensor  # (rows, length)
+
+    @property
+    def seen(self) -> Tensor:
+        """What fixed ranges are taken from: (rows, length)."""
+        return self.known[:SEEN]
 
     @property
     def model(self) -> PreTrainedModel:
@@ -97,7 +104,7 @@ def bench_of(original: str, folder: Path, calibration: Path, device: str) -> Ben
         plan=plan,
         report=report,
         texts=gather(sketch, wish, report.recipe.training_rows),
-        seen=windows(source, calibration, SEEN),
+        known=windows(source, calibration, SEARCHED),
     )
 
 
@@ -142,10 +149,11 @@ def smoothed(bench: Bench) -> Rival:
     first = layers_of(bench.model, bench.family)[0]
     norms = [name for name in bench.family.links if is_norm(first, name)]
     rough = twin(bench.model, bench.family)
+    text = led(bench.texts.scaling, lead_of(bench.source.tokenizer))
 
     def with_alpha(alpha: float) -> Subject:
         model = copy.deepcopy(rough)
-        scales = smoothing_scales(bench.model, bench.family, bench.texts.scaling, alpha)
+        scales = smoothing_scales(bench.model, bench.family, text, alpha)
         smooth(model, bench.family, {name: scales[name] for name in norms})
         return replace(original(bench), model=model)
 
@@ -156,19 +164,27 @@ def smoothed(bench: Bench) -> Rival:
 def with_prefix(bench: Bench) -> Rival:
     """PrefixQuant's cache (arXiv 2410.05265): the prefix's keys and values, computed in float.
 
-    A sink in the form of a key is that cache. The tokens are those that absorb chose.
+    A sink in the form of a key is that cache.
     """
-    prefix = prefix_of(bench.model, torch.tensor(bench.plan.prefix))
+    tokens = prefix_tokens(bench.source, bench.known)
+    prefix = prefix_of(bench.model, torch.tensor(tokens))
     nothing = torch.empty(0, 0, dtype=torch.long)
     cache = Plan(
-        prefix=bench.plan.prefix,
+        prefix=tokens,
         sinks=sinks_for(bench.model, bench.family, prefix, (), nothing, "key"),
         removals=(),
         residual=torch.ones_like(bench.plan.residual),
         smoothing={},
     )
     student = graft(bench.model, bench.family, cache)
-    return Rival(subject=Subject(model=student), chosen={"prefix": bench.plan.prefix})
+    return Rival(subject=Subject(model=student), chosen={"prefix": tokens})
+
+
+def with_prefix_and_turned(bench: Bench) -> Rival:
+    """All of PrefixQuant but its training: it rotates as QuaRot does."""
+    rival = with_prefix(bench)
+    turn(rival.subject.model, bench.family)
+    return replace(rival, turned=True)
 
 
 def turned(bench: Bench) -> Rival:
@@ -239,40 +255,12 @@ def best(bench: Bench, make: Callable[[float], Subject], settings: list[float]) 
     return make(setting), setting
 
 
-@torch.no_grad()
-def turn(model: PreTrainedModel, family: Family) -> PreTrainedModel:
-    """The same function, every Linear reading rotated inputs; the model, changed in place.
-
-    The weights of the norms go into the Linears first, as rotations could not pass them.
-    """
-    smooth(model, family, norm_weights(model, family))
-    for name, linear in linears_of(model, family).items():
-        weight = weight_at(model, name)
-        weight.copy_(rotated(weight))
-        linear.register_forward_pre_hook(lambda _, args: (rotated(args[0]).to(args[0]), *args[1:]))
-    return model
-
-
-def norm_weights(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
-    """The weights (layers, hidden) of the norms that Linears alone read, zeros left where they are.
-
-    By the names that `smooth` takes.
-    """
-    layers = layers_of(model, family)
-    found = {}
-    for name in family.links:
-        norms = [place_at(layer, name) for layer in layers]
-        if is_norm(layers[0], name) and getattr(norms[0], "weight", None) is not None:
-            weights = torch.stack([norm.weight.float() + family.norm_offset for norm in norms])
-            found[name] = torch.where(weights == 0, 1.0, weights)
-    return found
-
-
 RIVALS: dict[str, Callable[[Bench], Rival]] = {
     "untouched": untouched,
     "fine-tuned on the same tokens": fine_tuned,
     "SmoothQuant": smoothed,
     "prefix in the cache": with_prefix,
+    "prefix in the cache, then rotated": with_prefix_and_turned,
     "random Hadamard rotation": turned,
     "stream clipped": clipped,
     "absorb, untrained": untrained,

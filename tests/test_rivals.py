@@ -116,19 +116,20 @@ def test_what_is_exact_changes_nothing_in_float(report: dict[str, Any]) -> None:
 
     for name in ("SmoothQuant", "random Hadamard rotation"):
         assert perplexity(name) == pytest.approx(perplexity("untouched"), rel=1e-5)
-    assert perplexity("absorb, then rotated") == pytest.approx(perplexity("absorb"), rel=1e-5)
+    for name in ("prefix in the cache", "absorb"):
+        assert perplexity(f"{name}, then rotated") == pytest.approx(perplexity(name), rel=1e-5)
     assert perplexity("absorb, untrained") != pytest.approx(perplexity("absorb"), rel=1e-5)
 
 
 @torch.no_grad()
 def test_the_prefix_is_what_a_cache_of_transformers_holds(bench: Bench, rows: Tensor) -> None:
     _, remember = remembering(bench.model)
-    prefix = torch.tensor(bench.plan.prefix)
-    assert len(prefix) == 2
-    bench.model(prefix[None], **remember)
+    rival = rivals.with_prefix(bench)
+    assert rival.chosen["prefix"][-1] == bench.source.tokenizer.bos_token_id
+    bench.model(torch.tensor([rival.chosen["prefix"]]), **remember)
     logits = bench.model(rows[:1], **remember).logits[:, :-1].mT
     expected = torch.nn.functional.cross_entropy(logits, rows[:1, 1:])
-    found = loss(rivals.with_prefix(bench).subject, rows[:1])
+    found = loss(rival.subject, rows[:1])
     assert found == pytest.approx(float(expected), rel=1e-5)
     assert found != pytest.approx(loss(rivals.original(bench), rows[:1]), rel=1e-4)
 

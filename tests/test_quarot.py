@@ -1,0 +1,90 @@
+"""`scripts/quarot.py` rotates as QuaRot does, where its own implementation and paper say how."""
+
+import pytest
+import torch
+from quarot import turn
+from tiny import HEAD_DIM, HIDDEN, tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from absorb.families import FAMILIES, Family
+from absorb.graft import twin
+from absorb.quantize import FORMATS, quantised, watching_inputs
+from absorb.rotation import rotated
+from absorb.watch import linears_of
+from absorb.weights import weight_at
+
+LLAMA = FAMILIES["llama"]
+
+
+@torch.no_grad()
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """A Llama as QuaRot writes it: no weight in any norm, and one rotation for the whole stream.
+
+    The values of a head are rotated by their matrix, and only what o_proj and down_proj read is
+    rotated while the model runs.
+    """
+    stream, head = rotated(torch.eye(HIDDEN)), rotated(torch.eye(HEAD_DIM))
+    model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight @ stream)
+    into = [(model.model.norm, [model.lm_head])]
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        into += [
+            (layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
+            (layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
+        ]
+        for writer in (attention.o_proj, mlp.down_proj):
+            writer.weight.copy_(stream.T @ rotated(writer.weight))
+            writer.register_forward_pre_hook(lambda _, args: (rotated(args[0]),))
+        # What o_proj reads is rotated as the heads gave it, so it takes them back first.
+        turned = attention.v_proj.weight.view(-1, HEAD_DIM, HIDDEN)
+        attention.v_proj.weight.copy_((head.T @ turned).flatten(0, 1))
+        attention.v_proj.register_forward_hook(
+            lambda _, __, out: (out.unflatten(-1, (-1, HEAD_DIM)) @ head.T).flatten(-2)
+        )
+    for norm, readers in into:
+        for reader in readers:
+            reader.weight.copy_(reader.weight * norm.weight @ stream)
+        norm.weight.fill_(1)
+    return model
+
+
+def read(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
+    """What every Linear is given, under its name."""
+    seen: dict[str, Tensor] = {}
+    with watching_inputs(model, LLAMA, lambda name, values: seen.update({name: values})):
+        model(tokens)
+    return seen
+
+
+@torch.no_grad()
+def test_all_that_is_rounded_is_what_a_merged_rotation_has(tokens: Tensor) -> None:
+    ours = turn(twin(tiny("llama", torch.float32), LLAMA), LLAMA)
+    theirs = merged(tiny("llama", torch.float32))
+    for name in linears_of(theirs, LLAMA):
+        torch.testing.assert_close(weight_at(ours, name), weight_at(theirs, name))
+    found, expected = read(ours, tokens), read(theirs, tokens)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-4)
+    with (
+        quantised(ours, LLAMA, FORMATS["w4a4"], {}),
+        quantised(theirs, LLAMA, FORMATS["w4a4"], {}),
+    ):
+        logits = ours(tokens).logits, theirs(tokens).logits
+    exact = theirs(tokens).logits
+    assert (logits[0] - logits[1]).norm() < 0.1 * (logits[0] - exact).norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2", "gpt_neox", "olmo2"])
+@torch.no_grad()
+def test_a_rotation_changes_all_weights_and_nothing_else(name: str, tokens: Tensor) -> None:
+    family: Family = FAMILIES[name]
+    model = twin(tiny(name, torch.float32), family)
+    before, weights = model(tokens).logits, {}
+    for linear in linears_of(model, family):
+        weights[linear] = weight_at(model, linear).clone()
+    turn(model, family)
+    torch.testing.assert_close(model(tokens).logits, before, rtol=1e-3, atol=1e-4)
+    for linear, weight in weights.items():
+        assert not torch.allclose(weight_at(model, linear), weight, atol=1e-3)
