@@ -151,13 +151,18 @@ def _beginning(tokenizer: PreTrainedTokenizerBase, document: str, count: int) ->
 
 
 def documents(path: Path) -> list[str]:
-    """The different documents of a file: one a line in .jsonl, else the whole file."""
+    """The different documents of a file, not all empty: one a line in .jsonl, else all of it."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise AbsorbError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    if path.suffix != ".jsonl":
-        return [text]
+    found = [text] if path.suffix != ".jsonl" else _in_lines(path, text)
+    if not any(document.strip() for document in found):
+        raise AbsorbError(f"{path} holds no text; name a file that does")
+    return found
+
+
+def _in_lines(path: Path, text: str) -> list[str]:
     lines = enumerate(text.split("\n"), 1)  # other line breaks may stand in a string
     # Without repeats, so that no document is measured on that was trained on.
     return list(dict.fromkeys(_field(path, number, line) for number, line in lines if line.strip()))

@@ -70,12 +70,21 @@ def test_a_file_that_is_too_short_is_refused_with_both_numbers(
         gather(source, Calibration(text=path), 100)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe\x80binary"])
-def test_empty_and_binary_files_are_refused(source: Source, tmp_path: Path, content: bytes) -> None:
+def test_a_binary_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
-    path.write_bytes(content)
-    with pytest.raises(AbsorbError, match=r"text\.txt"):
-        gather(source, Calibration(text=path), 100)
+    path.write_bytes(b"\x00\xff\xfe\x80binary")
+    with pytest.raises(AbsorbError, match=r"text\.txt cannot be read as UTF-8"):
+        documents(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", ""), ("b.txt", "\n \n"), ("c.jsonl", ""), ("d.jsonl", '{"text": " "}\n')],
+)
+def test_a_file_without_text_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(AbsorbError, match=rf"{name} holds no text"):
+        documents(tmp_path / name)
 
 
 def test_documents_of_jsonl_are_told_apart_and_repeats_dropped(tmp_path: Path) -> None:
