@@ -115,10 +115,17 @@ def _sink_heads(measurement: Measurement, thresholds: Thresholds) -> tuple[SinkH
     return tuple(sorted(heads, key=lambda head: -head.weight))
 
 
-def _sink_tokens(measurement: Measurement, thresholds: Thresholds) -> tuple[SinkToken, ...]:
+def token_weights(measurement: Measurement) -> Tensor:
+    """The mean weight that a token gets from later ones: (layers, rows, three quarters of length).
+
+    The last tokens of a row are seen by so few others that their mean means nothing.
+    """
     weight = measurement.token_weight
-    # The last tokens of a row are seen by so few others that their mean means nothing.
-    weight = weight[:, :, : -(weight.shape[2] // 4)]
+    return weight[:, :, : -(weight.shape[2] // 4)]
+
+
+def _sink_tokens(measurement: Measurement, thresholds: Thresholds) -> tuple[SinkToken, ...]:
+    weight = token_weights(measurement)
     found: dict[tuple[int, int], list[tuple[int, float]]] = {}
     for layer, row, position in (weight > thresholds.sink_weight).nonzero().tolist():
         # A first token is a sink whatever it is; elsewhere its id is what makes it one.

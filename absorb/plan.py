@@ -25,9 +25,8 @@ from absorb.weights import column, heads_of, weight_at
 _ROWS, _BEGINNING = 4, 128
 # Half of the largest number in float16: other text may reach further than that of the calibration.
 _FLOAT16 = 2.0**15
-# The share of the prefix's effect beyond which the form `auto` keeps a layer's keys. Layers divide
-# into those that a constant fits and those that it does not: in SmolLM2 it leaves out 0.02 at most
-# in 25 of them, and 0.12 at least in five.
+# The share of the prefix's effect beyond which the form `auto` keeps a layer's keys. It says how
+# exact is exact enough, and is no property of a model: the errors that are reported are.
 _MOST_LEFT_OUT = 0.1
 _ALPHA = 0.5  # SmoothQuant's exponent (arXiv 2211.10438): activations and weights share the range
 

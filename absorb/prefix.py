@@ -8,22 +8,24 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
-from absorb.findings import find
-from absorb.measure import measure
+from absorb.findings import find, token_weights
+from absorb.measure import Measurement, measure
 from absorb.settings import Thresholds
 from absorb.source import Source
 from absorb.text import LENGTH, refuse_unknown_tokens
 from absorb.watch import led
 
-# Candidates are told apart on the beginnings of a few rows; an extension must prove itself on more.
+# Candidates are told apart on the beginnings of a few rows; an extension must prove itself on more,
+# and is looked for on all: a token is a sink in some rows only.
 _ROWS = 6
 _BEGINNING = 64
 _EXTENSIONS = 2
 # What absorbing one more sink token may cost in loss, as a share. Left in the text, a second sink
 # makes the fit depend on where it happens to stand.
 _TOLERANCE = 0.01
-# By how much, as a share, the loss behind another token must be lower than behind BOS. BOS was
-# trained to begin texts; sinks fitted to a token that wins by less did worse on other text.
+# By how much, as a share, the loss behind another token must be lower than behind a BOS that the
+# tokenizer does not add. BOS was trained to begin texts, and on so little text as candidates are
+# tried on, losses that differ by less say nothing of other text.
 _MARGIN = 0.03
 
 # Tokens that models make sinks of when no BOS was trained (arXiv 2402.17762, 2410.05265).
@@ -48,7 +50,7 @@ def find_prefix(
     candidate with the lowest loss (BOS by preference), and then the tokens that are attention
     sinks even behind it.
     """
-    tokens = tokens[:_ROWS]
+    whole, tokens = tokens, tokens[:_ROWS]
     if wish is not None:
         return [_try(source, wish, tokens)]
     known = source.model.config.vocab_size  # a tokenizer may have more: padding that was added
@@ -59,7 +61,8 @@ def find_prefix(
     trials.sort(key=lambda trial: -trial.loss * (1 - _MARGIN * (trial.prefix == (bos,))))
     best = _try(source, trials.pop().prefix, tokens)
     for _ in range(_EXTENSIONS):
-        token = _next_sink(source, best.prefix, tokens, thresholds)
+        seen = measure(source.model, source.family, whole, torch.tensor(best.prefix))
+        token = strongest_sink(seen, best.prefix, thresholds)
         if token is None:
             break
         longer = _try(source, (*best.prefix, token), tokens)
@@ -71,14 +74,19 @@ def find_prefix(
     return [*trials, best]
 
 
-def _next_sink(
-    source: Source, prefix: tuple[int, ...], tokens: Tensor, thresholds: Thresholds
+def strongest_sink(
+    measurement: Measurement, prefix: tuple[int, ...], thresholds: Thresholds
 ) -> int | None:
-    """The token that is a sink in most layers although the prefix stands before the text."""
-    measurement = measure(source.model, source.family, tokens, torch.tensor(prefix))
+    """The sink token not in `prefix`, behind which text was measured, that takes most attention.
+
+    Its weight is summed over layers and places: the highest may be that of one place, in one text.
+    """
     sinks = find(measurement, thresholds).sink_tokens
-    left = [sink for sink in sinks if sink.token >= 0 and sink.token not in prefix]
-    return max(left, key=lambda sink: len(sink.layers)).token if left else None
+    left = [sink.token for sink in sinks if sink.token >= 0 and sink.token not in prefix]
+    weight = token_weights(measurement)
+    taken = torch.where(weight > thresholds.sink_weight, weight, 0).sum(0)
+    tokens = measurement.tokens[:, : taken.shape[1]]
+    return max(left, key=lambda token: float(taken[tokens == token].sum()), default=None)
 
 
 def lead_of(tokenizer: PreTrainedTokenizerBase) -> Tensor:
