@@ -58,7 +58,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
         draft = prepare(job, say, fine_tune.training_rows, resume)
         source, student, plan = draft.source, draft.student, draft.plan
         if not plan.smoothing:  # a plan that was read holds the scales, and they are grafted
-            plan = replace(plan, smoothing=smoothed(draft))
+            plan = replace(plan, smoothing=smoothed(student, draft))
         if draft.progress is not None:
             draft.progress.keep_draft(draft.texts, plan, draft.inspection)
             say(f"kept in {draft.progress.folder}; the same command goes on from here")
@@ -118,7 +118,7 @@ def exhibit(job: Job, say: Say) -> Exhibit:
     """The same, with how the model looks before and after what convert does before a fine-tune."""
     draft = prepare(job, say, training_rows=None)
     assert draft.measurement is not None  # no plan is read to inspect
-    smoothed(draft)
+    smoothed(draft.student, draft)
     tokens, nothing = draft.texts.calibration, torch.tensor([], dtype=torch.long)
     after = measure(draft.student, draft.source.family, tokens, nothing)
     return exhibit_of(draft.inspection, draft.source, draft.measurement, after)
@@ -143,12 +143,19 @@ def picture(job: Job, html: Path | None, png: Path | None, say: Say) -> Inspecti
     return shown.inspection
 
 
-def smoothed(draft: Draft) -> dict[str, Tensor]:
-    """Smooth the student; the scales, as a plan holds them."""
+def smoothed(student: PreTrainedModel, draft: Draft) -> dict[str, Tensor]:
+    """Smooth a student of the draft in place; the scales, as a plan holds them."""
     family = draft.source.family
-    scales = smoothing_scales(draft.student, family, draft.texts.scaling)
-    smooth(draft.student, family, scales)
+    scales = smoothing_scales(student, family, draft.texts.scaling)
+    smooth(student, family, scales)
     return scales
+
+
+def fresh(draft: Draft) -> PreTrainedModel:
+    """Another untrained student, smoothed, for those who make several of one draft."""
+    student = graft(draft.source.model, draft.source.family, draft.plan)
+    smoothed(student, draft)
+    return student
 
 
 def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False) -> Draft:

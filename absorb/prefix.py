@@ -24,8 +24,8 @@ _EXTENSIONS = 2
 # makes the fit depend on where it happens to stand.
 _TOLERANCE = 0.01
 # By how much, as a share, the loss behind another token must be lower than behind a BOS that the
-# tokenizer does not add. BOS was trained to begin texts, and on so little text as candidates are
-# tried on, losses that differ by less say nothing of other text.
+# tokenizer does not add. BOS was trained to begin texts; where another token won by less, sinks
+# that were fitted to it did worse on other text.
 _MARGIN = 0.03
 
 # Tokens that models make sinks of when no BOS was trained (arXiv 2402.17762, 2410.05265).
