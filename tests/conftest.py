@@ -1,22 +1,28 @@
-"""What several test files share."""
+"""What several test files share.
 
+The process that hands out the tests reads this too, so that torch is imported in fixtures alone.
+"""
+
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from tiny import VOCABULARY, tiny
-from tiny_tokenizer import tiny_tokenizer
-from torch import Tensor
 
-import absorb
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# Tiny models gain nothing from threads, and on a busy machine waiting for them costs minutes.
-torch.set_num_threads(1)
+# Tiny models gain nothing from threads, and on a busy machine waiting for them costs minutes. torch
+# looks here when it is imported, in the processes that tests start as well.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture
-def tokens() -> Tensor:
+def tokens() -> "Tensor":
     """Two random texts without special tokens: (2, 16)."""
+    import torch
+    from tiny import VOCABULARY
+
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, VOCABULARY, (2, 16), generator=generator)
 
@@ -24,6 +30,10 @@ def tokens() -> Tensor:
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a tokenizer and a licence, as a folder."""
+    import torch
+    from tiny import tiny
+    from tiny_tokenizer import tiny_tokenizer
+
     folder = tmp_path_factory.mktemp("original") / "tiny-llama"
     tiny("llama", torch.float32).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -32,8 +42,36 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def converted(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough text to convert a tiny model with: reading it is faster than sampling."""
+    from tiny_tokenizer import letters
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(letters(9_000))
+    return path
+
+
+@pytest.fixture(scope="session")
+def converted(original: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of that model, converted. Copy it before changing anything in it."""
+    import absorb
+
     out = tmp_path_factory.mktemp("converted") / "model"
-    absorb.convert(original, out, steps=0)
+    absorb.convert(original, out, text=text_file, steps=0)
     return out
+
+
+@pytest.fixture
+def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify in this process: a stranger's takes seconds to begin, and other tests have one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from absorb.stranger import logits_after
+
+    def said(folder: Path, tokens: tuple[int, ...]) -> list[list[float]]:
+        kind = AutoModelForCausalLM
+        model = kind.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+        return logits_after(model.eval(), tokens)
+
+    monkeypatch.setattr("absorb.verify._said_to_a_stranger", said)

@@ -56,7 +56,8 @@ def test_a_card_and_its_report_keep_to_themselves_where_things_lay(
         assert str(original.parent) not in text
         assert str(converted.parent) not in text
     assert (
-        "absorb convert tiny-llama --out DIR --steps 0\n" in (converted / "README.md").read_text()
+        "absorb convert tiny-llama --out DIR --text text.txt --steps 0\n"
+        in (converted / "README.md").read_text()
     )
 
 

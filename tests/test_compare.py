@@ -54,9 +54,10 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted(source: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "model"
     command = ["convert", str(source), "--out", str(out), "--steps", "0", "--sink", "key"]
+    command += ["--text", str(text_file)]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     return out

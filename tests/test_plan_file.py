@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import HIDDEN, LAYERS, NOTHING, tiny
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import letters, tiny_tokenizer
 from torch import Tensor
 
 from absorb import plan as plan_module
@@ -60,8 +60,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return converted(model, tmp_path_factory.mktemp("made") / "first", *LOW)
+def made(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("made") / "first"
+    return converted(model, out, "--text", str(text_file), *LOW)
 
 
 @pytest.mark.slow
@@ -71,11 +72,16 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=str,
 )
 def test_the_plan_file_alone_gives_the_same_weights_whatever_the_text(
-    sink: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sink: str,
+    dtype: torch.dtype,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = saved(tmp_path / "model", dtype)
     monkeypatch.setattr(plan_module, "_MOST_LEFT_OUT", 0.3)
-    first = converted(model, tmp_path / "first", "--sink", sink, *LOW)
+    text = ["--text", str(text_file)]
+    first = converted(model, tmp_path / "first", "--sink", sink, *text, *LOW)
     found = report(first)["inspection"]
     keyed = len(found["keyed_layers"])
     assert {"logit": keyed == 0, "auto": 0 < keyed < LAYERS, "key": keyed == LAYERS}[sink]
@@ -83,19 +89,21 @@ def test_the_plan_file_alone_gives_the_same_weights_whatever_the_text(
     assert found["residual_scales"]
     shutil.copy(first / PLAN, tmp_path / "alone.safetensors")
     plan = ["--plan", str(tmp_path / "alone.safetensors")]
-    second = converted(model, tmp_path / "second", *plan, "--seed", "1")
+    (tmp_path / "other.txt").write_text(letters(9_000, seed=1))
+    text = ["--text", str(tmp_path / "other.txt")]
+    second = converted(model, tmp_path / "second", *plan, *text)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (second / name).read_bytes() == (first / name).read_bytes(), name
     assert report(second)["inspection"]["text_sha256"] != found["text_sha256"]
 
 
 def test_a_conversion_by_a_plan_reports_the_same_figures_and_says_where_it_is_from(
-    model: Path, made: Path, tmp_path: Path
+    model: Path, made: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    result = absorb("convert", model, "--plan", made, "--out", out, "--steps", "0")
+    out, text = tmp_path / "out", ["--text", str(text_file)]
+    result = absorb("convert", model, "--plan", made, "--out", out, "--steps", "0", *text)
     assert result.exit_code == 0, result.output
-    assert "sampling text" in result.stderr
+    assert "reading text" in result.stderr
     assert "read from first" in result.stdout
     assert "read from first" in (out / "README.md").read_text()
     for work in ("measuring the stream", "choosing the prefix", "fitting sinks", "removing"):
@@ -110,13 +118,15 @@ def test_a_conversion_by_a_plan_reports_the_same_figures_and_says_where_it_is_fr
     kept = after["inspection"]["arguments"]["thresholds"]
     assert kept == before["inspection"]["arguments"]["thresholds"]
     again = tmp_path / "again"
-    converted(model, again, "--plan", str(out))
+    converted(model, again, "--plan", str(out), *text)
     assert (again / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
 
-def test_a_conversion_by_a_plan_can_be_fine_tuned(model: Path, made: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    result = absorb("convert", model, "--plan", made / PLAN, "--out", out, "--steps", "2")
+def test_a_conversion_by_a_plan_can_be_fine_tuned(
+    model: Path, made: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out, text = tmp_path / "out", ["--text", text_file]
+    result = absorb("convert", model, "--plan", made / PLAN, "--out", out, "--steps", "2", *text)
     assert result.exit_code == 0, result.output
     assert len(report(out)["losses"]["training"]) == 2
 

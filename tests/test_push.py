@@ -71,6 +71,7 @@ def arrived(hub: FakeHub, folder: Path, repository: str = REPOSITORY) -> bool:
     return all((there / name).read_bytes() == (folder / name).read_bytes() for name in names)
 
 
+@pytest.mark.usefixtures("at_home")
 def test_a_push_is_verified_complete_and_told(hub: FakeHub, folder: Path) -> None:
     result = push(folder, "model", "--private")
     assert result.exit_code == 0, result.output
@@ -94,10 +95,12 @@ def test_a_changed_folder_is_not_uploaded(hub: FakeHub, folder: Path) -> None:
     assert not hub.folders
 
 
+@pytest.mark.usefixtures("at_home")
 def test_a_conversion_is_pushed_when_it_is_written(
-    hub: FakeHub, original: Path, tmp_path: Path
+    hub: FakeHub, original: Path, text_file: Path, tmp_path: Path
 ) -> None:
     command = ["convert", str(original), "--out", str(tmp_path / "out"), "--steps", "0"]
+    command += ["--text", str(text_file)]
     result = CliRunner().invoke(main, [*command, "--push-to-hub", REPOSITORY, "--json"])
     assert result.exit_code == 0, result.output
     assert "uploaded to" in result.stderr

@@ -148,9 +148,12 @@ def test_misuse_is_told_from_refusal(tmp_path: Path) -> None:
     assert missing.exit_code == 1
 
 
-def test_a_conversion_by_the_clock_is_reported(source: Path, tmp_path: Path) -> None:
+def test_a_conversion_by_the_clock_is_reported(
+    source: Path, text_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    command = ["convert", str(source), "--out", str(out), "--minutes", "0.02"]
+    command = ["convert", str(source), "--out", str(out), "--text", str(text_file)]
+    command += ["--minutes", "0.02"]
     assert CliRunner().invoke(main, [*command, "--steps", "1"]).exit_code == 2
     assert CliRunner().invoke(main, [*command[:-1], "0"]).exit_code == 2
     assert CliRunner().invoke(main, [*command[:-1], "nan"]).exit_code == 2
@@ -170,9 +173,12 @@ def test_help_does_not_wait_for_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_key_form_converts_and_reloads_as_the_teacher(source: Path, tmp_path: Path) -> None:
+def test_the_key_form_converts_and_reloads_as_the_teacher(
+    source: Path, text_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "key"
     command = ["convert", str(source), "--out", str(out), "--steps", "0", "--sink", "key"]
+    command += ["--text", str(text_file)]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     report = json.loads((out / "absorb.json").read_text())["inspection"]

@@ -228,11 +228,12 @@ def test_the_listing_stays_short_when_every_channel_is_scaled() -> None:
     assert len(listing(rows).splitlines()) < 20
 
 
-def test_a_checkpoint_of_such_a_model_runs_in_float16(tmp_path: Path) -> None:
+def test_a_checkpoint_of_such_a_model_runs_in_float16(text_file: Path, tmp_path: Path) -> None:
     model = overflowing(FAMILIES["gemma2"])
     stored(model, torch.bfloat16).save_pretrained(tmp_path / "source")
     tiny_tokenizer().save_pretrained(tmp_path / "source")
     command = ["convert", str(tmp_path / "source"), "--out", str(tmp_path / "out"), "--steps", "0"]
+    command += ["--text", str(text_file)]
     result = CliRunner().invoke(main, [*command, "--residual-target", "2"])
     assert result.exit_code == 0, result.output
     assert "channels to fit float16" in result.stdout

@@ -2,6 +2,7 @@
 
 from string import ascii_lowercase
 
+import torch
 from tiny import VOCABULARY
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -29,3 +30,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         chat_template=TEMPLATE,
     )
+
+
+def letters(count: int, seed: int = 0) -> str:
+    """A text of so many tokens, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return "".join(ascii_lowercase[i] for i in torch.randint(26, (count,), generator=generator))
