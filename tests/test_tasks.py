@@ -134,11 +134,15 @@ def test_a_bad_line_is_named(line: Any, sentence: str, folder: Path, tmp_path: P
 def test_what_is_no_task_is_refused(folder: Path, tmp_path: Path) -> None:
     refused(run(folder, "--tasks", file_of(tmp_path, [""])), "holds no question")
     refused(run(folder, "--tasks", tmp_path / "no.jsonl"), "no.jsonl cannot be read")
-    refused(run(folder, "--tasks", "no_such_task,piqa"), "has no task no_such_task")
     (tmp_path / "other").mkdir()
     twice = (file_of(tmp_path / at, QUESTIONS) for at in ("", "other"))
     refused(run(folder, "--tasks", ",".join(map(str, twice))), "two tasks are called riddles")
     assert run(folder, "--tasks", "piqa,,arc_easy").exit_code == 2
+
+
+@pytest.mark.slow
+def test_a_task_that_the_harness_does_not_know_is_refused(folder: Path) -> None:
+    refused(run(folder, "--tasks", "no_such_task,piqa"), "has no task no_such_task")
 
 
 def test_the_harness_is_asked_for_by_name_where_it_is_missing(

@@ -1,7 +1,9 @@
 """Text from a file or from the model itself, and what is said when there is none to be had."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,12 @@ def source() -> Source:
         license=None,
         commit=None,
     )
+
+
+@pytest.fixture(scope="module")
+def sampled(source: Source) -> Callable[..., Texts]:
+    """Text for so many rows of training, and a seed: it takes seconds."""
+    return cache(lambda rows, seed=0: gather(source, Calibration(seed=seed), rows))
 
 
 def parts(texts: Texts) -> list[torch.Tensor]:
@@ -102,8 +110,8 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str) -> None:
         documents(path)
 
 
-def test_sampled_text_is_the_models_own(source: Source) -> None:
-    texts = gather(source, Calibration(), 3)
+def test_sampled_text_is_the_models_own(source: Source, sampled: Callable[..., Texts]) -> None:
+    texts = sampled(3)
     sizes = [len(part) for part in parts(texts)]
     assert sizes == [CALIBRATION_ROWS, VALIDATION_ROWS, HELD_OUT_ROWS, 3]
     rows = torch.cat(parts(texts))
@@ -112,15 +120,18 @@ def test_sampled_text_is_the_models_own(source: Source) -> None:
     assert not (rows == source.tokenizer.eos_token_id).any()
 
 
-def test_what_is_fitted_to_does_not_depend_on_what_else_is_sampled(source: Source) -> None:
-    alone, more = gather(source, Calibration(), None), gather(source, Calibration(), 3)
+def test_what_is_fitted_to_does_not_depend_on_what_else_is_sampled(
+    sampled: Callable[..., Texts],
+) -> None:
+    alone, more = sampled(None), sampled(3)
     assert torch.equal(alone.calibration, more.calibration)
     assert torch.equal(alone.validation, more.validation)
     assert len(alone.held_out) == len(alone.training) == 0
 
 
-def test_the_seed_decides_what_is_sampled(source: Source) -> None:
-    first, again, other = (gather(source, Calibration(seed=seed), None) for seed in (0, 0, 1))
+def test_the_seed_decides_what_is_sampled(source: Source, sampled: Callable[..., Texts]) -> None:
+    first, other = sampled(None), sampled(None, seed=1)
+    again = gather(source, Calibration(seed=0), None)
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert not torch.equal(first.calibration, other.calibration)
 
