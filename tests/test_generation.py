@@ -110,10 +110,22 @@ def test_generation_shows_what_it_computed(family: str, form: str) -> None:
     assert out.logits[0].shape == (2, VOCABULARY)
 
 
-@pytest.mark.parametrize(("family", "form"), [("llama", "key"), ("gemma2", "logit")])
-def test_a_static_cache_compiles_without_a_break(family: str, form: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "form", "settings"),
+    [
+        ("llama", "key", {"num_hidden_layers": 1}),
+        (
+            "gemma2",
+            "logit",
+            {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+        ),
+    ],
+)
+def test_a_static_cache_compiles_without_a_break(
+    family: str, form: str, settings: dict[str, Any]
+) -> None:
     torch.compiler.reset()
-    model = sinked(family, form)
+    model = sinked(family, form, **settings)
     compiled = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
     compiled._compile_all_devices = True  # else only on a GPU
     expected = generated(model)

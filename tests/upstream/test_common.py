@@ -65,7 +65,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "mixtral": {"head_dim": HEAD_DIM},
 }
-FORMS = ("logit", "key")
+KEYED = {"logit": 0, "mixed": 1, "key": LAYERS}  # how many of the layers have keys, by form
+# In mixed form there are parameters of both kinds.
+CASES = [(family, "mixed") for family in FAMILIES if family != "llama"]
+CASES += [("llama", "logit"), ("llama", "key")]
 # Those that need a GPU, another package or another kind of model skip themselves.
 SKIPPED = {
     "*.test_can_set_attention_dynamically": "our attention has its own names and refusals",
@@ -88,7 +91,7 @@ AT_WORK = {
 def subject(family: str, form: str) -> tuple[PreTrainedConfig, Any, Any]:
     """The configuration of an absorbed model, its class, and that with a language model head."""
     stock = tiny(family, torch.float32, num_hidden_layers=LAYERS, **FAMILIES[family])
-    sinks = prefix_of(stock, torch.tensor([1, 9])).layers if form == "key" else ()
+    sinks = prefix_of(stock, torch.tensor([1, 9])).layers[: KEYED[form]]
     config = twin(stock, family_of(family), sinks).config
     config._attn_implementation = None  # as before there is a model
     base, causal = (modeling_absorb.absorbed(type(model)) for model in (stock.base_model, stock))
@@ -156,11 +159,10 @@ def test_what_is_skipped_is_there() -> None:
     assert all(filter_names(names, pattern) for pattern in SKIPPED)
 
 
-for _family in FAMILIES:
-    for _form in FORMS:
-        _name = f"Test_{_family}_{_form}"
-        globals()[_name] = type(
-            _name,
-            (Common, unittest.TestCase),
-            {"family": _family, "form": _form, "__module__": __name__},
-        )
+for _family, _form in CASES:
+    _name = f"Test_{_family}_{_form}"
+    globals()[_name] = type(
+        _name,
+        (Common, unittest.TestCase),
+        {"family": _family, "form": _form, "__module__": __name__},
+    )
