@@ -49,7 +49,7 @@ def test_the_demo_model_speaks_and_can_be_saved(source: Source, tmp_path: Path) 
 def test_the_outliers_of_the_demo_model_are_found_and_absorbed(source: Source) -> None:
     model, family = source.model, source.family
     ids = source.tokenizer(LICENSE.read_text())["input_ids"]
-    text = torch.tensor(ids[: 8 * 256]).view(8, 256)
+    text = torch.tensor(ids[: 8 * 128]).view(8, 128)
     measurement = measure(model, family, text, NOTHING)
     found = find(measurement, Thresholds())
     spikes = {(spike.layer, spike.neuron) for spike in found.spike_neurons}
