@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from absorb.quantize import FORMATS
 from absorb.rehearse import FORMAT_FOR, rehearsing
 from absorb.report import Inspection, Probe, Report, layer_figures, to_json, versions
 from absorb.score import Subject, evaluate
-from absorb.settings import Job, Thresholds
+from absorb.settings import Job, Purpose, Thresholds
 from absorb.source import Source, load
 from absorb.text import Texts, gather
 from absorb.write import as_stored, without_bos, write
@@ -55,17 +55,18 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
     """
     with staged(job.out, job.force) as folder:
         fine_tune = recipe(job.distillation, device_of(job.device))
+        goal = FORMAT_FOR.get(fine_tune.purpose)
         draft = prepare(job, say, fine_tune.training_rows, resume)
         source, student, plan = draft.source, draft.student, draft.plan
         if not plan.smoothing:  # a plan that was read holds the scales, and they are grafted
-            plan = replace(plan, smoothing=smoothed(student, draft))
+            purpose = fine_tune.purpose
+            plan = replace(plan, smoothing=smoothed(student, draft, purpose))
         if draft.progress is not None:
             draft.progress.keep_draft(draft.texts, plan, draft.inspection)
             say(f"kept in {draft.progress.folder}; the same command goes on from here")
         write_plan(folder, plan, draft.inspection)
         prefix = torch.tensor(plan.prefix)
         say(f"fine-tune: {fine_tune}")
-        goal = FORMAT_FOR.get(fine_tune.purpose)
         with (
             rehearsing(student, source.family, FORMATS[goal], draft.texts.scaling)
             if goal
@@ -143,18 +144,21 @@ def picture(job: Job, html: Path | None, png: Path | None, say: Say) -> Inspecti
     return shown.inspection
 
 
-def smoothed(student: PreTrainedModel, draft: Draft) -> dict[str, Tensor]:
+def smoothed(
+    student: PreTrainedModel, draft: Draft, purpose: Purpose = "none"
+) -> dict[str, Tensor]:
     """Smooth a student of the draft in place; the scales, as a plan holds them."""
-    family = draft.source.family
-    scales = smoothing_scales(student, family, draft.texts.scaling)
+    family, goal = draft.source.family, FORMAT_FOR.get(purpose)
+    order = 2 if goal and FORMATS[goal].rotates else inf
+    scales = smoothing_scales(student, family, draft.texts.scaling, order=order)
     smooth(student, family, scales)
     return scales
 
 
-def fresh(draft: Draft) -> PreTrainedModel:
+def fresh(draft: Draft, purpose: Purpose = "none") -> PreTrainedModel:
     """Another untrained student, smoothed, for those who make several of one draft."""
     student = graft(draft.source.model, draft.source.family, draft.plan)
-    smoothed(student, draft)
+    smoothed(student, draft, purpose)
     return student
 
 

@@ -15,7 +15,7 @@ from absorb.families import Family
 from absorb.findings import Findings, SpikeNeuron
 from absorb.fit import KeySink, LayerSink
 from absorb.measure import Measurement
-from absorb.quantize import input_peaks
+from absorb.quantize import input_peaks, power_mean
 from absorb.settings import Sink
 from absorb.sinks import Prefix, fit_sinks, prefix_of, prefixed
 from absorb.watch import each_name, layers_of, led
@@ -176,39 +176,50 @@ def residual_scales(measurement: Measurement, findings: Findings, target: float)
 
 
 def smoothing_scales(
-    student: PreTrainedModel, family: Family, tokens: Tensor, alpha: float = _ALPHA
+    student: PreTrainedModel,
+    family: Family,
+    tokens: Tensor,
+    alpha: float = _ALPHA,
+    order: float = inf,
 ) -> dict[str, Tensor]:
     """SmoothQuant scales by the name of what they divide, as `smooth` takes them.
 
     Links are norm → matrices, value → output and up → down. Each scale is
     `max|x|^α / max|W|^(1-α)`, with the inputs x seen on calibration text (rows, length).
+
+    The order 2 takes root mean squares for the largest. This is for what is rotated before it is
+    rounded: outliers are spread anyway, the error is as the product of the norms of `x / s` and
+    `W s`, and by Cauchy and Schwarz that is least where both share the range, channel by channel.
     """
     with hastened(student.device):
-        peaks = input_peaks(student, family, tokens)
+        inputs = input_peaks(student, family, tokens, order=order)
     scales = {}
     for name, readers in family.links.items():
-        peak = torch.stack([peaks[reader] for reader in each_name(student, family, readers[0])])
-        weight = torch.stack([_reach(student, family, r, peak[0]) for r in readers]).amax(0)
+        size = torch.stack([inputs[reader] for reader in each_name(student, family, readers[0])])
+        reach = [_reach(student, family, r, size[0], order) for r in readers]
+        weight = power_mean(torch.stack(reach), order, 0)
         if name == family.value:
-            peak, weight = (_shared(part, student, family) for part in (peak, weight))
-        scale = peak.clamp_min(1e-5) ** alpha / weight.clamp_min(1e-5) ** (1 - alpha)
+            size, weight = (_shared(part, student, family, order) for part in (size, weight))
+        scale = size.clamp_min(1e-5) ** alpha / weight.clamp_min(1e-5) ** (1 - alpha)
         # Of an expert that calibration never reached, nothing is known.
-        scales[name] = torch.where(peak > 0, scale.clamp(1e-3, 1e3), 1.0).cpu()
+        scales[name] = torch.where(size > 0, scale.clamp(1e-3, 1e3), 1.0).cpu()
     return scales
 
 
-def _reach(student: PreTrainedModel, family: Family, name: str, peak: Tensor) -> Tensor:
-    """The largest weight of every input channel, in the shape (layers, ...) of the inputs' peak.
+def _reach(
+    student: PreTrainedModel, family: Family, name: str, size: Tensor, order: float
+) -> Tensor:
+    """How large the weights of every input channel are, in the shape (layers, ...) of `size`.
 
     Experts that read the same channels share it.
     """
     layers = layers_of(student, family)
-    reaches = [weight_at(layer, name).detach().abs().amax(-2) for layer in layers]
-    return torch.stack([reach.view(-1, *peak.shape).amax(0) for reach in reaches])
+    reaches = [power_mean(weight_at(layer, name).detach(), order, -2) for layer in layers]
+    return torch.stack([power_mean(reach.view(-1, *size.shape), order, 0) for reach in reaches])
 
 
-def _shared(channels: Tensor, student: PreTrainedModel, family: Family) -> Tensor:
-    """The largest over the query heads (layers, heads * head_dim) that read one value channel."""
+def _shared(channels: Tensor, student: PreTrainedModel, family: Family, order: float) -> Tensor:
+    """The mean over the query heads (layers, heads * head_dim) that read one value channel."""
     heads, kv_heads = heads_of(student.config, family)
     grouped = channels.view(len(channels), kv_heads, heads // kv_heads, -1)
-    return grouped.amax(2).flatten(1)
+    return power_mean(grouped, order, 2).flatten(1)

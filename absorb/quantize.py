@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from math import inf
 from typing import Any
 
 import torch
@@ -46,24 +47,35 @@ _TRIED = 512
 
 @torch.no_grad()
 def input_peaks(
-    model: PreTrainedModel, family: Family, tokens: Tensor, lead: Tensor | None = None
+    model: PreTrainedModel,
+    family: Family,
+    tokens: Tensor,
+    lead: Tensor | None = None,
+    order: float = inf,
 ) -> dict[str, Tensor]:
     """The largest magnitude of every input channel (channels,) of every Linear, by name.
 
     And of `up` and `down` of all experts: (channels,) and (experts, channels). tokens is
-    (rows, length); each row is read after the tokens `lead` (n,).
+    (rows, length); each row is read after the tokens `lead` (n,). The order 2 gives root mean
+    squares instead.
     """
-    peaks: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {}
 
     def see(name: str, value: Tensor) -> None:
-        peak = value.abs().amax(0).float()
-        peaks[name] = peak if name not in peaks else torch.maximum(peaks[name], peak)
+        seen.setdefault(name, []).append(power_mean(value, order, 0))
 
     rows = tokens if lead is None else led(tokens, lead)
     with watching_inputs(model, family, see):
         for batch in tqdm(rows.split(_ROWS), desc="measuring inputs of Linears", unit="batch"):
             model.base_model(batch.to(model.device), use_cache=False)
-    return peaks
+    return {name: power_mean(torch.stack(means), order, 0) for name, means in seen.items()}
+
+
+def power_mean(values: Tensor, order: float, dim: int) -> Tensor:
+    """The mean of magnitudes to the power of `order`, and its root: the largest for infinity."""
+    norm: Tensor = torch.linalg.vector_norm(values, order, dim, dtype=torch.float32)
+    share: float = values.shape[dim] ** (-1 / order)
+    return norm * share
 
 
 @torch.no_grad()
@@ -144,6 +156,10 @@ class Format:
     turn: Callable[[Tensor], Tensor] = _as_they_are  # of both, before they are rounded
     stream: Grid | None = None
     cache: Grid | None = None
+
+    @property
+    def rotates(self) -> bool:
+        return self.turn is rotated
 
     @property
     def mixes_rows(self) -> bool:

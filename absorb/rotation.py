@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _SEED = 0
+_WIDEST = 64  # of a power of two; a wider one is a product of several
 
 
 def rotated(values: Tensor) -> Tensor:
@@ -19,32 +20,44 @@ def rotated(values: Tensor) -> Tensor:
     The matrix is orthogonal, and the same at every call. Where no Hadamard matrix of the size is
     known here, equal blocks of channels are rotated each by itself.
     """
-    channels = values.shape[-1]
-    core = _core(channels).to(values.device)
+    signs, blocks, factors = _rotation(values.shape[-1], values.device)
+    with torch.autocast(values.device.type, enabled=False):
+        turned: Tensor = (values.float() * signs).unflatten(-1, (blocks, -1))
+        for factor in factors:
+            # The first axis of what a Kronecker product works on is taken, and becomes the last.
+            turned = (turned.unflatten(-1, (len(factor), -1)).mT @ factor.T).flatten(-2)
+    return turned.flatten(-2)
+
+
+@cache
+def _rotation(channels: int, device: torch.device) -> tuple[Tensor, int, tuple[Tensor, ...]]:
+    """A sign for each channel, the number of blocks, and what makes up the matrix of a block.
+
+    The matrix is the Kronecker product of the last, which are orthogonal. All are on the device,
+    since to send them anew takes longer than the rotation does.
+    """
+    draw = torch.Generator().manual_seed(_SEED)
+    signs = torch.randint(0, 2, (channels,), generator=draw).mul(2).sub(1).float()
+    core = _core(channels)
     rest = channels // len(core)
     width = rest & -rest  # the largest power of two in it
-    signed = values.float() * _signs(channels).to(values.device)
-    turned = core @ _walsh(signed.unflatten(-1, (-1, len(core), width)))
-    return turned.flatten(-3) / sqrt(len(core) * width)
+    factors = [core / sqrt(len(core))]
+    while width > 1:
+        size = min(width, _WIDEST)
+        factors.append(_sylvester(size) / sqrt(size))
+        width //= size
+    blocks = rest // (rest & -rest)
+    return signs.to(device), blocks, tuple(factor.to(device) for factor in factors)
 
 
-def _walsh(values: Tensor) -> Tensor:
-    """The last dimension, a power of two, times Sylvester's Hadamard matrix of ±1."""
-    size, half = values.shape[-1], 1
-    while half < size:
-        left, right = values.unflatten(-1, (-1, 2, half)).unbind(-2)
-        values = torch.stack([left + right, left - right], -2).flatten(-3)
-        half *= 2
-    return values
+def _sylvester(size: int) -> Tensor:
+    """Sylvester's Hadamard matrix of ±1, for a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1], [1, -1]]), matrix)
+    return matrix
 
 
-@cache
-def _signs(channels: int) -> Tensor:
-    draw = torch.Generator().manual_seed(_SEED)
-    return torch.randint(0, 2, (channels,), generator=draw).mul(2).sub(1).float()
-
-
-@cache
 def _core(channels: int) -> Tensor:
     """The smallest of Paley's matrices that is `channels` over a power of two, or (1, 1)."""
     least = channels // (channels & -channels)

@@ -1,0 +1,71 @@
+"""Smoothing scales share the range between what is read and the matrix that reads it."""
+
+from math import inf
+
+import pytest
+import torch
+from tiny import HIDDEN, tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from absorb.families import FAMILIES
+from absorb.graft import smooth
+from absorb.grids import INT4_ROW, rounded
+from absorb.plan import smoothing_scales
+from absorb.quantize import input_peaks, power_mean
+from absorb.rotation import rotated
+
+LLAMA = FAMILIES["llama"]
+ORDERS = pytest.mark.parametrize("order", [2, inf])
+NEURONS = 512
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def uneven() -> PreTrainedModel:
+    """A model whose neurons are of very different sizes."""
+    model = tiny("llama", torch.float32, intermediate_size=NEURONS)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight *= torch.randn(NEURONS, 1, generator=draw).exp2() ** 2
+    return model
+
+
+@ORDERS
+def test_every_channel_is_read_as_large_as_its_weights_are(tokens: Tensor, order: float) -> None:
+    model = uneven()
+    smooth(model, LLAMA, smoothing_scales(model, LLAMA, tokens, order=order))
+    read = input_peaks(model, LLAMA, tokens, order=order)[DOWN]
+    weight = power_mean(model.get_submodule(DOWN).weight.detach(), order, 0)
+    torch.testing.assert_close(read / weight, torch.ones(NEURONS), rtol=1e-3, atol=0)
+
+
+@ORDERS
+def test_what_is_read_is_measured(tokens: Tensor, order: float) -> None:
+    model, seen = uneven(), []
+    linear = model.get_submodule("model.layers.0.self_attn.q_proj")
+    linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    found = input_peaks(model, LLAMA, tokens, order=order)["model.layers.0.self_attn.q_proj"]
+    size = seen[0].abs().amax(0) if order == inf else seen[0].square().mean(0).sqrt()
+    assert found.shape == (HIDDEN,)
+    torch.testing.assert_close(found, size)
+
+
+@torch.no_grad()
+def test_root_mean_squares_are_better_for_what_is_rotated(tokens: Tensor) -> None:
+    model, seen = uneven(), []
+    down = model.get_submodule(DOWN)
+    down.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    model(tokens)
+    inputs, weight = seen[0], down.weight.detach()
+
+    def error(scale: Tensor | float) -> float:
+        read, matrix = rotated(inputs / scale), rotated(weight * scale)
+        product = rounded(read, INT4_ROW) @ rounded(matrix, INT4_ROW).T
+        return float((product - inputs @ weight.T).square().mean())
+
+    two, largest = (
+        error(smoothing_scales(model, LLAMA, tokens, order=order)["mlp.up_proj"][0])
+        for order in (2, inf)
+    )
+    assert two < 0.9 * min(largest, error(1.0))
