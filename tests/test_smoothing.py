@@ -21,10 +21,10 @@ NEURONS = 512
 DOWN = "model.layers.0.mlp.down_proj"
 
 
-def uneven() -> PreTrainedModel:
+def uneven(seed: int = 0) -> PreTrainedModel:
     """A model whose neurons are of very different sizes."""
     model = tiny("llama", torch.float32, intermediate_size=NEURONS)
-    draw = torch.Generator().manual_seed(1)
+    draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.up_proj.weight *= torch.randn(NEURONS, 1, generator=draw).exp2() ** 2
@@ -53,19 +53,24 @@ def test_what_is_read_is_measured(tokens: Tensor, order: float) -> None:
 
 @torch.no_grad()
 def test_root_mean_squares_are_better_for_what_is_rotated(tokens: Tensor) -> None:
-    model, seen = uneven(), []
+    # On average: which values are the largest of a rotated row is up to chance.
+    two, largest, without = (
+        sum(rounding_error(uneven(seed), tokens, order) for seed in range(8))
+        for order in (2, inf, None)
+    )
+    assert two < 0.95 * min(largest, without)
+
+
+def rounding_error(model: PreTrainedModel, tokens: Tensor, order: float | None) -> float:
+    """The mean squared error of one product in four bits, rotated, after smoothing."""
+    seen: list[Tensor] = []
     down = model.get_submodule(DOWN)
     down.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
     model(tokens)
     inputs, weight = seen[0], down.weight.detach()
-
-    def error(scale: Tensor | float) -> float:
-        read, matrix = rotated(inputs / scale), rotated(weight * scale)
-        product = rounded(read, INT4_ROW) @ rounded(matrix, INT4_ROW).T
-        return float((product - inputs @ weight.T).square().mean())
-
-    two, largest = (
-        error(smoothing_scales(model, LLAMA, tokens, order=order)["mlp.up_proj"][0])
-        for order in (2, inf)
-    )
-    assert two < 0.9 * min(largest, error(1.0))
+    scale = torch.ones(NEURONS)
+    if order is not None:
+        scale = smoothing_scales(model, LLAMA, tokens, order=order)["mlp.up_proj"][0]
+    read, matrix = rotated(inputs / scale), rotated(weight * scale)
+    product = rounded(read, INT4_ROW) @ rounded(matrix, INT4_ROW).T
+    return float((product - inputs @ weight.T).square().mean())
