@@ -73,7 +73,7 @@ def input_peaks(
 
 def power_mean(values: Tensor, order: float, dim: int) -> Tensor:
     """The mean of magnitudes to the power of `order`, and its root: the largest for infinity."""
-    norm: Tensor = torch.linalg.vector_norm(values, order, dim, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(values.float(), order, dim)
     share: float = values.shape[dim] ** (-1 / order)
     return norm * share
 
