@@ -59,8 +59,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
         draft = prepare(job, say, fine_tune.training_rows, resume)
         source, student, plan = draft.source, draft.student, draft.plan
         if not plan.smoothing:  # a plan that was read holds the scales, and they are grafted
-            purpose = fine_tune.purpose
-            plan = replace(plan, smoothing=smoothed(student, draft, purpose))
+            plan = replace(plan, smoothing=smoothed(student, draft, fine_tune.purpose))
         if draft.progress is not None:
             draft.progress.keep_draft(draft.texts, plan, draft.inspection)
             say(f"kept in {draft.progress.folder}; the same command goes on from here")
