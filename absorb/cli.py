@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from absorb import __version__
+from absorb.errors import AbsorbError
 from absorb.files import promised
 from absorb.options import (
     FORMATS,
@@ -115,11 +116,12 @@ def convert(
         if push_to_hub is not None:
             hub.admitted(hub.Destination(repository=push_to_hub))  # refused before the long work
         result = pipeline.convert(job, _say, resume)
-        click.echo(report.to_json(result).rstrip() if as_json else _story(result))
-    if not as_json:
-        click.echo(f"\nwritten to {out}; load it with from_pretrained(..., trust_remote_code=True)")
+        written = f"written to {out}; load it with from_pretrained(..., trust_remote_code=True)"
+        _print(report.to_json(result).rstrip() if as_json else f"{_story(result)}\n\n{written}")
     if push_to_hub is not None:
-        _say_where(_pushed(out, repository=push_to_hub), err=as_json)
+        with _uploading():
+            uploaded = _uploaded(hub.push(out, hub.Destination(repository=push_to_hub), _say))
+            (_say if as_json else _print)(uploaded)
 
 
 @main.command()
@@ -151,7 +153,7 @@ def inspect(as_json: bool, html: Path | None, png: Path | None, **options: Any) 
             result = pipeline.inspect(job, _say)
         else:
             result = pipeline.picture(job, html, png, _say)
-        click.echo(
+        _print(
             report.to_json(result).rstrip()
             if as_json
             else report.listing(report.finding_rows(result))
@@ -220,7 +222,7 @@ def evaluate(as_json: bool, html: Path | None, **options: Any) -> None:
 
             file.write(comparison_page(result).encode())
         rows = standing.comparison_rows(result)
-        click.echo(report.to_json(result).rstrip() if as_json else report.table(rows))
+        _print(report.to_json(result).rstrip() if as_json else report.table(rows))
 
 
 @main.command()
@@ -243,7 +245,7 @@ def verify(model: str, revision: str | None, as_json: bool) -> None:
 
         result = checks.verify(ModelRef(name=model, revision=revision), _say)
         rows = checks.check_rows(result)
-        click.echo(report.to_json(result).rstrip() if as_json else report.listing(rows))
+        _print(report.to_json(result).rstrip() if as_json else report.listing(rows))
     for reason in result.wrong:
         _say(f"absorb: {reason}")
     sys.exit(1 if result.wrong else 0)
@@ -268,31 +270,38 @@ def push(folder: Path, as_json: bool, **options: Any) -> None:
     """
     if options["create_pr"] and options["revision"] is not None:
         raise click.UsageError("a pull request is made for main; drop --create-pr or --revision")
-    result = _pushed(folder, **options)
-    if as_json:
-        from absorb import report
+    with _uploading():
+        from absorb import hub, report
 
-        click.echo(report.to_json(result).rstrip())
-    else:
-        _say_where(result)
+        result = hub.push(folder, hub.Destination(**options), _say)
+        _print(report.to_json(result).rstrip() if as_json else _uploaded(result))
 
 
-def _pushed(folder: Path, **options: Any) -> Any:
-    with Refusals(
+def _uploading() -> Refusals:
+    return Refusals(
         "close other programs, or push from a larger machine",
         "run `absorb push` again, and only what is missing is uploaded",
-    ):
-        from absorb import hub
-
-        return hub.push(folder, hub.Destination(**options), _say)
+    )
 
 
-def _say_where(pushed: Any, err: bool = False) -> None:
-    click.echo(f"uploaded to {pushed.url}; pin it by revision={pushed.commit!r}", err=err)
+def _uploaded(pushed: Any) -> str:
+    return f"uploaded to {pushed.url}; pin it by revision={pushed.commit!r}"
 
 
 def _say(sentence: str) -> None:
     click.echo(sentence, err=True)
+
+
+def _print(result: str) -> None:
+    """Results go to stdout. By now whatever was to be written is."""
+    try:
+        click.echo(result)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise AbsorbError(
+            f"the result could not be printed ({error.strerror}); check where the output goes"
+        ) from error
 
 
 def _story(result: Any) -> str:

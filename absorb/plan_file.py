@@ -74,7 +74,8 @@ def _read(file: Path) -> tuple[dict[str, Tensor], Inspection]:
             text = (content.metadata() or {}).get(_INSPECTION)
             if text is None:
                 raise AbsorbError(f"{file} is not a plan; {what_to_do}")
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            # Clones, as a tensor is a view of the file, and whoever writes there would change it.
+            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise AbsorbError(f"{file} cannot be read as a plan ({reason}); {what_to_do}") from error

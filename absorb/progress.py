@@ -7,7 +7,7 @@ kept once there is a plan, the fine-tune at every check and once a minute.
 import hashlib
 import json
 import os
-import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
@@ -70,12 +70,18 @@ class Progress:
         return texts, plan, inspection
 
     def keep_draft(self, texts: Texts, plan: Plan, inspection: Inspection) -> None:
-        """Keep the text and the plan. The plan comes first: the text says that both are there."""
+        """Keep the text and the plan, unless they are. The text says that both are there."""
+        if (self.folder / _TEXTS).is_file():
+            return
         with unwritable_explained(self.folder):
             self.folder.mkdir(exist_ok=True)
-        write_plan(self.folder, plan, inspection)
-        note = json.dumps({"mark": self.mark, "origin": texts.origin})
-        _write(self.folder / _TEXTS, {name: getattr(texts, name) for name in _PARTS}, note)
+        try:
+            write_plan(self.folder, plan, inspection)
+            note = json.dumps({"mark": self.mark, "origin": texts.origin})
+            _write(self.folder / _TEXTS, {name: getattr(texts, name) for name in _PARTS}, note)
+        except BaseException:  # nobody can go on from half of it
+            _clear(self.folder)
+            raise
 
     def state(self) -> State | None:
         """Where the fine-tune stood, if it had begun."""
@@ -105,7 +111,17 @@ def folder_beside(out: Path) -> Path:
 
 def forget(out: Path) -> None:
     """Remove what was kept, once the checkpoint is there."""
-    shutil.rmtree(folder_beside(out), ignore_errors=True)
+    _clear(folder_beside(out))
+
+
+def _clear(folder: Path) -> None:
+    """Remove what absorb keeps in a folder, and it too unless there are other things in it."""
+    if folder.is_dir():
+        for name in (_TEXTS, _STATE, PLAN):
+            (folder / name).unlink(missing_ok=True)
+            _partial(folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _mark(job: Job, source: Source) -> dict[str, str]:
@@ -123,12 +139,16 @@ def _mark(job: Job, source: Source) -> dict[str, str]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], note: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
+    partial = _partial(path)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(whole, partial, metadata={_NOTE: note})
     with partial.open("rb") as written:
         os.fsync(written.fileno())
     partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
 
 
 def _noted(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -28,6 +28,8 @@ class Refusals:
         if isinstance(error, AbsorbError):
             click.echo(f"absorb: {error}", err=True)
             sys.exit(1)
+        if isinstance(error, BrokenPipeError):
+            return  # click ends in silence, as the reader of stdout wants no more
         if isinstance(error, OSError):  # a name too long, a disk that fails, a file that vanished
             reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             click.echo(f"absorb: {reason}, so nothing was written; check the name", err=True)

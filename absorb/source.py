@@ -117,10 +117,10 @@ def _from_folder(
 ) -> Source:
     family = vetting.family_in(folder, ref.name, converted)
     files = vetting.weight_files(folder, ref.name)
-    elements = vetting.stored_elements(files)
+    elements, tensors = vetting.stored_elements(files)
     dtype = vetting.stored_dtype(elements, ref.name)
-    vetting.refuse_deeper(folder, files, ref.name)
-    with vetting.reading(ref.name), _quiet(files):
+    vetting.refuse_deeper(folder, tensors, ref.name)
+    with vetting.unchanged(files), vetting.reading(ref.name), _quiet(files):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=ref.trust_remote_code
         )
@@ -128,6 +128,7 @@ def _from_folder(
         vetting.refuse_larger(_outline(kind, folder), elements.total(), ref.name)
         loading: Any = kind.from_pretrained(
             folder,
+            disable_mmap=True,  # a file that is written to later must not change the weights
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # they are in `info`, and refused by name
             local_files_only=True,

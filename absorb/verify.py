@@ -209,7 +209,7 @@ def _small_tensors(folder: Path) -> tuple[dict[str, Tensor], Any]:
         with vetting.reading(file.name), safe_open(file, "pt") as content:
             names = [name for name in content.keys() if name.endswith(ours)]  # noqa: SIM118
             tensors |= {name: content.get_tensor(name) for name in names}
-    return tensors, vetting.stored_elements(files)
+    return tensors, vetting.stored_elements(files)[0]
 
 
 def _layers(tensors: dict[str, Tensor], kind: str) -> set[int]:

@@ -154,15 +154,31 @@ def _shards(index: Mapping[str, Any], name: str) -> list[str]:
     return sorted(shards)
 
 
-def stored_elements(files: list[Path]) -> Counter[str]:
-    """How many elements the files hold of each type, from their headers."""
+@contextmanager
+def unchanged(files: list[Path]) -> Iterator[None]:
+    """Refuse files that somebody writes to meanwhile: what is read of them may belong to two."""
+
+    def marks() -> list[tuple[int, int, int]]:
+        return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, files)]
+
+    before = marks()
+    yield
+    for file, then, now in zip(files, before, marks(), strict=True):
+        if then != now:
+            raise AbsorbError(f"{file} changed while it was read; try again once it is complete")
+
+
+def stored_elements(files: list[Path]) -> tuple[Counter[str], int]:
+    """How many elements the files hold of each type, and how many tensors, from their headers."""
     elements: Counter[str] = Counter()
+    count = 0
     for file in files:
         with reading(str(file)), safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a mapping
                 part = tensors.get_slice(key)
                 elements[part.get_dtype()] += prod(part.get_shape())
-    return elements
+                count += 1
+    return elements, count
 
 
 def stored_dtype(elements: Counter[str], name: str) -> torch.dtype:
@@ -178,12 +194,8 @@ def stored_dtype(elements: Counter[str], name: str) -> torch.dtype:
     return STORED[elements.most_common(1)[0][0]]
 
 
-def refuse_deeper(folder: Path, files: list[Path], name: str) -> None:
+def refuse_deeper(folder: Path, tensors: int, name: str) -> None:
     """Refuse more layers than there are tensors: to build them takes for ever."""
-    tensors = 0
-    for file in files:
-        with safe_open(file, "pt") as content:
-            tensors += len(content.keys())
     config = _read_json(folder / "config.json", name)
     for key in _LAYERS & config.keys():
         if isinstance(config[key], int | float) and config[key] > tensors:

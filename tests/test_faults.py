@@ -10,6 +10,7 @@ import struct
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 from tiny_tokenizer import tiny_tokenizer
 
+from absorb import source
 from absorb.checkpoint import staged
 from absorb.cli import main
+from absorb.plan_file import read_plan
 from absorb.refusals import Refusals
 from absorb.settings import ModelRef
 from absorb.source import load
@@ -139,6 +142,52 @@ def test_a_source_that_vanishes_once_it_is_read_does_no_harm(copy: Path, tmp_pat
     assert (out / "absorb.json").is_file()
 
 
+@pytest.mark.parametrize("truncated", [True, False])
+def test_a_source_that_is_written_to_once_it_is_read_does_no_harm(
+    truncated: bool, copy: Path, tmp_path: Path
+) -> None:
+    whole, out, log = tmp_path / "whole" / "out", tmp_path / "out", tmp_path / "log"
+    assert convert(copy, whole).exit_code == 0
+    process = warm.Process(target=run, args=(log, arguments(copy, out)))
+    process.start()
+    while not (log.exists() and "choosing the prefix" in log.read_text()):
+        time.sleep(0.002)
+    file = copy / "model.safetensors"
+    size = file.stat().st_size
+    with file.open("r+b") as content:
+        content.truncate(9) if truncated else content.write(b"\x3f" * size)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    for name in ("model.safetensors", "plan.safetensors", "absorb.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_source_that_is_written_to_while_it_is_read_is_refused(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, outline = copy / "model.safetensors", source._outline
+
+    def outlined_and_written(*arguments: Any) -> Any:
+        content = file.read_bytes()
+        file.write_bytes(content[:-4] + b"\0\0\0\0")
+        return outline(*arguments)
+
+    monkeypatch.setattr(source, "_outline", outlined_and_written)
+    refused(copy, "changed while it was read; try again once it is complete")
+
+
+def test_a_plan_that_is_written_to_once_it_is_read_does_no_harm(
+    model: Path, tmp_path: Path
+) -> None:
+    assert convert(model, tmp_path / "out").exit_code == 0
+    file = tmp_path / "out" / "plan.safetensors"
+    plan, _ = read_plan(file, load(ModelRef(name=str(model))))
+    residual = plan.residual.tolist()
+    with file.open("r+b") as content:
+        content.write(b"\x3f" * file.stat().st_size)
+    assert plan.residual.tolist() == residual
+
+
 @pytest.mark.parametrize("length", [0, 7, 2**31, 2**63, 2**64 - 1])
 def test_a_header_of_absurd_length_is_refused(copy: Path, length: int) -> None:
     file = copy / "model.safetensors"
@@ -235,6 +284,12 @@ def test_a_name_too_long_is_refused(model: Path) -> None:
     result = convert(model, Path("o" * 300))
     assert result.exit_code == 1, result.exception
     assert "absorb: " in result.stderr
+
+
+def test_a_reader_that_wants_no_more_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BrokenPipeError), Refusals():
+        raise BrokenPipeError
+    assert capsys.readouterr().err == ""
 
 
 def test_an_interruption_says_how_to_go_on(
