@@ -14,6 +14,7 @@ import click
 from absorb import __version__
 from absorb.errors import AbsorbError
 from absorb.files import promised
+from absorb.memory import keep_freed_memory
 from absorb.options import (
     FORMATS,
     Number,
@@ -49,6 +50,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a locale may know no more than ASCII
             stream.reconfigure(errors="backslashreplace")
+    keep_freed_memory()
 
 
 @main.command()

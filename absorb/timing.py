@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from absorb.memory import peak, start_peak
 from absorb.watch import remembering
 
 Run = Callable[[], object]
@@ -31,7 +32,7 @@ class Speed:
     decode: float  # tokens per second, one after another behind that text
     weights: int
     cache: int  # keys and values of the text
-    peak: int | None  # the most memory that was allocated at once, on a GPU
+    peak: int | None  # the most at once, weights included; None where the system does not tell
 
 
 @torch.no_grad()
@@ -51,15 +52,17 @@ def speeds(models: list[PreTrainedModel], tokens: Tensor) -> list[Speed]:
         bar.update()
         decode = interleaved(steps, device, _REPEATS)
         bar.update()
+    weights = [sum(parameter.nbytes for parameter in model.parameters()) for model in models]
+    grown = [growth(fills[name], device) for name in names]
     return [
         Speed(
             prefill=tokens.shape[1] / prefill[name],
             decode=_DECODED / decode[name],
-            weights=sum(parameter.nbytes for parameter in model.parameters()),
+            weights=held,
             cache=size,
-            peak=peak_of(fills[name]) if device == "cuda" else None,
+            peak=None if more is None else held + more,
         )
-        for name, model, size in zip(names, models, sizes, strict=True)
+        for name, held, size, more in zip(names, weights, sizes, grown, strict=True)
     ]
 
 
@@ -79,11 +82,19 @@ def _bytes_of(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def peak_of(run: Run) -> int:
-    """The most CUDA memory that was allocated at once, in bytes."""
-    torch.cuda.reset_peak_memory_stats()
+def growth(run: Run, device: str) -> int | None:
+    """How much more memory a run holds at its most than there was before it, in bytes.
+
+    On a CPU that is None where the system does not tell.
+    """
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    start = start_peak()
     run()
-    return torch.cuda.max_memory_allocated()
+    return None if start is None else peak() - start
 
 
 def interleaved(runs: Mapping[str, Run], device: str, repeats: int) -> dict[str, float]:

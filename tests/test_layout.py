@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "absorb"
 ORDER = (
     "errors",
     "files",
+    "memory",
     "plain",
     "settings",
     "families",
