@@ -30,6 +30,7 @@ _TOP_K = 100
 # Rows of sampled text start up to this many tokens into a text, as windows of a file do: sinks
 # fitted to beginnings alone do badly in the middle of a sentence.
 _LATEST_START = 32
+_SAMPLED = LENGTH + _LATEST_START
 
 # A token of plain text has fewer than so many characters, on average; and what is tokenised beyond
 # what is needed, since a word may be cut there.
@@ -181,39 +182,35 @@ def _field(path: Path, number: int, line: str) -> str:
 @torch.no_grad()
 def _sampled(source: Source, sizes: list[int], seed: int) -> list[Tensor]:
     """The model's own text, what it thinks language looks like, in parts of `sizes` rows."""
-    total = sum(sizes) * (LENGTH + _LATEST_START)
-    with tqdm(total=total, desc="sampling text", unit="token", unit_scale=True) as bar:
-        # First what everything is fitted to, by itself: it is the same whatever else is wanted.
-        first = _sample(source, sum(sizes[:2]), seed * 1_000_003, bar)
-        others = [
-            _sample(source, rows, seed * 1_000_003 + 1 + number, bar)
-            for number, rows in enumerate(_batches(sum(sizes[2:]), source.model.device.type))
-        ]
-    return list(torch.cat([first, *others]).split(sizes))
+    # By row: the first, which everything is fitted to, are the same whatever else is wanted.
+    draws = torch.rand(sum(sizes), _SAMPLED, generator=torch.Generator().manual_seed(seed))
+    at_once = _SAMPLED_AT_ONCE[source.model.device.type]
+    with tqdm(total=draws.numel(), desc="sampling text", unit="token", unit_scale=True) as bar:
+        parts = [_sample(source, part, bar) for part in draws.split(at_once)]
+    return list(torch.cat(parts).split(sizes))
 
 
-def _batches(rows: int, device: str) -> list[int]:
-    full, rest = divmod(rows, _SAMPLED_AT_ONCE[device])
-    return [_SAMPLED_AT_ONCE[device]] * full + [rest] * (rest > 0)
+def _sample(source: Source, draws: Tensor, bar: tqdm) -> Tensor:
+    """Sampled windows (rows, LENGTH), each from another place of a text.
 
-
-def _sample(source: Source, rows: int, seed: int, bar: tqdm) -> Tensor:
-    """Sampled windows (rows, LENGTH), each from another place of a text."""
-    start, not_text = _starts(source.tokenizer, rows)
+    draws is (rows, _SAMPLED): where, from 0 to 1, each token lies among the likely ones.
+    """
+    start, not_text = _starts(source.tokenizer, len(draws))
     model, device = source.model, source.model.device
-    draw = torch.Generator(device).manual_seed(seed)
-    _, remember = remembering(model)
+    draws = draws.to(device)
+    _, remember = remembering(model, room=_SAMPLED)
     text = [start.to(device)]
     with nullcontext() if source.converted else attending(model, _attend):
-        for _ in range(LENGTH + _LATEST_START):
+        for draw in draws.split(1, 1):
             logits = model(text[-1], **remember).logits[:, -1].float()
             logits[:, _ends(model)] = -torch.inf
             # Among few: a draw from the whole vocabulary takes longer than the model does.
             likely, tokens = logits.topk(min(_TOP_K, logits.shape[-1]))
-            choice = torch.multinomial(likely.softmax(-1), 1, generator=draw)
-            text.append(tokens.gather(1, choice))
-            bar.update(rows)
-    first = not_text + torch.arange(rows) % (_LATEST_START + 1)
+            below = likely.softmax(-1).cumsum(-1)
+            choice = torch.searchsorted(below, draw * below[:, -1:], right=True)
+            text.append(tokens.gather(1, choice.clamp_max(tokens.shape[1] - 1)))
+            bar.update(len(draws))
+    first = not_text + torch.arange(len(draws)) % (_LATEST_START + 1)
     return torch.cat(text, 1).cpu().gather(1, first[:, None] + torch.arange(LENGTH))
 
 
