@@ -154,9 +154,8 @@ def _tallies(
             _watched(source, subject, tokens, tally)
             for source, subject, tally in zip(sources, subjects, tallies, strict=True)
         ]
-        target = logits[reference].float().log_softmax(-1)
         for tally, part in zip(tallies, logits, strict=True):
-            tally.see_logits(part, target, tokens)
+            tally.see_logits(part, logits[reference], tokens)
     return tallies
 
 

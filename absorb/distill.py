@@ -87,7 +87,10 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
-    """Divergence from the teacher in nats per token: (step, value), and the step that was kept."""
+    """Divergence from the teacher in nats per token: (step, value), and the step that was kept.
+
+    Where nothing was trained, nothing was looked at.
+    """
 
     training: tuple[tuple[int, float], ...]
     held_out: tuple[tuple[int, float], ...]
@@ -148,6 +151,9 @@ def train(
     learning rate of each, depend on how fast the machine is.
     """
     student.eval()  # dropout would only blur what is to be matched
+    if not (fine_tune.steps or fine_tune.minutes):
+        student.requires_grad_(False)
+        return Losses(training=(), held_out=(), kept=0)
     parameters = _choose(student, fine_tune.train)
     check = _Check(loss, _rows_at_once(student), texts.validation, parameters)
     optimizer = _optimizer(student, parameters, fine_tune.rate)
@@ -193,7 +199,6 @@ class _Pace:
             desc="fine-tuning",
             unit="s" if self.timed else "step",
             unit_scale=self.timed,
-            disable=not self.whole,
         )
 
     def go_on(self, state: Standstill) -> None:

@@ -1,8 +1,9 @@
 """One pass over the original model: everything that the findings are drawn from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -142,13 +143,23 @@ def _weights(modules: list[nn.Module], tally: _Tally) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def measure(model: PreTrainedModel, family: Family, tokens: Tensor, lead: Tensor) -> Measurement:
-    """Measure a model on text `tokens` (rows, length), read after the tokens `lead` (n,)."""
+def measure(
+    model: PreTrainedModel,
+    family: Family,
+    tokens: Tensor,
+    lead: Tensor,
+    read: Callable[[Tensor], object] | None = None,
+) -> Measurement:
+    """Measure a model on text `tokens` (rows, length), read after the tokens `lead` (n,).
+
+    `read` lets the model read a batch, lead included; by default its head is left out.
+    """
+    read = read or partial(model.base_model, use_cache=False)
     tally = _Tally(model, family)
     rows = led(tokens, lead)
     with _counting(model, family, tally), hastened(model.device):
         for batch in tqdm(rows.split(_ROWS), desc="measuring the stream", unit="batch"):
-            model.base_model(batch.to(model.device), use_cache=False)
+            read(batch.to(model.device))
     return Measurement(
         tokens=rows.cpu(),
         channel_mean=_mean(tally.mean),

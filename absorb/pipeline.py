@@ -82,9 +82,10 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
             )
         as_stored(student, source.dtype)
         nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
+        seen = {} if draft.measurement is None else draft.measurement.input_peak
         original, converted = evaluate(
             [
-                Subject(model=source.model, lead=lead_of(source.tokenizer)),
+                Subject(model=source.model, lead=lead_of(source.tokenizer), peaks=seen),
                 Subject(model=student),
             ],
             Subject(model=source.model, lead=prefix),

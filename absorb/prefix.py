@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
 from absorb.findings import find, token_weights
@@ -59,19 +59,29 @@ def find_prefix(
     trials = [_try(source, (token,), tokens[:, :_BEGINNING]) for token in candidates]
     bos = source.tokenizer.bos_token_id
     trials.sort(key=lambda trial: -trial.loss * (1 - _MARGIN * (trial.prefix == (bos,))))
-    best = _try(source, trials.pop().prefix, tokens)
+    best, seen = _measured(source, trials.pop().prefix, whole)
     for _ in range(_EXTENSIONS):
-        seen = measure(source.model, source.family, whole, torch.tensor(best.prefix))
         token = strongest_sink(seen, best.prefix, thresholds)
         if token is None:
             break
-        longer = _try(source, (*best.prefix, token), tokens)
+        longer, seen = _measured(source, (*best.prefix, token), whole)
         if longer.loss > best.loss * (1 + _TOLERANCE):
             trials.append(longer)
             break
         trials.append(best)
         best = longer
     return [*trials, best]
+
+
+def _measured(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> tuple[Trial, Measurement]:
+    """A trial, and a measurement of the text behind the prefix, in one pass."""
+    losses: list[Tensor] = []
+
+    def read(rows: Tensor) -> None:
+        losses.append(_losses(source.model, rows, len(prefix)))
+
+    measurement = measure(source.model, source.family, tokens, torch.tensor(prefix), read)
+    return Trial(prefix=prefix, loss=torch.cat(losses).mean().item()), measurement
 
 
 def strongest_sink(
@@ -120,8 +130,15 @@ def _candidates(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _try(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> Trial:
-    tokens = tokens.to(source.model.device)
-    logits = source.model(led(tokens, torch.tensor(prefix)), use_cache=False).logits
-    predicted = logits[:, len(prefix) : -1].flatten(0, 1).float()
-    loss = nn.functional.cross_entropy(predicted, tokens[:, 1:].flatten())
-    return Trial(prefix=prefix, loss=loss.item())
+    rows = led(tokens.to(source.model.device), torch.tensor(prefix))
+    return Trial(prefix=prefix, loss=_losses(source.model, rows, len(prefix)).mean().item())
+
+
+def _losses(model: PreTrainedModel, rows: Tensor, lead: int) -> Tensor:
+    """The mean loss of each row (rows, length), its lead and its first token left out: (rows,)."""
+    logits = model(rows, use_cache=False).logits[:, lead:-1]
+    each = [
+        nn.functional.cross_entropy(predicted.float(), text)
+        for predicted, text in zip(logits, rows[:, lead + 1 :], strict=True)
+    ]
+    return torch.stack(each)

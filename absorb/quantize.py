@@ -230,7 +230,7 @@ def quantised_inputs(
     that rotates needs rotated weights.
     """
     assert bool(ranges) == (form.ranges is not None)
-    peaks = {name: values.max() for name, values in ranges.items()}
+    peaks = {name: values.max().to(model.device) for name, values in ranges.items()}
 
     def entering(name: str) -> Callable[[Tensor], Tensor]:
         return lambda values: rounded(form.turn(values), form.inputs, peaks.get(name)).to(values)

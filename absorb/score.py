@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 
 from absorb.families import Family
 from absorb.plan import kl
-from absorb.quantize import FORMATS, Format, quantised
+from absorb.quantize import FORMATS, Format, input_peaks, quantised
 from absorb.settings import FormatName, Thresholds
 from absorb.watch import each_layers, eager, layers_of, led, watching
 
-_ROWS = 1  # the logits of one are a tenth of a gigabyte, and ten such tensors are alive at once
+_ROWS = 1  # the logits of one are a tenth of a gigabyte
 # Where nothing is kept of a row but its loss. A GPU reads eight in little more time than one.
 ROWS_AT_ONCE = {"cpu": 1, "cuda": 8}
+_POSITIONS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,8 @@ class Subject:
 
     model: PreTrainedModel
     lead: Tensor = field(default_factory=lambda: torch.tensor([], dtype=torch.long))
+    # What `input_peaks` gives on calibration text, if that is known already, or the largest of it.
+    peaks: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +73,14 @@ class Tally:
         self.kurtoses.append(kurtosis(stream.float()))
 
     def see_logits(self, logits: Tensor, teacher: Tensor, tokens: Tensor) -> None:
-        """logits and the teacher's log-probabilities are (rows, length, vocabulary)."""
-        student = logits.float().log_softmax(-1)
-        right = student[:, :-1].gather(-1, tokens[:, 1:, None])
-        self.losses += (-right.sum((1, 2), dtype=torch.float64)).tolist()
-        self.divergence += float(kl(teacher, student)[:, :-1].sum(dtype=torch.float64))
-        self.agreed += int((student.argmax(-1) == teacher.argmax(-1))[:, :-1].sum())
+        """logits and the teacher's are (rows, length, vocabulary)."""
+        losses = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+        for part, following in _parts(tokens):
+            target, own = (each[:, part].float().log_softmax(-1) for each in (teacher, logits))
+            losses -= own.gather(-1, following[..., None]).sum((1, 2), dtype=torch.float64)
+            self.divergence += float(kl(target, own).sum(dtype=torch.float64))
+            self.agreed += int((own.argmax(-1) == target.argmax(-1)).sum())
+        self.losses += losses.tolist()
         self.tokens += tokens[:, 1:].numel()
 
     def peaks(self) -> Tensor:
@@ -96,6 +101,17 @@ class Tally:
             massive_tokens=int(massive.any(0).sum()),
             first_weight=float(torch.stack(self.first).mean()),
         )
+
+
+def _parts(tokens: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Positions of text (rows, length), few at once, and the tokens (rows, few) that follow them.
+
+    What is made of the logits of few positions fits into a cache, and takes little memory.
+    """
+    last = tokens.shape[1] - 1
+    for start in range(0, last, _POSITIONS):
+        end = min(start + _POSITIONS, last)
+        yield slice(start, end), tokens[:, start + 1 : end + 1]
 
 
 def kurtosis(values: Tensor) -> Tensor:
@@ -126,7 +142,7 @@ def evaluate(
     tallies = [Tally() for _ in subjects]
     for batch in tqdm(held_out.split(_ROWS), desc="evaluating", unit="row"):
         tokens = batch.to(teacher.model.device)
-        target = _logits(teacher, tokens).float().log_softmax(-1)
+        target = _logits(teacher, tokens)
         for subject, tally in zip(subjects, tallies, strict=True):
             tally.see_logits(watched_logits(subject, family, tokens, tally), target, tokens)
     return [
@@ -185,7 +201,12 @@ def in_format(
 ) -> Iterator[None]:
     """The subject in a format for a while, with fixed ranges, if any, from `calibration`."""
     find = form.ranges
-    ranges = {} if find is None else find(subject.model, family, calibration, subject.lead)
+    if find is None:
+        ranges = {}
+    elif find is input_peaks and subject.peaks:
+        ranges = subject.peaks
+    else:
+        ranges = find(subject.model, family, calibration, subject.lead)
     with quantised(subject.model, family, form, ranges):
         yield
 
@@ -209,7 +230,15 @@ def losses(subject: Subject, rows: Tensor, label: str, *, alone: bool = False) -
     at_once = 1 if alone else ROWS_AT_ONCE[device.type]
     for batch in tqdm(rows.split(at_once), desc=label, unit="batch" if at_once > 1 else "row"):
         tokens = batch.to(device)
-        predicted = _logits(subject, tokens)[:, :-1].float().mT
-        each = functional.cross_entropy(predicted, tokens[:, 1:], reduction="none")
-        found.append(each.mean(1, dtype=torch.float64).cpu())
+        logits = _logits(subject, tokens)
+        each = [_losses_at(logits[:, part], following) for part, following in _parts(tokens)]
+        found.append(torch.cat(each, 1).mean(1, dtype=torch.float64).cpu())
     return torch.cat(found)
+
+
+def _losses_at(logits: Tensor, following: Tensor) -> Tensor:
+    """The loss of each token (rows, few) that follows logits (rows, few, vocabulary)."""
+    flat = functional.cross_entropy(
+        logits.flatten(0, 1).float(), following.flatten(), reduction="none"
+    )
+    return flat.view(following.shape)
