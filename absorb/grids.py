@@ -35,6 +35,8 @@ def rounded(values: Tensor, grid: Grid, peak: Tensor | None = None) -> Tensor:
     A grid whose span is the tensor reaches to `peak`, where one is given. The gradient is that of
     values clamped to the grid's ends (straight through, arXiv 1308.3432).
     """
+    if grid is FLOAT32:
+        return values
     # In float32: no half precision holds the least scale there is, or the products exactly.
     spans = _spans(values.float(), grid.span)
     reach = spans.detach().abs().amax(-1, True) if peak is None else peak.float()
@@ -99,8 +101,8 @@ def e4m3(values: Tensor) -> Tensor:
 
 def e2m1(values: Tensor) -> Tensor:
     """The nearest of ±{0, 0.5, 1, 1.5, 2, 3, 4, 6}, for values up to 6."""
-    exponent = torch.frexp(values)[1] - 1
-    step = torch.ldexp(torch.full_like(values, 0.5), exponent).clamp_min(0.5)
+    size = values.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
     return (values / step).round() * step
 
 

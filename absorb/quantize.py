@@ -230,10 +230,16 @@ def quantised_inputs(
     that rotates needs rotated weights.
     """
     assert bool(ranges) == (form.ranges is not None)
-    peaks = {name: values.max().to(model.device) for name, values in ranges.items()}
+    peaks: dict[str, Tensor] = {}
+    known: dict[float, Tensor] = {}
+    for name, values in ranges.items():
+        peak = values.max().to(model.device)
+        peaks[name] = known.setdefault(float(peak), peak)  # so that it shows which are the same
+
+    entrance = _Entrance(form)
 
     def entering(name: str) -> Callable[[Tensor], Tensor]:
-        return lambda values: rounded(form.turn(values), form.inputs, peaks.get(name)).to(values)
+        return partial(entrance, peak=peaks.get(name))
 
     handles = [
         linear.register_forward_pre_hook(_before(entering(name)))
@@ -249,6 +255,20 @@ def quantised_inputs(
             handle.remove()
         for module in experts.values():
             del module.forward
+
+
+class _Entrance:
+    """Rounds what matrices read, once for those that read the same one after another."""
+
+    def __init__(self, form: Format) -> None:
+        self.form = form
+        self.last: tuple[Tensor, Tensor | None, Tensor] | None = None  # read, range, given
+
+    def __call__(self, values: Tensor, peak: Tensor | None) -> Tensor:
+        if self.last is None or self.last[0] is not values or self.last[1] is not peak:
+            turned = self.form.turn(values)
+            self.last = values, peak, rounded(turned, self.form.inputs, peak).to(values)
+        return self.last[2]
 
 
 def _before(enter: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
