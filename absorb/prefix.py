@@ -15,8 +15,8 @@ from absorb.source import Source
 from absorb.text import LENGTH, refuse_unknown_tokens
 from absorb.watch import led
 
-# Candidates are told apart on the beginnings of a few rows; an extension must prove itself on more,
-# and is looked for on all: a token is a sink in some rows only.
+# Candidates are told apart on the beginnings of a few rows; an extension is looked for, and must
+# prove itself, on all: a token is a sink in some rows only.
 _ROWS = 6
 _BEGINNING = 64
 _EXTENSIONS = 2
