@@ -208,3 +208,10 @@ def test_a_folder_that_is_no_conversion_is_refused(folder: Path) -> None:
     original, calibration = folder / "original", folder / "calibration.txt"
     with pytest.raises(AbsorbError, match=r"name a folder that `absorb convert` wrote"):
         rivals.bench_of(str(original), original, calibration, "cpu")
+
+
+def test_windows_of_a_short_text_are_those_that_it_has(bench: Bench, tmp_path: Path) -> None:
+    text = written(tmp_path / "text.txt", 2 * 512 + 100, seed=0)
+    assert windows(bench.source, text, 8).shape == (2, 512)
+    with pytest.raises(AbsorbError, match=r"short\.txt holds 511 tokens and 512 are needed"):
+        windows(bench.source, written(tmp_path / "short.txt", 511, seed=0), 8)
