@@ -20,6 +20,9 @@ from absorb.watch import led
 _ROWS = 6
 _BEGINNING = 64
 _EXTENSIONS = 2
+# The share of rows that must have made a sink of a token before it stands for all of them: whether
+# one row does is an accident of the text.
+_COMMON = 0.25
 # What absorbing one more sink token may cost in loss, as a share. Left in the text, a second sink
 # makes the fit depend on where it happens to stand.
 _TOLERANCE = 0.01
@@ -90,13 +93,20 @@ def strongest_sink(
     """The sink token not in `prefix`, behind which text was measured, that takes most attention.
 
     Its weight is summed over layers and places: the highest may be that of one place, in one text.
+    A token that is a sink in few rows does not count.
     """
     sinks = find(measurement, thresholds).sink_tokens
     left = [sink.token for sink in sinks if sink.token >= 0 and sink.token not in prefix]
     weight = token_weights(measurement)
     taken = torch.where(weight > thresholds.sink_weight, weight, 0).sum(0)
     tokens = measurement.tokens[:, : taken.shape[1]]
-    return max(left, key=lambda token: float(taken[tokens == token].sum()), default=None)
+    by_row = {token: torch.where(tokens == token, taken, 0).sum(1) for token in left}
+    common = {t: float(rows.sum()) for t, rows in by_row.items() if _is_common(rows)}
+    return max(common, key=lambda token: common[token], default=None)
+
+
+def _is_common(by_row: Tensor) -> bool:
+    return bool((by_row > 0).float().mean() >= _COMMON)
 
 
 def lead_of(tokenizer: PreTrainedTokenizerBase) -> Tensor:
