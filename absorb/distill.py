@@ -1,7 +1,7 @@
 """The brief fine-tune: the student learns the teacher's next-token distribution."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from time import monotonic
@@ -13,13 +13,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb.device import hastened
+from absorb.divergence import Loss, gap, mean_loss, rows_at_once
 from absorb.errors import AbsorbError
 from absorb.modeling_absorb import NEUTRAL
-from absorb.plan import kl
 from absorb.settings import Distillation, Purpose, Train
 from absorb.state import Standstill, State, captured, put_back
 from absorb.text import LENGTH, Texts
-from absorb.watch import led
 
 
 class Keeper(Protocol):
@@ -29,9 +28,6 @@ class Keeper(Protocol):
     def is_due(self) -> bool: ...
     def keep_state(self, state: State) -> None: ...
 
-
-# The mean loss in nats per token of text (rows, length).
-Loss = Callable[[Tensor], Tensor]
 
 # Learning rates by the last part of a parameter's name; what is not named is a weight.
 _RATES = {
@@ -155,7 +151,7 @@ def train(
         student.requires_grad_(False)
         return Losses(training=(), held_out=(), kept=0)
     parameters = _choose(student, fine_tune.train)
-    check = _Check(loss, _rows_at_once(student), texts.validation, parameters)
+    check = _Check(loss, rows_at_once(student), texts.validation, parameters)
     optimizer = _optimizer(student, parameters, fine_tune.rate)
     batches = _batches(texts.training, fine_tune.rows, seed)
     pace = _Pace(fine_tune)
@@ -267,7 +263,7 @@ def _step(
     parameters: list[nn.Parameter],
 ) -> float:
     total = 0.0
-    for part in batch.split(_rows_at_once(student)):
+    for part in batch.split(rows_at_once(student)):
         with hastened(student.device):
             share = loss(part) * len(part) / len(batch)
         share.backward()
@@ -283,49 +279,6 @@ def _step(
     return total
 
 
-def _rows_at_once(student: PreTrainedModel) -> int:
-    """Rows whose logits, with what the loss makes of them, fit easily into memory."""
-    room = 0.4e9
-    if student.device.type == "cuda":
-        room = min(16e9, 0.25 * torch.cuda.mem_get_info(student.device)[0])
-    return max(1, int(room // (LENGTH * student.config.vocab_size * 16)))
-
-
-def gap(
-    teacher: PreTrainedModel, student: PreTrainedModel, prefix: Tensor, tokens: Tensor
-) -> Tensor:
-    """Mean KL(teacher | student) in nats on text `tokens` (rows, length), with its gradient."""
-    tokens = tokens.to(student.device)
-    with torch.no_grad():
-        rows = led(tokens, prefix)
-        target = teacher(rows, use_cache=False).logits[:, len(prefix) :].float().log_softmax(-1)
-    predicted = student(tokens, use_cache=False).logits.float().log_softmax(-1)
-    return kl(target, predicted).mean()
-
-
-@torch.no_grad()
-def divergence(
-    teacher: PreTrainedModel, student: PreTrainedModel, prefix: Tensor, tokens: Tensor
-) -> float:
-    """Mean KL(teacher | student) in nats on text `tokens` (rows, length), in parts that fit."""
-
-    def loss(part: Tensor) -> Tensor:
-        return gap(teacher, student, prefix, part)
-
-    return max(0.0, _mean(loss, tokens, _rows_at_once(student)))  # rounding may bring it below
-
-
-@torch.no_grad()
-def _mean(loss: Loss, tokens: Tensor, rows: int) -> float:
-    """The mean loss on text `tokens`, so many rows at once."""
-    total = sum(loss(part).item() * len(part) for part in tokens.split(rows))
-    if not math.isfinite(total):
-        raise AbsorbError(
-            "the converted model predicts what is not a number; convert with another --prefix"
-        )
-    return total / len(tokens)
-
-
 class _Check:
     """Measures the loss on validation text, and keeps a copy of the best parameters."""
 
@@ -339,7 +292,7 @@ class _Check:
         self.best: list[Tensor] = []
 
     def __call__(self, step: int) -> None:
-        value = _mean(self.loss, self.validation, self.rows)
+        value = mean_loss(self.loss, self.validation, self.rows)
         if value < min((before for _, before in self.seen), default=math.inf):
             self.kept = step
             self.best = [parameter.detach().clone() for parameter in self.parameters]

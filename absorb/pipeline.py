@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from absorb.checkpoint import staged
 from absorb.device import device_of, sketch_of
-from absorb.distill import distill, divergence, recipe
+from absorb.distill import distill, recipe
+from absorb.divergence import divergence
 from absorb.exhibit import Exhibit, exhibit_of
 from absorb.files import promised
 from absorb.findings import find

@@ -8,7 +8,7 @@ import torch
 from test_source import same_parameters
 from transformers import AutoModelForCausalLM
 
-from absorb.distill import divergence
+from absorb.divergence import divergence
 from absorb.findings import find
 from absorb.graft import graft
 from absorb.measure import measure

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb import distill as module
-from absorb.distill import Recipe, distill, divergence, recipe
+from absorb.distill import Recipe, distill, recipe
+from absorb.divergence import divergence
 from absorb.errors import AbsorbError
 from absorb.families import FAMILIES
 from absorb.graft import twin

@@ -38,6 +38,7 @@ ORDER = (
     "plan",
     "graft",
     "state",
+    "divergence",
     "distill",
     "rehearse",
     "score",

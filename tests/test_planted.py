@@ -14,7 +14,7 @@ from tiny import HEAD_DIM, HEADS, INTERMEDIATE, LAYERS, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.distill import divergence
+from absorb.divergence import divergence
 from absorb.families import family_of
 from absorb.findings import Findings, find
 from absorb.graft import graft

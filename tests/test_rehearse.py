@@ -11,7 +11,8 @@ from tiny import tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.distill import distill, divergence, recipe
+from absorb.distill import distill, recipe
+from absorb.divergence import divergence
 from absorb.families import FAMILIES
 from absorb.graft import twin
 from absorb.quantize import FORMATS, quantised
