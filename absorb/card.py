@@ -68,7 +68,7 @@ they are: a few numbers in float32 that everything else depends on. Calibrate on
 ```
 
 {versions}. `absorb.json` holds all figures and arguments and the SHA-256 of every file, and
-`plan.safetensors` is enough to convert the same model again: `absorb convert --plan`.
+`plan/plan.safetensors` is enough to convert the same model again: `absorb convert --plan`.
 """
 
 _FORMS = {

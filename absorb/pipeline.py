@@ -21,7 +21,7 @@ from absorb.findings import find
 from absorb.graft import graft, smooth
 from absorb.measure import Measurement, measure
 from absorb.plan import Plan, make_plan, residual_scales, smoothing_scales
-from absorb.plan_file import read_plan, write_plan
+from absorb.plan_file import PLAN, read_plan, write_plan
 from absorb.prefix import Trial, encoded, find_prefix, lead_of
 from absorb.progress import Progress, forget
 from absorb.quantize import FORMATS
@@ -64,7 +64,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
         if draft.progress is not None:
             draft.progress.keep_draft(draft.texts, plan, draft.inspection)
             say(f"kept in {draft.progress.folder}; the same command goes on from here")
-        write_plan(folder, plan, draft.inspection)
+        write_plan(folder / PLAN, plan, draft.inspection)
         prefix = torch.tensor(plan.prefix)
         say(f"fine-tune: {fine_tune}")
         with (

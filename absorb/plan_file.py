@@ -1,7 +1,9 @@
 """A plan as a file, plan.safetensors: enough to convert the same model again without any text.
 
-The tensors are those of the Plan, the sinks layer by layer. The inspection that came with them is
-the only entry of the metadata, because safetensors writes several in random order.
+In a checkpoint it has a folder of its own: engines may take every .safetensors file that lies
+beside config.json for weights. The tensors are those of the Plan, the sinks layer by layer. The
+inspection that came with them is the only entry of the metadata, because safetensors writes several
+in random order.
 """
 
 from dataclasses import fields
@@ -19,19 +21,20 @@ from absorb.source import Source
 from absorb.watch import layers_of
 from absorb.weights import heads_of, weight_at
 
-PLAN = "plan.safetensors"
+PLAN = "plan/plan.safetensors"  # in a checkpoint
 _INSPECTION = "absorb_inspection"
 
 
-def write_plan(folder: Path, plan: Plan, inspection: Inspection) -> None:
-    """Write a plan to a folder, and with it what was found out about its model."""
+def write_plan(file: Path, plan: Plan, inspection: Inspection) -> None:
+    """Write a plan, and with it what was found out about its model."""
     tensors = {"residual": plan.residual}
     for layer, sink in enumerate(plan.sinks):
         tensors |= {_name(layer, f.name): getattr(sink, f.name) for f in fields(sink)}
     tensors |= {f"smoothing.{name}": scales for name, scales in plan.smoothing.items()}
+    file.parent.mkdir(exist_ok=True)
     save_file(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        folder / PLAN,
+        file,
         metadata={_INSPECTION: to_json(inspection)},
     )
 
@@ -41,7 +44,7 @@ def read_plan(path: Path, source: Source) -> tuple[Plan, Inspection]:
 
     An AbsorbError says why it is no plan for the model of `source`. Nothing is unpickled.
     """
-    file = path / PLAN if path.is_dir() else path
+    file = plan_in(path) if path.is_dir() else path
     tensors, inspection = _read(file)
     _refuse_another_model(file, inspection, source)
     _refuse_damage(file, tensors, inspection, source)
@@ -54,6 +57,12 @@ def read_plan(path: Path, source: Source) -> tuple[Plan, Inspection]:
         smoothing={name: tensors[f"smoothing.{name}"] for name in source.family.links},
     )
     return plan, inspection
+
+
+def plan_in(folder: Path) -> Path:
+    """Where the plan of a checkpoint is: beside the weights, if it was written when plans were."""
+    beside = folder / Path(PLAN).name
+    return beside if beside.is_file() else folder / PLAN
 
 
 def _name(layer: int, field: str) -> str:

@@ -21,14 +21,14 @@ from absorb.errors import AbsorbError
 from absorb.files import unwritable_explained
 from absorb.plain import built, parsed
 from absorb.plan import Plan
-from absorb.plan_file import PLAN, read_plan, write_plan
+from absorb.plan_file import read_plan, write_plan
 from absorb.report import Inspection, to_json, versions
 from absorb.settings import Job
 from absorb.source import Source
 from absorb.state import Standstill, State
 from absorb.text import Texts
 
-_TEXTS, _STATE = "texts.safetensors", "state.safetensors"
+_TEXTS, _PLAN, _STATE = "texts.safetensors", "plan.safetensors", "state.safetensors"
 _PARTS = ("calibration", "validation", "held_out", "training")
 _SECONDS = 60
 _NOTE = "absorb"  # the entry of the metadata
@@ -62,7 +62,7 @@ class Progress:
         if not (self.folder / _TEXTS).is_file():
             return None
         tensors, note = _noted(self.folder / _TEXTS)
-        plan, inspection = read_plan(self.folder / PLAN, self.source)
+        plan, inspection = read_plan(self.folder / _PLAN, self.source)
         try:
             texts = Texts(origin=note["origin"], **{name: tensors[name] for name in _PARTS})
         except KeyError as error:
@@ -76,7 +76,7 @@ class Progress:
         with unwritable_explained(self.folder):
             self.folder.mkdir(exist_ok=True)
         try:
-            write_plan(self.folder, plan, inspection)
+            write_plan(self.folder / _PLAN, plan, inspection)
             note = json.dumps({"mark": self.mark, "origin": texts.origin})
             _write(self.folder / _TEXTS, {name: getattr(texts, name) for name in _PARTS}, note)
         except BaseException:  # nobody can go on from half of it
@@ -117,7 +117,7 @@ def forget(out: Path) -> None:
 def _clear(folder: Path) -> None:
     """Remove what absorb keeps in a folder, and it too unless there are other things in it."""
     if folder.is_dir():
-        for name in (_TEXTS, _STATE, PLAN):
+        for name in (_TEXTS, _STATE, _PLAN):
             (folder / name).unlink(missing_ok=True)
             _partial(folder / name).unlink(missing_ok=True)
         with suppress(OSError):

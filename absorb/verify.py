@@ -20,7 +20,7 @@ from torch import Tensor
 from absorb import download, stranger, vetting
 from absorb.checkpoint import REPORT, digests
 from absorb.errors import AbsorbError
-from absorb.plan_file import PLAN
+from absorb.plan_file import PLAN, plan_in
 from absorb.report import Inspection, Report, Row, from_json
 from absorb.settings import ModelRef
 
@@ -174,7 +174,7 @@ def _figures(folder: Path, report: Report) -> Finding:
     """Whether the report is about these weights, as far as that is seen without its text."""
     inspection, wrong = report.inspection, []
     tensors, sizes = _small_tensors(folder)
-    with vetting.reading(PLAN), safe_open(folder / PLAN, "pt") as plan:
+    with vetting.reading(PLAN), safe_open(plan_in(folder), "pt") as plan:
         scale = plan.get_tensor("residual")
         planned = from_json(Inspection, plan.metadata()["absorb_inspection"])
     if planned != inspection:

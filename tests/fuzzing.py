@@ -221,7 +221,7 @@ def _model_file(name: str, bench: Bench, draw: Draw, folder: Path) -> None:
 
 
 def _plan(bench: Bench, draw: Draw, folder: Path) -> None:
-    content = (bench.made / "plan.safetensors").read_bytes()
+    content = (bench.made / "plan" / "plan.safetensors").read_bytes()
     size = struct.unpack("<Q", content[:8])[0]
     header, rest = json.loads(content[8 : 8 + size]), content[8 + size :]
     if draw(st.integers(0, 3)) == 0:

@@ -22,7 +22,7 @@ from tiny_tokenizer import tiny_tokenizer
 from absorb import source
 from absorb.checkpoint import staged
 from absorb.cli import main
-from absorb.plan_file import read_plan
+from absorb.plan_file import PLAN, read_plan
 from absorb.refusals import Refusals
 from absorb.settings import ModelRef
 from absorb.source import load
@@ -158,7 +158,7 @@ def test_a_source_that_is_written_to_once_it_is_read_does_no_harm(
         content.truncate(9) if truncated else content.write(b"\x3f" * size)
     process.join()
     assert process.exitcode == 0, log.read_text()
-    for name in ("model.safetensors", "plan.safetensors", "absorb.json"):
+    for name in ("model.safetensors", "plan/plan.safetensors", "absorb.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
@@ -180,7 +180,7 @@ def test_a_plan_that_is_written_to_once_it_is_read_does_no_harm(
     model: Path, tmp_path: Path
 ) -> None:
     assert convert(model, tmp_path / "out").exit_code == 0
-    file = tmp_path / "out" / "plan.safetensors"
+    file = tmp_path / "out" / PLAN
     plan, _ = read_plan(file, load(ModelRef(name=str(model))))
     residual = plan.residual.tolist()
     with file.open("r+b") as content:

@@ -202,7 +202,7 @@ def test_a_plan_of_any_family_survives_being_written_and_read(
         removals=(Removal(spike=spike, divergence=0.0),),
         smoothing=smoothing_scales(graft(source.model, family, plan), family, tokens),
     )
-    write_plan(tmp_path, plan, inspected(source, plan, sink))
+    write_plan(tmp_path / PLAN, plan, inspected(source, plan, sink))
     read, _ = read_plan(tmp_path, source)
     before = graft(source.model, family, plan).state_dict()
     after = graft(source.model, family, read).state_dict()
@@ -223,8 +223,8 @@ def edited(made: Path, folder: Path, edit: Callable[[dict[str, Tensor]], None]) 
     tensors = load_file(made / PLAN)
     edit(tensors)
     with safe_open(made / PLAN, "pt") as content:
-        save_file(tensors, folder / PLAN, metadata=content.metadata())
-    return folder / PLAN
+        save_file(tensors, folder / "edited.safetensors", metadata=content.metadata())
+    return folder / "edited.safetensors"
 
 
 def drop(name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -273,9 +273,9 @@ def test_a_damaged_plan_is_refused(
 def test_a_truncated_plan_is_refused(made: Path, source: Source, tmp_path: Path) -> None:
     content = (made / PLAN).read_bytes()
     for size in (0, 100, len(content) // 2, len(content) - 1):
-        (tmp_path / PLAN).write_bytes(content[:size])
+        (tmp_path / "cut").write_bytes(content[:size])
         with pytest.raises(AbsorbError, match="cannot be read as a plan"):
-            read_plan(tmp_path, source)
+            read_plan(tmp_path / "cut", source)
 
 
 def test_what_is_no_plan_is_refused(made: Path, source: Source, tmp_path: Path) -> None:
@@ -294,9 +294,9 @@ def test_a_pickle_is_not_opened(source: Source, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
             return Path.touch, (tmp_path / "exploded",)
 
-    torch.save(Bomb(), tmp_path / PLAN)
+    torch.save(Bomb(), tmp_path / "bomb")
     with pytest.raises(AbsorbError, match="cannot be read as a plan"):
-        read_plan(tmp_path, source)
+        read_plan(tmp_path / "bomb", source)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -306,9 +306,20 @@ def test_a_plan_of_another_version_is_refused(
 ) -> None:
     with safe_open(made / PLAN, "pt") as content:
         [name] = content.metadata()
-    save_file(load_file(made / PLAN), tmp_path / PLAN, metadata={name: text})
+    save_file(load_file(made / PLAN), tmp_path / "other", metadata={name: text})
     with pytest.raises(AbsorbError, match="was written by another version of absorb"):
-        read_plan(tmp_path, source)
+        read_plan(tmp_path / "other", source)
+
+
+def test_a_plan_beside_the_weights_is_found_too(made: Path, source: Source, tmp_path: Path) -> None:
+    shutil.copy(made / PLAN, tmp_path)
+    plan, inspection = read_plan(tmp_path, source)
+    assert inspection == read_plan(made, source)[1]
+    assert plan.prefix == inspection.prefix
+
+
+def test_an_engine_that_takes_all_safetensors_for_weights_finds_no_others(made: Path) -> None:
+    assert [file.name for file in made.glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_the_plan_of_another_model_is_refused(

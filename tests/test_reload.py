@@ -103,7 +103,7 @@ def test_the_checkpoint_is_complete(converted: Path) -> None:
     assert (converted / code.name).read_bytes() == code.read_bytes()
     names = {path.name for path in converted.iterdir()}
     assert {"model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= names
-    assert "plan.safetensors" in names
+    assert (converted / "plan" / "plan.safetensors").is_file()
     assert not list(converted.parent.glob("*.partial"))
 
 

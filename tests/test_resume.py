@@ -63,7 +63,7 @@ def test_the_result_is_that_of_an_uninterrupted_run(
     assert resumed.exit_code == 0, resumed.output
     assert "resumed" in resumed.stderr
     assert "fitting sinks" not in resumed.stderr
-    for name in ("model.safetensors", "absorb.json", "plan.safetensors", "config.json"):
+    for name in ("model.safetensors", "absorb.json", "plan/plan.safetensors", "config.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.glob("model*")) == ["model"]
 
