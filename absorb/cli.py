@@ -3,6 +3,7 @@
 torch takes seconds to import, so everything that needs it is imported inside the commands.
 """
 
+import logging
 import sys
 from contextlib import ExitStack
 from io import TextIOWrapper
@@ -16,16 +17,20 @@ from absorb.errors import AbsorbError
 from absorb.files import promised
 from absorb.memory import keep_freed_memory
 from absorb.options import (
-    FORMATS,
-    Number,
+    choice,
     format_names,
     job_from,
     model_options,
     names,
+    number,
     refuse_contradictions,
 )
 from absorb.refusals import Refusals
-from absorb.settings import Evaluation, ModelRef
+from absorb.settings import CHOICES, Evaluation, ModelRef
+
+# transformers imports torchao if it is there, which then tells of kernels that this machine cannot
+# use, and of what a later torch will say to it.
+_NOISY = ("torchao", "torch.utils._pytree")
 
 
 class _Absorb(click.Group):
@@ -51,6 +56,8 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):  # a locale may know no more than ASCII
             stream.reconfigure(errors="backslashreplace")
     keep_freed_memory()
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @main.command()
@@ -59,25 +66,25 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Replace the checkpoint that is in --out.")
 @click.option(
     "--steps",
-    type=click.IntRange(min=0),
+    type=number("steps"),
     help="Of the fine-tune; 0 for none.  [default: 100 on a GPU, 12 on a CPU]",
 )
 @click.option(
     "--minutes",
-    type=Number(0, 1e6, min_open=True),
+    type=number("minutes"),
     help="Length of the fine-tune in place of --steps. Loading, sampling, planning and evaluating "
     "take their time beside it.",
 )
 @click.option(
     "--train",
-    type=click.Choice(["sinks", "scales", "all"]),
+    type=choice("train"),
     help="What to train: sinks and their biases, residual scales too, or all weights.  "
     "[default: all on a GPU, sinks on a CPU]",
 )
 @click.option(
     "--for",
     "purpose",
-    type=click.Choice(["int8", "w4a4", "nvfp4", "none"]),
+    type=choice("purpose"),
     default="none",
     show_default=True,
     help="Fine-tune as if quantised, for a model that will be: to W8A8 with fixed ranges, to W4A4 "
@@ -179,7 +186,7 @@ def inspect(as_json: bool, html: Path | None, png: Path | None, **options: Any) 
     "--formats",
     metavar="A,B,C",
     callback=format_names,
-    default=",".join(FORMATS),
+    default=",".join(CHOICES["formats"]),
     show_default=True,
     help="Low-precision formats to measure the perplexity in.",
 )
@@ -190,10 +197,10 @@ def inspect(as_json: bool, html: Path | None, png: Path | None, **options: Any) 
     help="Tasks of lm-evaluation-harness, in float and in each format: its names, or .jsonl files "
     "with question, choices and label on every line.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Questions of each task.  [default: all]")
+@click.option("--limit", type=number("limit"), help="Questions of each task.  [default: all]")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=choice("dtype"),
     default="float32",
     show_default=True,
     help="What models are held and computed in.",

@@ -185,7 +185,9 @@ def _explanation(error: BaseException, repository: str) -> str:
     if isinstance(cause, HfHubHTTPError):
         return _status_explanation(cause, repository)
     reason = (str(cause).splitlines() or [""])[0] or type(cause).__name__
-    return f"the connection to the Hub was lost ({reason}); {_AGAIN}"
+    # huggingface_hub uploads by xet wherever hf_xet is installed, and a mirror may not know it.
+    without = " (with HF_HUB_DISABLE_XET=1 where the Hub has no xet)" if "xet" in reason else ""
+    return f"the connection to the Hub was lost ({reason}); {_AGAIN}{without}"
 
 
 def _status_explanation(error: HfHubHTTPError, repository: str) -> str:

@@ -5,6 +5,7 @@ What is being done goes to the logger `absorb`; what is refused raises an Absorb
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -63,21 +64,25 @@ def convert(
         raise AbsorbError(
             "a plan has decided sink, residual_target, prefix and thresholds; drop them, or plan"
         )
-    _refuse_unknown("sink", sink, get_args(Sink))
-    _refuse_unknown("train", train, (None, *get_args(Train)))
-    _refuse_unknown("purpose", purpose, get_args(Purpose))
-    job = Job(
-        model=ModelRef(name=str(model), revision=revision, trust_remote_code=trust_remote_code),
-        out=Path(out),
-        calibration=Calibration(text=_text(text), prefix=prefix, seed=seed),
-        thresholds=thresholds,
+    job = _job(
+        model,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        text=text,
         sink=sink,
         residual_target=residual_target,
+        prefix=prefix,
+        thresholds=thresholds,
+        seed=seed,
+        device=device,
+    )
+    job = replace(
+        job,
+        out=Path(out),
         plan=_path(plan),
         distillation=Distillation(
             steps=steps, minutes=minutes, train=train, purpose=purpose, seed=seed
         ),
-        device=device,
         force=force,
     )
     return pipeline.convert(job, _say, resume)
@@ -97,14 +102,16 @@ def inspect(
     device: str = "auto",
 ) -> Inspection:
     """Find the outliers of a model, and how they would be absorbed; writes nothing."""
-    _refuse_unknown("sink", sink, get_args(Sink))
-    job = Job(
-        model=ModelRef(name=str(model), revision=revision, trust_remote_code=trust_remote_code),
-        out=Path(),
-        calibration=Calibration(text=_text(text), prefix=prefix, seed=seed),
-        thresholds=thresholds,
+    job = _job(
+        model,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        text=text,
         sink=sink,
         residual_target=residual_target,
+        prefix=prefix,
+        thresholds=thresholds,
+        seed=seed,
         device=device,
     )
     return pipeline.inspect(job, _say)
@@ -127,9 +134,6 @@ def evaluate(
     `tasks` what is asked in each: names that lm-evaluation-harness knows, or .jsonl files, `limit`
     questions of each.
     """
-    for name in formats:
-        _refuse_unknown("formats", name, _FORMATS)
-    _refuse_unknown("dtype", dtype, get_args(Dtype))
     wish = Evaluation(
         model=str(model),
         against=tuple(map(str, against)),
@@ -146,6 +150,31 @@ def evaluate(
 _UNDECIDED = ("logit", 1.0, None, Thresholds())
 
 
+def _job(
+    model: str | Path,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    text: str | Path | None,
+    sink: Sink,
+    residual_target: float,
+    prefix: str | None,
+    thresholds: Thresholds,
+    seed: int,
+    device: str,
+) -> Job:
+    """What convert and inspect have in common; it has no place to write to."""
+    return Job(
+        model=ModelRef(name=str(model), revision=revision, trust_remote_code=trust_remote_code),
+        out=Path(),
+        calibration=Calibration(text=_text(text), prefix=prefix, seed=seed),
+        thresholds=thresholds,
+        sink=sink,
+        residual_target=residual_target,
+        device=device,
+    )
+
+
 def _path(name: str | Path | None) -> Path | None:
     return None if name is None else Path(name)
 
@@ -154,8 +183,3 @@ def _text(name: str | Path | None) -> Path | None:
     if name is not None and not Path(name).is_file():
         raise AbsorbError(f"{name} is no file to read text from; check text")
     return _path(name)
-
-
-def _refuse_unknown(option: str, value: str | None, known: tuple[str | None, ...]) -> None:
-    if value not in known:
-        raise AbsorbError(f"{option} is {value!r} and must be one of {', '.join(map(repr, known))}")

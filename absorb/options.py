@@ -3,14 +3,22 @@
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from absorb.settings import Calibration, Distillation, FormatName, Job, ModelRef, Thresholds
+from absorb.settings import (
+    CHOICES,
+    RANGES,
+    Calibration,
+    Distillation,
+    FormatName,
+    Job,
+    ModelRef,
+    Thresholds,
+)
 
-FORMATS = get_args(FormatName)
 _THRESHOLDS = {
     "sink_weight": "Mean attention weight above which a token is a sink.",
     "massive_value": "Magnitude above which an activation is massive.",
@@ -31,6 +39,20 @@ class Number(click.FloatRange):
         return number
 
 
+def number(name: str) -> "click.ParamType[Any]":
+    """The type of an option that takes what the setting of this name does."""
+    allowed = RANGES[name]
+    if allowed.whole:
+        most = None if allowed.most is None else int(allowed.most)
+        return click.IntRange(int(allowed.least), most)
+    return Number(allowed.least, allowed.most, min_open=allowed.excluded)
+
+
+def choice(name: str) -> "click.ParamType[Any]":
+    """The same for one that takes one of a few words."""
+    return click.Choice(CHOICES[name])
+
+
 def names(ctx: Any, param: Any, value: str | None) -> tuple[str, ...]:
     """Names with commas between them, without repeats."""
     found = tuple(dict.fromkeys(value.split(","))) if value is not None else ()
@@ -43,8 +65,9 @@ def format_names(ctx: Any, param: Any, value: str) -> tuple[FormatName, ...]:
     """Names of formats with commas between them, without repeats."""
     found: Any = tuple(dict.fromkeys(value.split(",")))
     for name in found:
-        if name not in FORMATS:
-            raise click.BadParameter(f"{name!r} is none of {', '.join(FORMATS)}", ctx, param)
+        if name not in CHOICES["formats"]:
+            known = ", ".join(CHOICES["formats"])
+            raise click.BadParameter(f"{name!r} is none of {known}", ctx, param)
     return found  # type: ignore[no-any-return]
 
 
@@ -54,7 +77,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
         command = click.option(
             f"--threshold-{field.name.replace('_', '-')}",
             field.name,
-            type=Number(min=0),
+            type=number(field.name),
             default=field.default,
             show_default=True,
             help=_THRESHOLDS[field.name],
@@ -73,7 +96,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--sink",
-            type=click.Choice(["logit", "key", "auto"]),
+            type=choice("sink"),
             default="logit",
             show_default=True,
             help="How: one logit a head, which fast kernels know; the prefix's key, which is "
@@ -81,7 +104,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--residual-target",
-            type=Number(0.001, 1e6),
+            type=number("residual_target"),
             default=1.0,
             show_default=True,
             help="Multiple of the median channel that an outlier channel is brought down to, by a "
@@ -90,7 +113,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--prefix", help="Text that the sinks stand for.  [default: searched for]"),
         click.option(
             "--seed",
-            type=click.IntRange(0, 10**9),
+            type=number("seed"),
             default=0,
             show_default=True,
             help="Of all randomness.",

@@ -1,8 +1,10 @@
-"""What a user may choose. Immutable, and cheap to import: no torch here."""
+"""What a user may choose. Immutable, checked, and cheap to import: no torch here."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from absorb.errors import AbsorbError
 
 Sink = Literal["logit", "key", "auto"]
 Train = Literal["sinks", "scales", "all"]
@@ -27,6 +29,71 @@ FormatName = Literal[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """The numbers that are allowed, the ends among them unless the least is `excluded`."""
+
+    least: float
+    most: float | None = None
+    excluded: bool = False
+    whole: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            return False
+        above = value > self.least if self.excluded else value >= self.least
+        return above and (self.most is None or value <= self.most)
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        least = f"{'above' if self.excluded else 'from'} {self.least:g}"
+        return f"{kind} {least}" + ("" if self.most is None else f" to {self.most:g}")
+
+
+RANGES = {
+    "seed": Range(least=0, most=10**9, whole=True),
+    "residual_target": Range(least=0.001, most=1e6),
+    "steps": Range(least=0, whole=True),
+    "minutes": Range(least=0, most=1e6, excluded=True),
+    "limit": Range(least=1, whole=True),
+    "sink_weight": Range(least=0),
+    "massive_value": Range(least=0),
+    "massive_ratio": Range(least=0),
+    "token_ratio": Range(least=0),
+    "channel_ratio": Range(least=0),
+    "divergence": Range(least=0),
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "sink": get_args(Sink),
+    "train": get_args(Train),
+    "purpose": get_args(Purpose),
+    "dtype": get_args(Dtype),
+    "formats": get_args(FormatName),
+}
+
+
+class _Checked:
+    """Refuses, by an AbsorbError, what is out of its range or none of its choices."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for one in fields(self):  # type: ignore[arg-type]  # all that inherit are dataclasses
+            value = getattr(self, one.name)
+            if value is None and one.default is None:
+                continue
+            for part in value if isinstance(value, tuple) else (value,):
+                _refuse_strange(one.name, part)
+
+
+def _refuse_strange(name: str, value: Any) -> None:
+    if name in RANGES and value not in RANGES[name]:
+        raise AbsorbError(f"{name} is {value!r} and must be {RANGES[name]}")
+    if name in CHOICES and value not in CHOICES[name]:
+        known = ", ".join(map(repr, CHOICES[name]))
+        raise AbsorbError(f"{name} is {value!r} and must be one of {known}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRef:
     """Where the model to convert is: a Hub id, a folder, a .gguf file, or `demo`."""
 
@@ -36,7 +103,7 @@ class ModelRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
+class Calibration(_Checked):
     """The text that is measured. Without a file the model samples its own."""
 
     text: Path | None = None
@@ -45,7 +112,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Thresholds:
+class Thresholds(_Checked):
     """When a figure counts as an outlier, each as its source defines it."""
 
     # Attention sink: mean weight that a token receives (arXiv 2410.10781).
@@ -62,7 +129,7 @@ class Thresholds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Distillation:
+class Distillation(_Checked):
     """The brief fine-tune. None lets the machine decide, and the choice is printed.
 
     It takes a number of steps or of minutes, not both.
@@ -76,7 +143,7 @@ class Distillation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class Evaluation(_Checked):
     """Models to be compared on one text. Without a file the first of them samples it."""
 
     model: str
@@ -90,7 +157,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Job(_Checked):
     """One conversion, complete."""
 
     model: ModelRef

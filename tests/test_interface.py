@@ -1,5 +1,6 @@
 """The Python interface does what the commands do, and converted models load by `import absorb`."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,7 +64,7 @@ def test_an_evaluation_knows_originals_and_converted_models(
 
 def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     def refused(sentence: str, **options: Any) -> None:
-        with pytest.raises(AbsorbError, match=sentence):
+        with pytest.raises(AbsorbError, match=re.escape(sentence)):
             absorb.convert("nothing", tmp_path / "out", **options)
 
     refused("steps and minutes both set the length", steps=1, minutes=1)
@@ -71,8 +72,23 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> No
     refused("sink is 'keys' and must be one of 'logit', 'key', 'auto'", sink="keys")
     refused("train is 'none'", train="none")
     refused("is no file to read text from", text=tmp_path / "nothing.txt")
-    with pytest.raises(AbsorbError, match="formats is 'int3'"):
-        absorb.evaluate("nothing", formats=["int3"])  # type: ignore[list-item]
+    refused("purpose is 'int4'", purpose="int4")
+    refused("steps is -1 and must be a whole number from 0", steps=-1)
+    refused("steps is 1.5 and must be a whole number", steps=1.5)
+    refused("minutes is 0 and must be a number above 0 to 1e+06", minutes=0)
+    refused("minutes is nan and must be a number", minutes=float("nan"))
+    refused("residual_target is 0 and must be a number from 0.001", residual_target=0)
+    refused("seed is -1 and must be a whole number from 0 to 1e+09", seed=-1)
+    with pytest.raises(AbsorbError, match="token_ratio is -1 and must be a number from 0"):
+        Thresholds(token_ratio=-1)
+    for options, sentence in (
+        ({"formats": ["int3"]}, "formats is 'int3'"),
+        ({"formats": "fp8"}, "formats is 'f'"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"limit": 0}, "limit is 0 and must be a whole number from 1"),
+    ):
+        with pytest.raises(AbsorbError, match=sentence):
+            absorb.evaluate("nothing", **options)  # type: ignore[arg-type]
 
 
 LOAD = """

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from fake_hub import TOKEN, USER, FakeHub, Trouble, serving
+from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
 from absorb.checkpoint import digests
@@ -161,6 +162,20 @@ def test_a_dropped_connection_is_tried_again(
     upload_to(folder)
     assert arrived(hub, folder)
     assert len(waits) == 3
+
+
+def test_a_hub_without_xet_is_served_without_it(
+    hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hf_xet")
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+        said = refused(lambda: upload_to(folder))
+    assert "with HF_HUB_DISABLE_XET=1 where the Hub has no xet" in said
+    assert hub.files(REPOSITORY) == [".gitattributes"]
+    upload_to(folder)
+    assert len(hub.uploaded) == 2
+    assert arrived(hub, folder)
 
 
 def test_a_slow_hub_is_waited_for(hub: FakeHub, folder: Path) -> None:
