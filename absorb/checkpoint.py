@@ -111,6 +111,12 @@ def _prepare(out: Path, force: bool) -> None:
             f"{out} cannot be replaced as a whole, being a mount point or the current folder; "
             "choose a folder inside it as --out"
         )
+    outer = next(filter(_is_checkpoint, out.parents), None)
+    if outer is not None:
+        raise AbsorbError(
+            f"{out} lies in the checkpoint {outer}, which would be whole no more; choose another "
+            "--out"
+        )
     _refuse_occupied(out, force)
 
 

@@ -154,6 +154,8 @@ def inspect(as_json: bool, html: Path | None, png: Path | None, **options: Any) 
     absorb inspect demo --html outliers.html
     absorb inspect ./my-llama --text corpus.txt --json > findings.json
     """
+    if html is not None and html == png:
+        raise click.UsageError("--html names a file and --png a folder; name two places")
     job = job_from(Path(), False, options)
     with Refusals():
         from absorb import pipeline, report

@@ -55,12 +55,12 @@ RANGES = {
     "steps": Range(least=0, whole=True),
     "minutes": Range(least=0, most=1e6, excluded=True),
     "limit": Range(least=1, whole=True),
-    "sink_weight": Range(least=0),
-    "massive_value": Range(least=0),
-    "massive_ratio": Range(least=0),
-    "token_ratio": Range(least=0),
-    "channel_ratio": Range(least=0),
-    "divergence": Range(least=0),
+    "sink_weight": Range(least=0, most=1e9),
+    "massive_value": Range(least=0, most=1e9),
+    "massive_ratio": Range(least=0, most=1e9),
+    "token_ratio": Range(least=0, most=1e9),
+    "channel_ratio": Range(least=0, most=1e9),
+    "divergence": Range(least=0, most=1e9),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "sink": get_args(Sink),

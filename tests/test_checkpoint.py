@@ -129,6 +129,13 @@ def test_a_checkpoint_is_replaced_only_by_force(out: Path) -> None:
     assert names(out.parent) == ["model"]
 
 
+def test_a_checkpoint_takes_in_no_other(out: Path) -> None:
+    write(out, "old")
+    with pytest.raises(AbsorbError, match="lies in the checkpoint"):
+        write(out / "deep" / "new", "new")
+    assert names(out) == ["absorb.json"]
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_a_folder_that_absorb_did_not_write_is_never_replaced(out: Path, force: bool) -> None:
     out.mkdir()

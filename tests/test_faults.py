@@ -280,6 +280,14 @@ def test_arguments_that_are_no_text_are_misuse(words: list[str]) -> None:
     assert "is not text in UTF-8" in result.stderr
 
 
+def test_a_file_and_a_folder_need_two_names(model: Path, tmp_path: Path) -> None:
+    place = str(tmp_path / "page")
+    result = CliRunner().invoke(main, ["inspect", str(model), "--html", place, "--png", place])
+    assert result.exit_code == 2
+    assert "name two places" in result.stderr
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_name_too_long_is_refused(model: Path) -> None:
     result = convert(model, Path("o" * 300))
     assert result.exit_code == 1, result.exception

@@ -81,6 +81,8 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> No
     refused("seed is -1 and must be a whole number from 0 to 1e+09", seed=-1)
     with pytest.raises(AbsorbError, match="token_ratio is -1 and must be a number from 0"):
         Thresholds(token_ratio=-1)
+    with pytest.raises(AbsorbError, match="sink_weight is inf and must be a number from 0 to 1e"):
+        Thresholds(sink_weight=float("inf"))
     for options, sentence in (
         ({"formats": ["int3"]}, "formats is 'int3'"),
         ({"formats": "fp8"}, "formats is 'f'"),
