@@ -35,6 +35,7 @@ DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Up to this size a progress bar would be gone before it is read.
 QUIET_BYTES = 2_000_000_000
 
+_ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 _FINGERPRINT_VALUES = 4096  # of each parameter, at most
 
 
@@ -138,6 +139,7 @@ def _from_folder(
         )
     model, info = loading
     vetting.refuse_mismatch(info, model, ref.name)
+    _align(model)
     return Source(
         name=name,
         model=model,
@@ -147,6 +149,18 @@ def _from_folder(
         license=_license(folder),
         commit=commit,
     )
+
+
+@torch.no_grad()
+def _align(model: PreTrainedModel) -> None:
+    """Move weights that lie just anywhere to where torch puts its own.
+
+    What is read as it is stored stays in the bytes of its file, wherever these begin, and the last
+    bit of a product depends on that: two runs would differ.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def _outline(kind: Any, folder: Path) -> PreTrainedModel:

@@ -162,6 +162,11 @@ def test_a_source_that_is_written_to_once_it_is_read_does_no_harm(
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_weights_lie_where_torch_puts_them(model: Path) -> None:
+    loaded = load(ModelRef(name=str(model))).model
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.parameters())
+
+
 def test_a_source_that_is_written_to_while_it_is_read_is_refused(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

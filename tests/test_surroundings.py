@@ -45,7 +45,6 @@ time.time_ns = lambda: int(time.time() * 1e9)
 SURROUNDINGS = {
     "plain": {},
     "ASCII in 1970": {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "TZ": "<-99>99", "YEARS": "1970"},
-    "POSIX": {"LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii:strict", "LANG": "", "TZ": "UTC"},
     "Turkish in 2099": {"LC_ALL": "tr_TR.UTF-8", "TZ": "Pacific/Kiritimati", "YEARS": "2099"},
 }
 LOCALE = ("PYTHONUTF8", "PYTHONIOENCODING", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ")
@@ -69,7 +68,8 @@ def test_surroundings_change_nothing(tmp_path: Path) -> None:
         command = [sys.executable, "-c", ALL, str(model), str(text), str(out)]
         done = subprocess.run(command, env=known, capture_output=True, check=False)
         assert done.returncode == 0, (name, done.stderr.decode(errors="replace"))
-        assert b"Traceback" not in done.stderr
+        for noise in (b"Traceback", b"torchao", b"_pytree"):
+            assert noise not in done.stderr, name
         assert b"without absorb" in done.stdout
         report = (out / "absorb.json").read_bytes()
         written.append((digests(out), report))
