@@ -21,8 +21,8 @@ from absorb.weights import bias_at, fused_rows, heads_of, is_norm, place_at, wei
 
 
 @torch.no_grad()
-def turn(model: PreTrainedModel, family: Family) -> PreTrainedModel:
-    """The same function, with rotated inputs and outputs; the model, changed in place.
+def turn_inputs(model: PreTrainedModel, family: Family) -> PreTrainedModel:
+    """The same function, every Linear reading rotated inputs; the model, changed in place.
 
     The weights of the norms go into the Linears first, as rotations could not pass them.
     """
@@ -31,6 +31,13 @@ def turn(model: PreTrainedModel, family: Family) -> PreTrainedModel:
         weight = weight_at(model, name)
         weight.copy_(rotated(weight))
         linear.register_forward_pre_hook(lambda _, args: (rotated(args[0]).to(args[0]), *args[1:]))
+    return model
+
+
+@torch.no_grad()
+def turn(model: PreTrainedModel, family: Family) -> PreTrainedModel:
+    """The same function, with rotated inputs and outputs; the model, changed in place."""
+    turn_inputs(model, family)
     rows = _value_rows(model, family)
     for layer in layers_of(model, family):
         _turn_output(layer, family.value, *rows)
