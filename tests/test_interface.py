@@ -13,9 +13,9 @@ import pytest
 from click import Command
 
 import absorb
-from absorb import AbsorbError, cli
+from absorb import AbsorbError, cli, pipeline
 from absorb.report import Report, from_json
-from absorb.settings import Thresholds
+from absorb.settings import Sink, Thresholds
 
 # What has no place in Python: there the result is an object, and huggingface_hub uploads a folder.
 ONLY_COMMANDS = {"as_json", "push_to_hub", "html", "png"}
@@ -133,3 +133,18 @@ def test_with_absorb_imported_a_model_needs_no_trust(
     command = [sys.executable, "-c", script, str(converted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("sink", "said"), [("logit", True), ("key", False)])
+def test_logits_that_do_not_fit_are_spoken_of(
+    sink: Sink,
+    said: bool,
+    original: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(pipeline, "_MUCH", 0.001)  # the random model has no sink, and needs none
+    found = absorb.inspect(original, sink=sink)
+    assert (found.divergence > pipeline._MUCH) == said
+    assert ("--sink key, in all layers, is exact" in caplog.text) == said
