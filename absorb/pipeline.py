@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Draft:
     student: PreTrainedModel
     inspection: Inspection
     measurement: Measurement | None  # of the original; none where a plan was read
+    peaks: dict[str, Tensor] = field(default_factory=dict)  # what its matrices read, if measured
     progress: Progress | None = None
 
 
@@ -64,7 +65,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
         if not plan.smoothing:  # a plan that was read holds the scales, and they are grafted
             plan = replace(plan, smoothing=smoothed(student, draft, fine_tune.purpose))
         if draft.progress is not None:
-            draft.progress.keep_draft(draft.texts, plan, draft.inspection)
+            draft.progress.keep_draft(draft.texts, plan, draft.inspection, draft.peaks)
             say(f"kept in {draft.progress.folder}; the same command goes on from here")
         write_plan(folder / PLAN, plan, draft.inspection)
         prefix = torch.tensor(plan.prefix)
@@ -85,10 +86,9 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
             )
         as_stored(student, source.dtype)
         nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
-        seen = {} if draft.measurement is None else draft.measurement.input_peak
         original, converted = evaluate(
             [
-                Subject(model=source.model, lead=lead_of(source.tokenizer), peaks=seen),
+                Subject(model=source.model, lead=lead_of(source.tokenizer), peaks=draft.peaks),
                 Subject(model=student),
             ],
             Subject(model=source.model, lead=prefix),
@@ -178,7 +178,7 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
     kept = progress.draft() if progress else None
     if kept is not None:
         say("resumed: the text and the plan are there")
-        texts, plan, inspection = kept
+        texts, plan, inspection, peaks = kept
         return Draft(
             source=source,
             texts=texts,
@@ -186,6 +186,7 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
             student=graft(model, family, plan),
             inspection=inspection,
             measurement=None,
+            peaks=peaks,
             progress=progress,
         )
     texts, trials = read(job, source, training_rows)
@@ -212,6 +213,7 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
         student=student,
         inspection=replace(inspection, divergence=gap),
         measurement=measurement,
+        peaks={} if measurement is None else measurement.input_peak,
         progress=progress,
     )
 
