@@ -77,7 +77,7 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
 
 def _loaded(name: str, say: Callable[[str], None]) -> Source:
     say(f"loading {name}")
-    return load(ModelRef(name=name), converted=True)
+    return load(ModelRef(name=name), measured=True)
 
 
 def _subject(source: Source) -> Subject:

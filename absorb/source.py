@@ -28,6 +28,7 @@ from transformers.utils import logging as bars_and_warnings
 from absorb import download, gguf_file, modeling_absorb, vetting
 from absorb.errors import AbsorbError
 from absorb.families import Family
+from absorb.outline import outlined
 from absorb.settings import ModelRef
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -70,12 +71,13 @@ class Source:
         return digest.hexdigest()
 
 
-def load(ref: ModelRef, *, converted: bool = False) -> Source:
+def load(ref: ModelRef, *, measured: bool = False) -> Source:
     """The model that `ref` names, or an AbsorbError that says why not.
 
-    `converted` says that a model which absorb has converted will do.
+    Where it is only to be measured, a model that absorb has converted will do, and one of an
+    architecture that it does not know.
     """
-    source = _read(ref, converted)
+    source = _read(ref, measured)
     vetting.refuse_non_finite(source.model, source.name)
     vetting.refuse_unusable(source.model, source.tokenizer, source.name)
     if getattr(source.model.config, "attn_logit_softcapping", None):
@@ -86,10 +88,10 @@ def load(ref: ModelRef, *, converted: bool = False) -> Source:
     return source
 
 
-def _read(ref: ModelRef, converted: bool) -> Source:
+def _read(ref: ModelRef, measured: bool) -> Source:
     path = Path(ref.name).expanduser()
     if ref.name != "demo" and not path.exists() and download.is_repository(ref.name):
-        return _from_hub(ref, converted)
+        return _from_hub(ref, measured)
     if ref.revision is not None:
         raise AbsorbError(
             f"{ref.name} is not a Hub repository and has no revisions; drop --revision"
@@ -97,7 +99,7 @@ def _read(ref: ModelRef, converted: bool) -> Source:
     if ref.name == "demo":
         return _from_gguf(gguf_file.demo(), DEMO)
     if path.is_dir():
-        return _from_folder(path, ref, path.resolve().name, None, converted)
+        return _from_folder(path, ref, path.resolve().name, None, measured)
     if path.is_file():
         return _from_gguf(path, path.name)
     raise AbsorbError(
@@ -106,17 +108,17 @@ def _read(ref: ModelRef, converted: bool) -> Source:
     )
 
 
-def _from_hub(ref: ModelRef, converted: bool) -> Source:
+def _from_hub(ref: ModelRef, measured: bool) -> Source:
     folder = download.description(ref)
-    vetting.family_in(folder, ref.name, converted)
+    vetting.family_in(folder, ref.name, measured)
     commit = folder.name  # the cache keeps every commit in a folder of its name
-    return _from_folder(download.weights(ref, commit), ref, ref.name, commit, converted)
+    return _from_folder(download.weights(ref, commit), ref, ref.name, commit, measured)
 
 
 def _from_folder(
-    folder: Path, ref: ModelRef, name: str, commit: str | None, converted: bool
+    folder: Path, ref: ModelRef, name: str, commit: str | None, measured: bool
 ) -> Source:
-    family = vetting.family_in(folder, ref.name, converted)
+    family = vetting.family_in(folder, ref.name, measured)
     files = vetting.weight_files(folder, ref.name)
     elements, tensors = vetting.stored_elements(files)
     dtype = vetting.stored_dtype(elements, ref.name)
@@ -140,6 +142,9 @@ def _from_folder(
     model, info = loading
     vetting.refuse_mismatch(info, model, ref.name)
     _align(model)
+    if family is None:
+        with vetting.reading(ref.name):
+            family = outlined(model, ref.name)
     return Source(
         name=name,
         model=model,

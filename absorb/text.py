@@ -99,8 +99,10 @@ def refuse_unknown_tokens(source: Source, ids: list[int], origin: str) -> None:
 
 def refuse_short_model(source: Source, needed: int) -> None:
     """Refuse a model whose learned positions end before a row of text, and what leads it, does."""
+    if source.family.positions is None:
+        return
     room = source.model.config.max_position_embeddings
-    if source.family.positions is not None and room < needed:
+    if room < needed:
         raise AbsorbError(
             f"{source.name} reads {room} tokens at most and absorb measures on {needed}; "
             "choose a model with more positions"
@@ -201,7 +203,7 @@ def _sample(source: Source, draws: Tensor, bar: tqdm) -> Tensor:
     draws = draws.to(device)
     _, remember = remembering(model, room=_SAMPLED)
     text = [start.to(device)]
-    with nullcontext() if source.converted else attending(model, _attend):
+    with nullcontext() if source.converted or source.family.outline else attending(model, _attend):
         for draw in draws.split(1, 1):
             logits = model(text[-1], **remember).logits[:, -1].float()
             logits[:, _ends(model)] = -torch.inf

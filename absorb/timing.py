@@ -43,8 +43,8 @@ def speeds(models: list[PreTrainedModel], tokens: Tensor) -> list[Speed]:
     caches = [_read(model, tokens) for model in models]
     fills = {name: partial(_read, m, tokens) for name, m in zip(names, models, strict=True)}
     steps = {
-        name: partial(_continue, model, tokens[:, -1:], remember)
-        for name, model, (_, remember) in zip(names, models, caches, strict=True)
+        name: partial(_continue, model, tokens[:, -1:], *cache)
+        for name, model, cache in zip(names, models, caches, strict=True)
     }
     sizes = [_bytes_of(cache) for cache, _ in caches]
     with tqdm(total=2, desc="timing", unit="part") as bar:
@@ -73,9 +73,13 @@ def _read(model: PreTrainedModel, tokens: Tensor) -> tuple[Any, dict[str, Any]]:
     return cache, remember
 
 
-def _continue(model: PreTrainedModel, token: Tensor, remember: dict[str, Any]) -> None:
+def _continue(model: PreTrainedModel, token: Tensor, cache: Any, remember: dict[str, Any]) -> None:
     for _ in range(_DECODED):
         model(token, **remember)
+    # Forgotten again, lest many turns run off a table of positions. What left a sliding window
+    # cannot be had back, but models that have one have no such table.
+    if not any(cache.is_sliding):
+        cache.crop(-_DECODED)
 
 
 def _bytes_of(cache: Any) -> int:

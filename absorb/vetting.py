@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from absorb.errors import AbsorbError
-from absorb.families import Family, family_of, suited
+from absorb.families import Family, UnsupportedFamilyError, family_of, suited
 from absorb.plain import parsed
 
 # What configurations call the number of their layers.
@@ -50,17 +51,23 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
-def family_in(folder: Path, name: str, converted: bool = False) -> Family:
+def family_in(folder: Path, name: str, measured: bool = False) -> Family | None:
     """The family of the model in a folder, which has a sound configuration and a tokenizer.
 
-    That of the stock model beneath a converted one, if a converted one will do.
+    Where it is only to be measured, that of the stock model beneath a converted one, and None for
+    an architecture that absorb does not know.
     """
     config = _read_json(folder / "config.json", name)
-    stock = stock_type(config) if converted else None
+    stock = stock_type(config) if measured else None
     if stock is not None:
         config = {key: value for key, value in config.items() if key != "absorb"}
         config["model_type"] = stock
-    family = family_of_config(config, name)
+    family = None
+    try:
+        family = family_of_config(config, name)
+    except UnsupportedFamilyError:
+        if not measured or config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise AbsorbError(
             f"{name} has no tokenizer; save one beside the model, as {TOKENIZER_FILES[0]}"

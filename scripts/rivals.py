@@ -88,7 +88,7 @@ class Rival:
 def bench_of(original: str, folder: Path, calibration: Path, device: str) -> Bench:
     """Load both models, and gather again the text that the conversion had."""
     source = load(ModelRef(name=original))
-    converted = load(ModelRef(name=str(folder)), converted=True)
+    converted = load(ModelRef(name=str(folder)), measured=True)
     plan, _ = read_plan(folder, source)
     if experts_of(source.model, source.family):
         raise AbsorbError(f"{original} is a mixture of experts; rivals are made of dense models")

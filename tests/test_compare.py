@@ -302,7 +302,7 @@ def test_the_interval_narrows_with_rows_and_holds_the_mean() -> None:
 
 
 def test_convert_still_refuses_what_eval_measures(converted: Path) -> None:
-    source = load(ModelRef(name=str(converted)), converted=True)
+    source = load(ModelRef(name=str(converted)), measured=True)
     assert source.converted
     result = CliRunner().invoke(main, ["inspect", str(converted)])
     assert result.exit_code == 1

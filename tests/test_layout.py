@@ -16,6 +16,7 @@ ORDER = (
     "registration",
     "stranger",
     "watch",
+    "outline",
     "timing",
     "weights",
     "experts",
