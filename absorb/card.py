@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from absorb.errors import AbsorbError
 from absorb.families import family_of
 from absorb.quantize import FORMATS
 from absorb.report import Inspection, Report, Row, finding_rows, score_rows
@@ -176,8 +177,13 @@ def _limits(inspection: Inspection) -> list[str]:
 
 def command(arguments: dict[str, Any]) -> str:
     """The `absorb convert` that the arguments in a report come from."""
-    model = arguments["model"]["name"]
-    return shlex.join(["absorb", "convert", model, "--out", "DIR", *_options(arguments)])
+    try:
+        model, options = arguments["model"]["name"], _options(arguments)
+        return shlex.join(["absorb", "convert", model, "--out", "DIR", *options])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise AbsorbError(
+            "the arguments in absorb.json are not those of a conversion; convert again"
+        ) from error
 
 
 def _options(arguments: dict[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ class Draft:
     student: PreTrainedModel
     inspection: Inspection
     measurement: Measurement | None  # of the original; none where a plan was read
-    peaks: dict[str, Tensor] = field(default_factory=dict)  # what its matrices read, if measured
     progress: Progress | None = None
 
 
@@ -65,7 +64,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
         if not plan.smoothing:  # a plan that was read holds the scales, and they are grafted
             plan = replace(plan, smoothing=smoothed(student, draft, fine_tune.purpose))
         if draft.progress is not None:
-            draft.progress.keep_draft(draft.texts, plan, draft.inspection, draft.peaks)
+            draft.progress.keep_draft(draft.texts, plan, draft.inspection)
             say(f"kept in {draft.progress.folder}; the same command goes on from here")
         write_plan(folder / PLAN, plan, draft.inspection)
         prefix = torch.tensor(plan.prefix)
@@ -88,7 +87,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
         nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
         original, converted = evaluate(
             [
-                Subject(model=source.model, lead=lead_of(source.tokenizer), peaks=draft.peaks),
+                Subject(model=source.model, lead=lead_of(source.tokenizer)),
                 Subject(model=student),
             ],
             Subject(model=source.model, lead=prefix),
@@ -178,7 +177,7 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
     kept = progress.draft() if progress else None
     if kept is not None:
         say("resumed: the text and the plan are there")
-        texts, plan, inspection, peaks = kept
+        texts, plan, inspection = kept
         return Draft(
             source=source,
             texts=texts,
@@ -186,7 +185,6 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
             student=graft(model, family, plan),
             inspection=inspection,
             measurement=None,
-            peaks=peaks,
             progress=progress,
         )
     texts, trials = read(job, source, training_rows)
@@ -213,7 +211,6 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
         student=student,
         inspection=replace(inspection, divergence=gap),
         measurement=measurement,
-        peaks={} if measurement is None else measurement.input_peak,
         progress=progress,
     )
 

@@ -30,7 +30,6 @@ from absorb.text import Texts
 
 _TEXTS, _PLAN, _STATE = "texts.safetensors", "plan.safetensors", "state.safetensors"
 _PARTS = ("calibration", "validation", "held_out", "training")
-_PEAK = "peak."
 _SECONDS = 60
 _NOTE = "absorb"  # the entry of the metadata
 
@@ -58,8 +57,8 @@ class Progress:
                 "resumed; give what was given then, or remove that folder"
             )
 
-    def draft(self) -> tuple[Texts, Plan, Inspection, dict[str, Tensor]] | None:
-        """The text, the plan with all that was found, and what matrices read, if that far."""
+    def draft(self) -> tuple[Texts, Plan, Inspection] | None:
+        """The text, and the plan with all that was found, if that far was come."""
         if not (self.folder / _TEXTS).is_file():
             return None
         tensors, note = _noted(self.folder / _TEXTS)
@@ -68,12 +67,9 @@ class Progress:
             texts = Texts(origin=note["origin"], **{name: tensors[name] for name in _PARTS})
         except KeyError as error:
             raise _damaged(self.folder / _TEXTS, error) from error
-        peaks = {n.removeprefix(_PEAK): t for n, t in tensors.items() if n.startswith(_PEAK)}
-        return texts, plan, inspection, peaks
+        return texts, plan, inspection
 
-    def keep_draft(
-        self, texts: Texts, plan: Plan, inspection: Inspection, peaks: dict[str, Tensor]
-    ) -> None:
+    def keep_draft(self, texts: Texts, plan: Plan, inspection: Inspection) -> None:
         """Keep the text and the plan, unless they are. The text says that both are there."""
         if (self.folder / _TEXTS).is_file():
             return
@@ -82,9 +78,7 @@ class Progress:
         try:
             write_plan(self.folder / _PLAN, plan, inspection)
             note = json.dumps({"mark": self.mark, "origin": texts.origin})
-            tensors = {name: getattr(texts, name) for name in _PARTS}
-            tensors |= {_PEAK + name: peak for name, peak in peaks.items()}
-            _write(self.folder / _TEXTS, tensors, note)
+            _write(self.folder / _TEXTS, {name: getattr(texts, name) for name in _PARTS}, note)
         except BaseException:  # nobody can go on from half of it
             _clear(self.folder)
             raise

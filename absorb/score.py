@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from absorb.families import Family
 from absorb.plan import kl
-from absorb.quantize import FORMATS, Format, input_peaks, quantised
+from absorb.quantize import FORMATS, Format, quantised
 from absorb.settings import FormatName, Thresholds
 from absorb.watch import each_layers, eager, layers_of, led, watching
 
@@ -29,8 +29,6 @@ class Subject:
 
     model: PreTrainedModel
     lead: Tensor = field(default_factory=lambda: torch.tensor([], dtype=torch.long))
-    # What `input_peaks` gives on calibration text, if that is known already, or the largest of it.
-    peaks: dict[str, Tensor] = field(default_factory=dict)
 
     def reads_as(self, other: "Subject") -> bool:
         """Whether both are one model that is given the same lead."""
@@ -209,12 +207,7 @@ def in_format(
 ) -> Iterator[None]:
     """The subject in a format for a while, with fixed ranges, if any, from `calibration`."""
     find = form.ranges
-    if find is None:
-        ranges = {}
-    elif find is input_peaks and subject.peaks:
-        ranges = subject.peaks
-    else:
-        ranges = find(subject.model, family, calibration, subject.lead)
+    ranges = {} if find is None else find(subject.model, family, calibration, subject.lead)
     with quantised(subject.model, family, form, ranges):
         yield
 

@@ -239,9 +239,18 @@ def test_misuse_is_told_with_what_there_is(source: Path, text: Path) -> None:
     assert run().exit_code == 2
 
 
-@pytest.mark.parametrize("tokens", [0, LENGTH - 1, 2 * LENGTH - 2])
-def test_too_short_a_text_is_refused(tokens: int, source: Path, tmp_path: Path) -> None:
-    refused(run(source, "--text", written(tmp_path, tokens)), "tokens and 1024 are needed")
+@pytest.mark.parametrize(
+    ("tokens", "sentence"),
+    [
+        (0, "holds no text"),
+        (LENGTH - 1, "tokens and 1024 are needed"),
+        (2 * LENGTH - 2, "tokens and 1024 are needed"),
+    ],
+)
+def test_too_short_a_text_is_refused(
+    tokens: int, sentence: str, source: Path, tmp_path: Path
+) -> None:
+    refused(run(source, "--text", written(tmp_path, tokens)), sentence)
 
 
 def test_two_windows_are_enough(source: Path, tmp_path: Path) -> None:
@@ -275,7 +284,7 @@ def test_a_converted_folder_without_its_weights_is_refused(
     folder = tmp_path / "broken"
     folder.mkdir()
     for path in converted.iterdir():
-        if path.suffix != ".safetensors":
+        if path.is_file() and path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
     refused(run(folder, "--text", text), "no weights in the safetensors format")
 

@@ -28,7 +28,7 @@ def test_growth_is_the_most_that_a_run_holds_at_once(size: int) -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_what_a_command_frees_it_uses_again() -> None:
-    assert _new_pages("keep_freed_memory()") < 0.1 * _new_pages("pass")
+    assert _new_pages("keep_freed_memory()") < 0.3 * _new_pages("pass")
 
 
 def _new_pages(before: str) -> int:

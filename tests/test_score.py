@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from absorb.families import FAMILIES
 from absorb.graft import twin
 from absorb.plan import kl
-from absorb.quantize import FORMATS, input_peaks
-from absorb.score import Score, Subject, evaluate, kurtosis, quantised_perplexity
+from absorb.score import Score, Subject, evaluate, kurtosis
 from absorb.settings import Thresholds
 
 NOTHING = torch.tensor([], dtype=torch.long)
@@ -120,18 +119,3 @@ def test_kurtosis_is_that_of_known_distributions() -> None:
     lone = torch.zeros(1000)
     lone[3] = 1e4
     assert float(kurtosis(lone)) == pytest.approx(1000, rel=0.01)
-
-
-def test_ranges_that_are_known_are_not_measured_again(
-    model: PreTrainedModel, tokens: Tensor
-) -> None:
-    known = input_peaks(model, LLAMA, tokens)
-    other = tokens[:, :2]  # would give smaller ranges
-
-    def found(peaks: dict[str, Tensor], text: Tensor) -> float:
-        subject = Subject(model=model, peaks=peaks)
-        form = FORMATS["w8a8-static"]
-        return quantised_perplexity(subject, LLAMA, form, tokens, text)
-
-    largest = {name: peak.max() for name, peak in known.items()}
-    assert found(largest, other) == found({}, tokens) != found({}, other)
