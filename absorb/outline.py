@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from absorb.families import Family, UnsupportedFamilyError
-from absorb.watch import each_layers, eager
+from absorb.watch import each_layers, eager, is_linear
 
 
 def outlined(model: PreTrainedModel, name: str) -> Family:
@@ -56,19 +55,15 @@ def _layers(model: PreTrainedModel) -> str | None:
     """The name of the list of decoder layers."""
     count = model.config.num_hidden_layers
     lists = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
-    names = [n for n, m in lists if len(m) == count and any(map(_is_linear, m[0].modules()))]
+    names = [n for n, m in lists if len(m) == count and any(map(is_linear, m[0].modules()))]
     return names[0] if len(names) == 1 else None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _unmultiplied(layer: nn.Module) -> str | None:
     """A matrix that no hook on a Linear sees, as those of experts that stand in one parameter."""
     for name, parameter in layer.named_parameters():
         owner = layer.get_submodule(name.rpartition(".")[0])
-        if parameter.ndim > 1 and not _is_linear(owner):
+        if parameter.ndim > 1 and not is_linear(owner):
             return name
     return None
 

@@ -219,7 +219,7 @@ def _reach(
 
 
 def _shared(channels: Tensor, student: PreTrainedModel, family: Family, order: float) -> Tensor:
-    """The mean over the query heads (layers, heads * head_dim) that read one value channel."""
+    """The power mean over the query heads (layers, heads * head_dim) of a value channel."""
     heads, kv_heads = heads_of(student.config, family)
     grouped = channels.view(len(channels), kv_heads, heads // kv_heads, -1)
     return power_mean(grouped, order, 2).flatten(1)

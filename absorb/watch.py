@@ -38,8 +38,11 @@ def each_name(model: PreTrainedModel, family: Family, name: str) -> list[str]:
 def linears_of(model: PreTrainedModel, family: Family) -> dict[str, Any]:
     """Every Linear or Conv1D inside a decoder layer, under its name in the model."""
     stem = f"{family.layers}."
-    modules = model.named_modules()
-    return {n: m for n, m in modules if n.startswith(stem) and isinstance(m, nn.Linear | Conv1D)}
+    return {n: m for n, m in model.named_modules() if n.startswith(stem) and is_linear(m)}
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 @contextmanager

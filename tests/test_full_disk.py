@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import letters, tiny_tokenizer
 
 ALONE = ["unshare", "--map-root-user", "--mount"]
 
@@ -67,8 +67,7 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Ending]
     folder = tmp_path_factory.mktemp("full")
     tiny("llama", torch.float32, num_hidden_layers=1).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    text = "".join(chr(97 + n * n * 7 % 23 + n % 3) for n in range(13_000))
-    (folder / "text.txt").write_text(text)
+    (folder / "text.txt").write_text(letters(13_000))
     (folder / "disk").mkdir()
     places = {"MODEL": "model", "TEXT": "text.txt", "DISK": "disk"}
     cases = json.dumps([[size, words] for _, size, words in CASES])

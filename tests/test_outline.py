@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from tiny import COMMON, randomise, tiny
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import letters, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from absorb.cli import main
@@ -39,7 +39,7 @@ def strange(model_type: str, **settings: Any) -> PreTrainedModel:
 def evaluated(model: PreTrainedModel, folder: Path, *more: str) -> Result:
     model.save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(1200)))
+    (folder / "text.txt").write_text(letters(1200))
     command = ["eval", f"{folder / 'model'}", "--text", f"{folder / 'text.txt'}", "--json", *more]
     return CliRunner().invoke(main, command)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import letters, tiny_tokenizer
 
 from absorb.checkpoint import digests
 
@@ -55,8 +55,7 @@ def test_surroundings_change_nothing(tmp_path: Path) -> None:
     model, text = tmp_path / "modèle-İ", tmp_path / "text.txt"
     tiny("llama", torch.float32, num_hidden_layers=1).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
-    words = "".join(chr(97 + n * n * 7 % 23 + n % 3) for n in range(13_000))
-    text.write_text("é İ ı" + words, encoding="utf-8")
+    text.write_text("é İ ı" + letters(13_000), encoding="utf-8")
     (tmp_path / "clock").mkdir()
     (tmp_path / "clock" / "sitecustomize.py").write_text(CLOCK)
     written = []
