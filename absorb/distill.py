@@ -38,7 +38,7 @@ _RATES = {
     "input_scale": 1e-3,
 }
 # Of weights, which have a longer way to go where four bits are left of them.
-_WEIGHT_RATES: dict[Purpose, float] = {"none": 5e-5, "int8": 5e-5, "w4a4": 3e-4, "nvfp4": 3e-4}
+_WEIGHT_RATES: dict[Purpose, float] = {"none": 5e-5, "int8": 5e-5, "w4a4": 1e-4, "nvfp4": 1e-4}
 _SINKS = ("sink", "sink_key", "sink_value", "bias")
 _TRAINED: dict[Train, tuple[str, ...]] = {
     "sinks": _SINKS,
