@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
-from absorb.plan import kl
+from absorb.logits import mean_kl
 from absorb.text import LENGTH
 from absorb.watch import led
 
@@ -31,9 +31,8 @@ def gap(
     tokens = tokens.to(student.device)
     with torch.no_grad():
         rows = led(tokens, prefix)
-        target = teacher(rows, use_cache=False).logits[:, len(prefix) :].float().log_softmax(-1)
-    predicted = student(tokens, use_cache=False).logits.float().log_softmax(-1)
-    return kl(target, predicted).mean()
+        target = teacher(rows, use_cache=False).logits[:, len(prefix) :]
+    return mean_kl(target, student(tokens, use_cache=False).logits)
 
 
 @torch.no_grad()

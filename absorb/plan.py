@@ -14,6 +14,7 @@ from absorb.device import hastened
 from absorb.families import Family
 from absorb.findings import Findings, SpikeNeuron
 from absorb.fit import KeySink, LayerSink
+from absorb.logits import mean_kl
 from absorb.measure import Measurement
 from absorb.quantize import input_peaks, power_mean
 from absorb.settings import Sink
@@ -144,22 +145,17 @@ def removable(
     have the prefix as constant keys and values, so that the neurons alone make the difference.
     """
     text = tokens[:_ROWS, :_BEGINNING].to(model.device)
-    teacher = model(led(text, prefix.tokens)).logits[:, len(prefix.tokens) :].log_softmax(-1)
+    teacher = model(led(text, prefix.tokens)).logits[:, len(prefix.tokens) :]
     removals: tuple[Removal, ...] = ()
     for spike in tqdm(findings.spike_neurons, desc="removing spike neurons", unit="neuron"):
         candidates = (*(removal.spike for removal in removals), spike)
         with without(model, family, candidates), prefixed(model, family, prefix):
             positions = prefix.positions(text.shape[1])
-            student = model(text, position_ids=positions, use_cache=False).logits.log_softmax(-1)
-        divergence = float(kl(teacher, student).mean())
+            student = model(text, position_ids=positions, use_cache=False).logits
+        divergence = float(mean_kl(teacher, student))
         if divergence <= budget:
             removals = (*removals, Removal(spike=spike, divergence=divergence))
     return removals
-
-
-def kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher | student) in nats, from log-probabilities (..., vocabulary): (...)."""
-    return (teacher.exp() * (teacher - student)).sum(-1)
 
 
 def residual_scales(measurement: Measurement, findings: Findings, target: float) -> Tensor:

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
 from absorb.findings import find, token_weights
+from absorb.logits import row_losses
 from absorb.measure import Measurement, measure
 from absorb.settings import Thresholds
 from absorb.source import Source
@@ -146,9 +147,5 @@ def _try(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> Trial:
 
 def _losses(model: PreTrainedModel, rows: Tensor, lead: int) -> Tensor:
     """The mean loss of each row (rows, length), its lead and its first token left out: (rows,)."""
-    logits = model(rows, use_cache=False).logits[:, lead:-1]
-    each = [
-        nn.functional.cross_entropy(predicted.float(), text)
-        for predicted, text in zip(logits, rows[:, lead + 1 :], strict=True)
-    ]
-    return torch.stack(each)
+    logits = model(rows, use_cache=False).logits
+    return row_losses(logits[:, lead:], rows[:, lead:])

@@ -73,6 +73,8 @@ def input_peaks(
 
 def power_mean(values: Tensor, order: float, dim: int) -> Tensor:
     """The mean of magnitudes to the power of `order`, and its root: the largest for infinity."""
+    if order == inf:
+        return values.float().abs().amax(dim)  # by torch's norm it takes five times as long
     norm: Tensor = torch.linalg.vector_norm(values.float(), order, dim)
     share: float = values.shape[dim] ** (-1 / order)
     return norm * share

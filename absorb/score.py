@@ -7,20 +7,20 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb.families import Family
-from absorb.plan import kl
+from absorb.logits import kl, parts, row_losses
 from absorb.quantize import FORMATS, Format, quantised
 from absorb.settings import FormatName, Thresholds
 from absorb.watch import each_layers, eager, layers_of, led, watching
 
-_ROWS = 1  # the logits of one are a tenth of a gigabyte
+# Tokens that are read at once: fewer take longer each, and the logits of these are a tenth of a
+# gigabyte, or a few.
+_TOKENS = 512
 # Where nothing is kept of a row but its loss. A GPU reads eight in little more time than one.
 ROWS_AT_ONCE = {"cpu": 1, "cuda": 8}
-_POSITIONS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +64,9 @@ class Tally:
     tokens: int = 0
     stream: dict[int, list[Tensor]] = field(default_factory=dict)
     medians: dict[int, list[Tensor]] = field(default_factory=dict)
-    kurtoses: list[Tensor] = field(default_factory=list)  # of each row in each layer
-    first: list[Tensor] = field(default_factory=list)  # of each row in each layer: (heads,)
+    # Of what is read at once, in each layer: a scalar, and (heads,).
+    kurtoses: list[Tensor] = field(default_factory=list)
+    first: list[Tensor] = field(default_factory=list)
 
     def see_stream(self, layer: int, stream: Tensor) -> None:
         """stream is (rows, length, hidden)."""
@@ -77,7 +78,7 @@ class Tally:
     def see_logits(self, logits: Tensor, teacher: Tensor, tokens: Tensor) -> None:
         """logits and the teacher's are (rows, length, vocabulary)."""
         losses = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-        for part, following in _parts(tokens):
+        for part, following in parts(tokens):
             target, own = (each[:, part].float().log_softmax(-1) for each in (teacher, logits))
             losses -= own.gather(-1, following[..., None]).sum((1, 2), dtype=torch.float64)
             self.divergence += float(kl(target, own).sum(dtype=torch.float64))
@@ -103,17 +104,6 @@ class Tally:
             massive_tokens=int(massive.any(0).sum()),
             first_weight=float(torch.stack(self.first).mean()),
         )
-
-
-def _parts(tokens: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Positions of text (rows, length), few at once, and the tokens (rows, few) that follow them.
-
-    What is made of the logits of few positions fits into a cache, and takes little memory.
-    """
-    last = tokens.shape[1] - 1
-    for start in range(0, last, _POSITIONS):
-        end = min(start + _POSITIONS, last)
-        yield slice(start, end), tokens[:, start + 1 : end + 1]
 
 
 def kurtosis(values: Tensor) -> Tensor:
@@ -143,7 +133,7 @@ def evaluate(
     """
     tallies = [Tally() for _ in subjects]
     known = next((i for i, subject in enumerate(subjects) if subject.reads_as(teacher)), None)
-    for batch in tqdm(held_out.split(_ROWS), desc="evaluating", unit="row"):
+    for batch in tqdm(held_out.split(_rows(held_out)), desc="evaluating", unit="batch"):
         tokens = batch.to(teacher.model.device)
         given = [
             watched_logits(s, family, tokens, t) for s, t in zip(subjects, tallies, strict=True)
@@ -228,18 +218,13 @@ def losses(subject: Subject, rows: Tensor, label: str, *, alone: bool = False) -
     Rows are read `alone` where what a model makes of one would depend on those read with it.
     """
     device, found = subject.model.device, []
-    at_once = 1 if alone else ROWS_AT_ONCE[device.type]
+    at_once = 1 if alone else max(_rows(rows), ROWS_AT_ONCE[device.type])
     for batch in tqdm(rows.split(at_once), desc=label, unit="batch" if at_once > 1 else "row"):
         tokens = batch.to(device)
-        logits = _logits(subject, tokens)
-        each = [_losses_at(logits[:, part], following) for part, following in _parts(tokens)]
-        found.append(torch.cat(each, 1).mean(1, dtype=torch.float64).cpu())
+        found.append(row_losses(_logits(subject, tokens), tokens).cpu())
     return torch.cat(found)
 
 
-def _losses_at(logits: Tensor, following: Tensor) -> Tensor:
-    """The loss of each token (rows, few) that follows logits (rows, few, vocabulary)."""
-    flat = functional.cross_entropy(
-        logits.flatten(0, 1).float(), following.flatten(), reduction="none"
-    )
-    return flat.view(following.shape)
+def _rows(text: Tensor) -> int:
+    """How many rows of text (rows, length) are read at once."""
+    return max(1, _TOKENS // text.shape[1])

@@ -15,6 +15,7 @@ ORDER = (
     "modeling_absorb",
     "registration",
     "stranger",
+    "logits",
     "watch",
     "outline",
     "timing",

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from absorb.families import FAMILIES
 from absorb.graft import twin
-from absorb.plan import kl
+from absorb.logits import kl
 from absorb.score import Score, Subject, evaluate, kurtosis
 from absorb.settings import Thresholds
 
