@@ -27,6 +27,7 @@ from absorb.options import (
 )
 from absorb.refusals import Refusals
 from absorb.settings import CHOICES, Evaluation, ModelRef
+from absorb.threads import share_cores
 
 # transformers imports torchao if it is there, which then tells of kernels that this machine cannot
 # use, and of what a later torch will say to it.
@@ -56,6 +57,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):  # a locale may know no more than ASCII
             stream.reconfigure(errors="backslashreplace")
     keep_freed_memory()
+    share_cores()
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -9,6 +9,7 @@ ORDER = (
     "errors",
     "files",
     "memory",
+    "threads",
     "plain",
     "settings",
     "families",
