@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from absorb.errors import AbsorbError
-from absorb.files import full_disk_explained, unwritable_explained, with_parents
+from absorb.files import expanded, full_disk_explained, unwritable_explained, with_parents
 
 # Every checkpoint that absorb writes holds this file; a folder without it is never replaced.
 REPORT = "absorb.json"
@@ -58,7 +58,7 @@ def _digest(file: Path) -> str:
 
 def _real(out: Path) -> Path:
     """Where a link leads, so that renaming replaces the folder and not the link."""
-    return out.expanduser().resolve()
+    return expanded(out).resolve()
 
 
 def _beside(out: Path, ending: str) -> Path:

@@ -35,12 +35,14 @@ _NOISY = ("torchao", "torch.utils._pytree")
 
 
 class _Absorb(click.Group):
-    """Refuses arguments that are no text, whichever option they are of."""
+    """Refuses arguments that are no text or empty, whichever option they are of."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for argument in args:
             if "\0" in argument or argument != argument.encode(errors="ignore").decode():
                 raise click.UsageError(f"{argument!r} is not text in UTF-8", ctx)
+            if not argument:  # as a path it would be the current folder
+                raise click.UsageError("an argument is empty; name what is meant, or drop it", ctx)
         return super().parse_args(ctx, args)
 
 
@@ -225,6 +227,8 @@ def evaluate(as_json: bool, html: Path | None, **options: Any) -> None:
     absorb eval ./my-llama --text corpus.txt --formats w8a8-static,nvfp4 --json
     absorb eval smollm2-absorbed --against demo --tasks piqa,questions.jsonl --limit 200
     """
+    if options["limit"] is not None and not options["tasks"]:
+        raise click.UsageError("--limit is of the questions of --tasks; add some, or drop --limit")
     with Refusals("evaluate fewer models at once, or pass --device cpu"), ExitStack() as files:
         from absorb import compare, report, standing
 

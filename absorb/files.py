@@ -10,6 +10,17 @@ from typing import BinaryIO
 from absorb.errors import AbsorbError
 
 
+def expanded(name: str | Path) -> Path:
+    """The path that a user means, who may begin it with `~` or `~somebody`."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        home = Path(name).parts[0]
+        raise AbsorbError(
+            f"{name}: there is no home folder {home}; write ./{home} for a folder of that name"
+        ) from None
+
+
 @contextmanager
 def promised(path: Path) -> Iterator[BinaryIO]:
     """What is to become the file at `path` when the block ends, unless that raises.
@@ -17,7 +28,7 @@ def promised(path: Path) -> Iterator[BinaryIO]:
     Enter it before the long work: a place that cannot be written to is refused at once. A file that
     lies there is replaced.
     """
-    path = path.expanduser().resolve()
+    path = expanded(path).resolve()
     partial = path.with_name(f"{path.name}.partial")
     with full_disk_explained(path), with_parents(path):
         if path.is_dir():

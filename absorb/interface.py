@@ -1,6 +1,7 @@
 """The Python interface: what the commands do, with the same defaults, and plain data as a result.
 
-What is being done goes to the logger `absorb`; what is refused raises an AbsorbError.
+What is being done goes to the logger `absorb`, as a warning where the result may disappoint;
+what is refused raises an AbsorbError.
 """
 
 import logging
@@ -144,6 +145,8 @@ def evaluate(
         dtype=dtype,
         device=device,
     )
+    if limit is not None and not tasks:
+        raise AbsorbError("limit is of the questions of tasks; add some, or drop limit")
     return compare(wish, _say)
 
 

@@ -1,5 +1,6 @@
 """The story of a conversion, from a model's name to a folder."""
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -200,7 +201,8 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
     gap = divergence(model, student, torch.tensor(plan.prefix), texts.validation)
     say(f"KL from the teacher after the graft, untrained: {gap:.4f} nats per token")
     if gap > _MUCH and len(plan.keyed_layers) < len(plan.sinks):
-        say(
+        # A warning, which Python shows to those who call convert() and log nothing, too.
+        logging.getLogger("absorb").warning(
             "that is much, as of a model whose first token is no mere sink; --sink auto keeps the "
             "keys of the prefix where no logit fits, and --sink key, in all layers, is exact"
         )

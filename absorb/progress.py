@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from absorb.errors import AbsorbError
-from absorb.files import unwritable_explained
+from absorb.files import expanded, unwritable_explained
 from absorb.plain import built, parsed
 from absorb.plan import Plan
 from absorb.plan_file import read_plan, write_plan
@@ -105,7 +105,7 @@ class Progress:
 
 def folder_beside(out: Path) -> Path:
     """Where the progress of a conversion into `out` is kept."""
-    whole = out.expanduser().resolve()
+    whole = expanded(out).resolve()
     return whole.with_name(f"{whole.name}.progress")
 
 

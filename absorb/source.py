@@ -28,6 +28,7 @@ from transformers.utils import logging as bars_and_warnings
 from absorb import download, gguf_file, modeling_absorb, vetting
 from absorb.errors import AbsorbError
 from absorb.families import Family
+from absorb.files import expanded
 from absorb.outline import outlined
 from absorb.settings import ModelRef
 
@@ -89,7 +90,7 @@ def load(ref: ModelRef, *, measured: bool = False) -> Source:
 
 
 def _read(ref: ModelRef, measured: bool) -> Source:
-    path = Path(ref.name).expanduser()
+    path = expanded(ref.name)
     if ref.name != "demo" and not path.exists() and download.is_repository(ref.name):
         return _from_hub(ref, measured)
     if ref.revision is not None:

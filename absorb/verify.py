@@ -20,6 +20,7 @@ from torch import Tensor
 from absorb import download, stranger, vetting
 from absorb.checkpoint import REPORT, digests
 from absorb.errors import AbsorbError
+from absorb.files import expanded
 from absorb.plan_file import PLAN, plan_in
 from absorb.report import Inspection, Report, Row, from_json
 from absorb.settings import ModelRef
@@ -76,7 +77,7 @@ def verify(ref: ModelRef, say: Say) -> Verification:
 
 
 def _located(ref: ModelRef) -> tuple[Path, str | None]:
-    path = Path(ref.name).expanduser()
+    path = expanded(ref.name)
     if not path.exists() and download.is_repository(ref.name):
         folder = download.everything(ref)
         return folder, folder.name

@@ -285,6 +285,19 @@ def test_arguments_that_are_no_text_are_misuse(words: list[str]) -> None:
     assert "is not text in UTF-8" in result.stderr
 
 
+@pytest.mark.parametrize("words", [["verify", ""], ["convert", "m", "--out", ""]])
+def test_what_is_empty_is_misuse_and_not_the_current_folder(words: list[str]) -> None:
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert "an argument is empty" in result.stderr
+
+
+def test_a_limit_of_no_tasks_is_misuse() -> None:
+    result = CliRunner().invoke(main, ["eval", "m", "--limit", "5"])
+    assert result.exit_code == 2
+    assert "--limit is of the questions of --tasks" in result.stderr
+
+
 def test_a_file_and_a_folder_need_two_names(model: Path, tmp_path: Path) -> None:
     place = str(tmp_path / "page")
     result = CliRunner().invoke(main, ["inspect", str(model), "--html", place, "--png", place])

@@ -88,6 +88,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> No
         ({"formats": "fp8"}, "formats is 'f'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"limit": 0}, "limit is 0 and must be a whole number from 1"),
+        ({"limit": 5}, "limit is of the questions of tasks; add some"),
     ):
         with pytest.raises(AbsorbError, match=sentence):
             absorb.evaluate("nothing", **options)  # type: ignore[arg-type]
@@ -143,7 +144,7 @@ def test_logits_that_do_not_fit_are_spoken_of(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("WARNING")
     monkeypatch.setattr(pipeline, "_MUCH", 0.001)  # the random model has no sink, and needs none
     found = absorb.inspect(original, sink=sink)
     assert (found.divergence > pipeline._MUCH) == said

@@ -142,6 +142,7 @@ def test_the_code_of_a_model_is_never_run(folder: Path, trust: bool) -> None:
 def test_a_name_that_is_nothing_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nothing", "does not exist; name a Hub repository")
     refused("nothing.gguf", "does not exist")
+    refused("~nobody-at-all/model", r"there is no home folder ~nobody-at-all; write ./~nobody")
 
 
 def test_a_revision_of_a_folder_is_refused(folder: Path) -> None:
