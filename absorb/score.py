@@ -63,17 +63,16 @@ class Tally:
     agreed: int = 0  # tokens for which the teacher's first choice is the subject's
     tokens: int = 0
     stream: dict[int, list[Tensor]] = field(default_factory=dict)
-    medians: dict[int, list[Tensor]] = field(default_factory=dict)
-    # Of what is read at once, in each layer: a scalar, and (heads,).
-    kurtoses: list[Tensor] = field(default_factory=list)
-    first: list[Tensor] = field(default_factory=list)
+    medians: dict[int, list[Tensor]] = field(default_factory=dict)  # of each row
+    kurtoses: list[Tensor] = field(default_factory=list)  # of each row in each layer
+    first: list[Tensor] = field(default_factory=list)  # of rows read at once, in a layer: (heads,)
 
     def see_stream(self, layer: int, stream: Tensor) -> None:
         """stream is (rows, length, hidden)."""
         size = stream.float().abs()
         self.stream.setdefault(layer, []).append(size.amax(-1))
-        self.medians.setdefault(layer, []).append(size.median())
-        self.kurtoses.append(kurtosis(stream.float()))
+        self.medians.setdefault(layer, []).append(size.flatten(1).median(1).values)
+        self.kurtoses += [kurtosis(row) for row in stream.float()]
 
     def see_logits(self, logits: Tensor, teacher: Tensor, tokens: Tensor) -> None:
         """logits and the teacher's are (rows, length, vocabulary)."""
@@ -92,9 +91,7 @@ class Tally:
 
     def figures(self, thresholds: Thresholds) -> Figures:
         peaks = self.peaks()
-        ratios = (
-            peaks / torch.stack([torch.stack(m).mean() for m in self.medians.values()])[:, None]
-        )
+        ratios = peaks / torch.stack([torch.cat(m).mean() for m in self.medians.values()])[:, None]
         massive = (peaks > thresholds.massive_value) & (ratios > thresholds.massive_ratio)
         return Figures(
             perplexity=math.exp(sum(self.losses) / self.tokens),

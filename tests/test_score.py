@@ -1,7 +1,7 @@
 """Scores agree with computations that share no code with them."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -98,6 +98,20 @@ def test_the_weight_on_the_first_token_is_a_mean_over_queries_after_it(
     weights = model(tokens, output_attentions=True).attentions
     expected = torch.stack(weights)[:, :, :, 1:, 0].mean()
     assert found.first_weight == pytest.approx(float(expected), rel=1e-5)
+
+
+@torch.no_grad()
+def test_how_many_rows_are_read_at_once_changes_nothing(
+    model: PreTrainedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens[0] = tokens[0, 0]  # a row unlike the others, so that a median of both is another
+    teacher = Subject(model=model, lead=NOTHING)
+    found = []
+    for at_once in (1, tokens.numel()):
+        monkeypatch.setattr("absorb.score._TOKENS", at_once)
+        found.append(asdict(score(model, tokens, NOTHING, teacher)))
+    del found[0]["quantised"], found[1]["quantised"]
+    assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-6)
 
 
 @torch.no_grad()
