@@ -23,14 +23,19 @@ def keep_freed_memory() -> None:
         mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
+def release_freed_memory() -> None:
+    """Let glibc give back what is freed, where tensors that grow fit no hole that they left."""
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def start_peak() -> int | None:
     """The bytes that this process holds, of which `peak` tells the most from now on.
 
     None where the system does not tell.
     """
-    trim = getattr(_libc(), "malloc_trim", None)
-    if trim is not None:
-        trim(0)  # what was freed is not in use
+    release_freed_memory()  # what was freed is not in use
     try:
         _RESET.write_text("5")
         return peak()

@@ -1,6 +1,7 @@
 """What commands do about memory, and what they tell of it."""
 
 import platform
+import resource
 import subprocess
 import sys
 
@@ -29,6 +30,29 @@ def test_growth_is_the_most_that_a_run_holds_at_once(size: int) -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_what_a_command_frees_it_uses_again() -> None:
     assert _new_pages("keep_freed_memory()") < 0.3 * _new_pages("pass")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_what_was_kept_can_be_given_back() -> None:
+    assert _held("release_freed_memory()") < _held("pass") - 50 * MEGABYTE
+
+
+def _held(after: str) -> int:
+    """The bytes that a process holds after small blocks between kept ones were freed."""
+    code = f"""
+from pathlib import Path
+import torch
+from absorb.memory import keep_freed_memory, release_freed_memory
+keep_freed_memory()
+tensors = [torch.ones(250_000) for _ in range(200)]
+del tensors[::2]
+{after}
+print(int(Path("/proc/self/statm").read_text().split()[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    return int(done.stdout) * resource.getpagesize()
 
 
 def _new_pages(before: str) -> int:
