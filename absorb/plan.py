@@ -181,7 +181,9 @@ def smoothing_scales(
     """SmoothQuant scales by the name of what they divide, as `smooth` takes them.
 
     Links are norm → matrices, value → output and up → down. Each scale is
-    `max|x|^α / max|W|^(1-α)`, with the inputs x seen on calibration text (rows, length).
+    `max|x|^α / max|W|^(1-α)`, with the inputs x seen on calibration text (rows, length). A neuron
+    that is quieter there than the median one of its layer counts as that loud: on other text it may
+    fire, and the fewer have been made louder, the narrower is the range of all.
 
     The order 2 takes root mean squares for the largest. This is for what is rotated before it is
     rounded: outliers are spread anyway, the error is as the product of the norms of `x / s` and
@@ -194,6 +196,8 @@ def smoothing_scales(
         size = torch.stack([inputs[reader] for reader in each_name(student, family, readers[0])])
         reach = [_reach(student, family, r, size[0], order) for r in readers]
         weight = power_mean(torch.stack(reach), order, 0)
+        if name == family.up and order == inf:
+            size = size.maximum(size.median(-1, keepdim=True).values)
         if name == family.value:
             size, weight = (_shared(part, student, family, order) for part in (size, weight))
         scale = size.clamp_min(1e-5) ** alpha / weight.clamp_min(1e-5) ** (1 - alpha)
