@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from math import inf, nan
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from absorb.files import promised
 from absorb.findings import find
 from absorb.graft import graft, smooth
 from absorb.measure import Measurement, measure
-from absorb.plan import Plan, make_plan, residual_scales, smoothing_scales
+from absorb.plan import Plan, make_plan, residual_scales
 from absorb.plan_file import PLAN, read_plan, write_plan
 from absorb.prefix import Trial, encoded, find_prefix, lead_of
 from absorb.progress import Progress, forget
@@ -30,6 +30,7 @@ from absorb.rehearse import FORMAT_FOR, rehearsing
 from absorb.report import Inspection, Probe, Report, layer_figures, to_json, versions
 from absorb.score import Subject, evaluate
 from absorb.settings import Job, Purpose, Thresholds
+from absorb.smoothing import searched_scales, smoothing_scales
 from absorb.source import Source, load
 from absorb.text import Texts, gather
 from absorb.write import as_stored, without_bos, write
@@ -151,9 +152,11 @@ def smoothed(
     student: PreTrainedModel, draft: Draft, purpose: Purpose = "none"
 ) -> dict[str, Tensor]:
     """Smooth a student of the draft in place; the scales, as a plan holds them."""
-    family, goal = draft.source.family, FORMAT_FOR.get(purpose)
-    order = 2 if goal and FORMATS[goal].rotates else inf
-    scales = smoothing_scales(student, family, draft.texts.scaling, order=order)
+    family, text, goal = draft.source.family, draft.texts.scaling, FORMAT_FOR.get(purpose)
+    if goal and FORMATS[goal].rotates:
+        scales = smoothing_scales(student, family, text, order=2)
+    else:
+        scales = searched_scales(student, family, text)
     smooth(student, family, scales)
     return scales
 

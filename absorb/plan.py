@@ -10,17 +10,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from absorb.device import hastened
 from absorb.families import Family
 from absorb.findings import Findings, SpikeNeuron
 from absorb.fit import KeySink, LayerSink
 from absorb.logits import mean_kl
 from absorb.measure import Measurement
-from absorb.quantize import input_peaks, power_mean
 from absorb.settings import Sink
 from absorb.sinks import Prefix, fit_sinks, prefix_of, prefixed
-from absorb.watch import each_name, layers_of, led
-from absorb.weights import column, heads_of, weight_at
+from absorb.watch import layers_of, led
+from absorb.weights import column, weight_at
 
 # Sink tokens are among the first of a text, and on them spike neurons write.
 _ROWS, _BEGINNING = 4, 128
@@ -29,7 +27,6 @@ _FLOAT16 = 2.0**15
 # The share of the prefix's effect beyond which the form `auto` keeps a layer's keys. It says how
 # exact is exact enough, and is no property of a model: the errors that are reported are.
 _MOST_LEFT_OUT = 0.1
-_ALPHA = 0.5  # SmoothQuant's exponent (arXiv 2211.10438): activations and weights share the range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,57 +166,3 @@ def residual_scales(measurement: Measurement, findings: Findings, target: float)
         level = 2.0 ** round(log2(found.ratio / target))
         scales[found.channel] = scales[found.channel].clamp_min(level)
     return scales.clamp_min(1)
-
-
-def smoothing_scales(
-    student: PreTrainedModel,
-    family: Family,
-    tokens: Tensor,
-    alpha: float = _ALPHA,
-    order: float = inf,
-) -> dict[str, Tensor]:
-    """SmoothQuant scales by the name of what they divide, as `smooth` takes them.
-
-    Links are norm → matrices, value → output and up → down. Each scale is
-    `max|x|^α / max|W|^(1-α)`, with the inputs x seen on calibration text (rows, length). A neuron
-    that is quieter there than the median one of its layer counts as that loud: on other text it may
-    fire, and the fewer have been made louder, the narrower is the range of all.
-
-    The order 2 takes root mean squares for the largest. This is for what is rotated before it is
-    rounded: outliers are spread anyway, the error is as the product of the norms of `x / s` and
-    `W s`, and by Cauchy and Schwarz that is least where both share the range, channel by channel.
-    """
-    with hastened(student.device):
-        inputs = input_peaks(student, family, tokens, order=order)
-    scales = {}
-    for name, readers in family.links.items():
-        size = torch.stack([inputs[reader] for reader in each_name(student, family, readers[0])])
-        reach = [_reach(student, family, r, size[0], order) for r in readers]
-        weight = power_mean(torch.stack(reach), order, 0)
-        if name == family.up and order == inf:
-            size = size.maximum(size.median(-1, keepdim=True).values)
-        if name == family.value:
-            size, weight = (_shared(part, student, family, order) for part in (size, weight))
-        scale = size.clamp_min(1e-5) ** alpha / weight.clamp_min(1e-5) ** (1 - alpha)
-        # Of an expert that calibration never reached, nothing is known.
-        scales[name] = torch.where(size > 0, scale.clamp(1e-3, 1e3), 1.0).cpu()
-    return scales
-
-
-def _reach(
-    student: PreTrainedModel, family: Family, name: str, size: Tensor, order: float
-) -> Tensor:
-    """How large the weights of every input channel are, in the shape (layers, ...) of `size`.
-
-    Experts that read the same channels share it.
-    """
-    layers = layers_of(student, family)
-    reaches = [power_mean(weight_at(layer, name).detach(), order, -2) for layer in layers]
-    return torch.stack([power_mean(reach.view(-1, *size.shape), order, 0) for reach in reaches])
-
-
-def _shared(channels: Tensor, student: PreTrainedModel, family: Family, order: float) -> Tensor:
-    """The power mean over the query heads (layers, heads * head_dim) of a value channel."""
-    heads, kv_heads = heads_of(student.config, family)
-    grouped = channels.view(len(channels), kv_heads, heads // kv_heads, -1)
-    return power_mean(grouped, order, 2).flatten(1)

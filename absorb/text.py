@@ -25,7 +25,7 @@ CALIBRATION_ROWS = 12
 VALIDATION_ROWS = 4
 # By device: a table before and after takes two cores as long as all that it reports on.
 HELD_OUT_ROWS = {"cpu": 8, "cuda": 16}
-_SCALING_ROWS = 48
+_SCALING_ROWS = 192
 _SAMPLED_AT_ONCE = {"cpu": 64, "cuda": 512}
 # Without it a small model soon rambles, and top-p costs a sort of the vocabulary at every step.
 _TOP_K = 100

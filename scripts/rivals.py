@@ -25,7 +25,7 @@ from absorb.errors import AbsorbError
 from absorb.experts import experts_of
 from absorb.families import Family
 from absorb.graft import graft, smooth, twin
-from absorb.plan import Plan, sinks_for, smoothing_scales
+from absorb.plan import Plan, sinks_for
 from absorb.plan_file import read_plan
 from absorb.prefix import lead_of
 from absorb.quantize import FORMATS
@@ -33,6 +33,7 @@ from absorb.report import Report, from_json
 from absorb.score import Subject, quantised_losses
 from absorb.settings import Calibration, ModelRef
 from absorb.sinks import prefix_of
+from absorb.smoothing import smoothing_scales
 from absorb.source import Source, load
 from absorb.text import Texts, gather
 from absorb.watch import layers_of, led, watching

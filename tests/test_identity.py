@@ -20,9 +20,10 @@ from absorb.families import FAMILIES, Family
 from absorb.findings import SpikeNeuron
 from absorb.fit import LogitSink
 from absorb.graft import graft, smooth, twin
-from absorb.plan import Plan, Removal, make_plan, smoothing_scales
+from absorb.plan import Plan, Removal, make_plan
 from absorb.settings import Sink
 from absorb.sinks import fit_sinks, prefix_of, prefixed
+from absorb.smoothing import searched_scales
 from absorb.watch import attending, each_layers, led
 from absorb.write import as_stored
 
@@ -98,7 +99,7 @@ def test_a_forgotten_reader_of_the_scaled_stream_is_noticed(family: Family, toke
 def test_smoothing_changes_nothing(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
     student = twin(model, family)
-    scales = smoothing_scales(student, family, tokens)
+    scales = searched_scales(student, family, tokens)
     assert max(float(scale.max() / scale.min()) for scale in scales.values()) > 2
     smooth(student, family, scales)
     assert drift(student(tokens).logits, model(tokens).logits) < TOLERANCE
@@ -175,7 +176,7 @@ def test_keys_in_some_layers_do_what_the_fit_of_the_others_reckoned_with(
     student = graft(model, family, plan)
     assert drift(attended(student, family, tokens), fitted[-1]) < 1e-4
     before = student(tokens).logits
-    smooth(student, family, smoothing_scales(student, family, tokens))
+    smooth(student, family, searched_scales(student, family, tokens))
     assert drift(student(tokens).logits, before) < TOLERANCE
 
 
@@ -278,7 +279,7 @@ def test_the_key_form_is_the_teacher(
     constants = prefix_of(model, torch.tensor(prefix), start)
     plan = neutral_plan(family, prefix=prefix, sinks=constants.layers, residual=powers_of_two())
     student = graft(model, family, plan)
-    smooth(student, family, smoothing_scales(student, family, tokens))
+    smooth(student, family, searched_scales(student, family, tokens))
     behind = model(led(tokens, constants.tokens)).logits[:, len(prefix) :]
     assert drift(student(tokens).logits, behind) < TOLERANCE
     assert drift(model(tokens).logits, behind) > 0.01

@@ -39,6 +39,7 @@ ORDER = (
     "sinks",
     "prefix",
     "plan",
+    "smoothing",
     "graft",
     "state",
     "divergence",

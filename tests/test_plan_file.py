@@ -21,10 +21,11 @@ from absorb.errors import AbsorbError
 from absorb.families import FAMILIES, Family
 from absorb.findings import SpikeNeuron
 from absorb.graft import graft
-from absorb.plan import Plan, Removal, make_plan, smoothing_scales
+from absorb.plan import Plan, Removal, make_plan
 from absorb.plan_file import PLAN, read_plan, write_plan
 from absorb.report import Inspection, versions
 from absorb.settings import Job, ModelRef, Sink
+from absorb.smoothing import searched_scales
 from absorb.source import Source, load
 
 # Low enough that neurons of a tiny model are removed and channels of its stream are rescaled.
@@ -200,7 +201,7 @@ def test_a_plan_of_any_family_survives_being_written_and_read(
     plan = replace(
         plan,
         removals=(Removal(spike=spike, divergence=0.0),),
-        smoothing=smoothing_scales(graft(source.model, family, plan), family, tokens),
+        smoothing=searched_scales(graft(source.model, family, plan), family, tokens),
     )
     write_plan(tmp_path / PLAN, plan, inspected(source, plan, sink))
     read, _ = read_plan(tmp_path, source)

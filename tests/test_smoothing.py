@@ -4,16 +4,19 @@ from math import inf
 
 import pytest
 import torch
-from tiny import HIDDEN, tiny
+from tiny import HIDDEN, LAYERS, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.families import FAMILIES
-from absorb.graft import smooth
-from absorb.grids import INT4_ROW, rounded
-from absorb.plan import smoothing_scales
-from absorb.quantize import input_peaks, power_mean
+from absorb import smoothing
+from absorb.families import FAMILIES, Family
+from absorb.graft import smooth, twin
+from absorb.grids import INT4_ROW, INT8_ROW, INT8_TENSOR, rounded
+from absorb.quantize import input_peaks, power_mean, watching_inputs
 from absorb.rotation import rotated
+from absorb.smoothing import searched_scales, smoothing_scales
+from absorb.watch import each_name
+from absorb.weights import weight_at
 
 LLAMA = FAMILIES["llama"]
 ORDERS = pytest.mark.parametrize("order", [2, inf])
@@ -54,6 +57,48 @@ def test_a_neuron_that_was_quiet_may_fire_on_other_text(tokens: Tensor) -> None:
     as_loud_as_most = before.median() / divisor
     weight = model.get_submodule(DOWN).weight.detach().abs().amax(0)[quiet]
     assert (as_loud_as_most <= 1.001 * weight).all()  # read no larger than its weights are
+
+
+@pytest.mark.parametrize("exponent", smoothing._ALPHAS)
+@torch.no_grad()
+def test_the_exponent_is_the_one_with_the_least_error(
+    tokens: Tensor, exponent: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def errors(_: object, family: Family, *__: object) -> dict[str, Tensor]:
+        best = torch.tensor([float(tried != exponent) for tried in smoothing._ALPHAS])
+        return {link: best[:, None].expand(-1, LAYERS) for link in family.links}
+
+    model = uneven()
+    monkeypatch.setattr(smoothing, "_errors", errors)
+    found = searched_scales(model, LLAMA, tokens)
+    for link, scale in smoothing_scales(model, LLAMA, tokens, exponent).items():
+        assert torch.equal(found[link], scale)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+@torch.no_grad()
+def test_the_errors_are_those_of_a_model_with_these_scales(
+    tokens: Tensor, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smoothing, "_EVERY", 1)
+    family, model = FAMILIES[model_type], tiny(model_type)
+    scales = smoothing_scales(model, family, tokens)
+    found = smoothing._errors(model, family, tokens, input_peaks(model, family, tokens), [scales])
+    for link, readers in family.links.items():
+        student = twin(model, family)
+        smooth(student, family, {link: scales[link]})
+        read: dict[str, Tensor] = {}
+        with watching_inputs(student, family, read.__setitem__):
+            student.base_model(tokens)
+        for layer in range(LAYERS):
+            names = [each_name(student, family, reader)[layer] for reader in readers]
+            expected = sum(int8_error(read[name], weight_at(student, name)) for name in names)
+            assert float(found[link][0, layer]) == pytest.approx(float(expected), rel=1e-3)
+
+
+def int8_error(inputs: Tensor, weight: Tensor) -> Tensor:
+    on_grid = rounded(inputs, INT8_TENSOR) @ rounded(weight, INT8_ROW).T
+    return (on_grid - inputs @ weight.T).square().sum()
 
 
 @ORDERS

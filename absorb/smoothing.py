@@ -1,0 +1,166 @@
+"""Smoothing scales: how much of its range each channel hands on to the matrices that read it.
+
+Links are norm → matrices, value → output and up → down. Each scale is `max|x|^α / max|W|^(1-α)`, as
+in SmoothQuant (arXiv 2211.10438), with the inputs x seen on calibration text.
+"""
+
+from math import inf
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from absorb.device import hastened
+from absorb.families import Family
+from absorb.grids import INT8_ROW, INT8_TENSOR, rounded
+from absorb.quantize import input_peaks, power_mean, watching_inputs
+from absorb.watch import each_name, layers_of
+from absorb.weights import heads_of, weight_at
+
+_ALPHA = 0.5  # activations and weights share the range
+# The exponents that are tried. Some text is read best with others, which spoil more of other text.
+_ALPHAS = (0.4, 0.5, 0.6, 0.7)
+# On how many rows of text they are, and on every how-manieth token of these.
+_ROWS, _EVERY = 4, 4
+
+
+def smoothing_scales(
+    student: PreTrainedModel,
+    family: Family,
+    tokens: Tensor,
+    alpha: float = _ALPHA,
+    order: float = inf,
+) -> dict[str, Tensor]:
+    """Scales by the name of what they divide, as `graft.smooth` takes them, with one exponent.
+
+    tokens is text (rows, length). The order 2 takes root mean squares for the largest values. This
+    is for what is rotated before it is rounded: outliers are spread anyway, the error is as the
+    product of the norms of `x / s` and `W s`, and by Cauchy and Schwarz that is least where both
+    share the range, channel by channel.
+    """
+    with hastened(student.device):
+        inputs = input_peaks(student, family, tokens, order=order)
+    return _scales(student, family, inputs, alpha, order)
+
+
+@torch.no_grad()
+def searched_scales(student: PreTrainedModel, family: Family, tokens: Tensor) -> dict[str, Tensor]:
+    """The same with the exponent for each link of each layer that does best in static INT8.
+
+    It is what leaves the least squared error in the outputs. Scales by the first half of the text
+    (rows, length) are judged on the other: on the text that they were made for the best would be
+    those without any margin.
+    """
+    first, second = tokens.tensor_split(2)
+    with hastened(student.device):
+        known, other = (input_peaks(student, family, half) for half in (first, second))
+    tried = [_scales(student, family, known, alpha) for alpha in _ALPHAS]
+    errors = _errors(student, family, second[:_ROWS], other, tried)
+    inputs = {name: peaks.maximum(other[name]) for name, peaks in known.items()}
+    scales = [_scales(student, family, inputs, alpha) for alpha in _ALPHAS]
+    return {
+        link: torch.stack([scales[best][link][i] for i, best in enumerate(error.argmin(0))])
+        for link, error in errors.items()
+    }
+
+
+def _scales(
+    student: PreTrainedModel,
+    family: Family,
+    inputs: dict[str, Tensor],
+    alpha: float,
+    order: float = inf,
+) -> dict[str, Tensor]:
+    """Scales for inputs as `input_peaks` gives them.
+
+    A neuron that is quieter than the median one of its layer counts as that loud: on other text it
+    may fire, and if it had been made louder, it would widen the range of all.
+    """
+    scales = {}
+    for name, readers in family.links.items():
+        size = torch.stack([inputs[reader] for reader in each_name(student, family, readers[0])])
+        reach = [_reach(student, family, r, size[0], order) for r in readers]
+        weight = power_mean(torch.stack(reach), order, 0)
+        if name == family.up and order == inf:
+            size = size.maximum(size.median(-1, keepdim=True).values)
+        if name == family.value:
+            size, weight = (_shared(part, student, family, order) for part in (size, weight))
+        scale = size.clamp_min(1e-5) ** alpha / weight.clamp_min(1e-5) ** (1 - alpha)
+        # Of an expert that calibration never reached, nothing is known.
+        scales[name] = torch.where(size > 0, scale.clamp(1e-3, 1e3), 1.0).cpu()
+    return scales
+
+
+def _reach(
+    student: PreTrainedModel, family: Family, name: str, size: Tensor, order: float
+) -> Tensor:
+    """How large the weights of every input channel are, in the shape (layers, ...) of `size`.
+
+    Experts that read the same channels share it.
+    """
+    layers = layers_of(student, family)
+    reaches = [power_mean(weight_at(layer, name).detach(), order, -2) for layer in layers]
+    return torch.stack([power_mean(reach.view(-1, *size.shape), order, 0) for reach in reaches])
+
+
+def _shared(channels: Tensor, student: PreTrainedModel, family: Family, order: float) -> Tensor:
+    """The power mean over the query heads (layers, heads * head_dim) of a value channel."""
+    heads, kv_heads = heads_of(student.config, family)
+    grouped = channels.view(len(channels), kv_heads, heads // kv_heads, -1)
+    return power_mean(grouped, order, 2).flatten(1)
+
+
+def _errors(
+    student: PreTrainedModel,
+    family: Family,
+    tokens: Tensor,
+    peaks: dict[str, Tensor],
+    tried: list[dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The squared errors that scales leave in static INT8 outputs, by link: (tried, layers).
+
+    tokens is text (rows, length), peaks are those of inputs, which the grids reach to.
+    """
+    places = {
+        name: (link, layer)
+        for link, readers in family.links.items()
+        for reader in readers
+        for layer, name in enumerate(each_name(student, family, reader))
+    }
+    layers = len(layers_of(student, family))
+    errors = {link: torch.zeros(len(tried), layers) for link in family.links}
+    bar = tqdm(total=len(peaks), desc="choosing exponents of scales", unit="matrix")
+
+    def see(name: str, inputs: Tensor) -> None:
+        bar.update()
+        if name not in places:
+            return
+        link, layer = places[name]
+        weight = weight_at(student, name).detach().float()
+        for error, scales in zip(errors[link], tried, strict=True):
+            scale = scales[link][layer].to(inputs.device)
+            if link == family.value:
+                scale = _as_read(scale, student, family)
+            error[layer] += float(_int8_error(inputs[::_EVERY].float(), weight, scale, peaks[name]))
+
+    with bar, watching_inputs(student, family, see):
+        student.base_model(tokens.to(student.device), use_cache=False)
+    return errors
+
+
+def _as_read(values: Tensor, student: PreTrainedModel, family: Family) -> Tensor:
+    """What the query heads (heads * head_dim,) read of value channels (kv_heads * head_dim,)."""
+    heads, kv_heads = heads_of(student.config, family)
+    return values.view(kv_heads, -1).repeat_interleave(heads // kv_heads, 0).flatten()
+
+
+def _int8_error(inputs: Tensor, weight: Tensor, scale: Tensor, peak: Tensor) -> Tensor:
+    """For inputs (tokens, ..., channels), a weight (..., outputs, channels), and their scale."""
+    read = rounded(inputs / scale, INT8_TENSOR, (peak / scale).max())
+    matrix = rounded(weight * scale[..., None, :], INT8_ROW)
+    return (_product(read, matrix) - _product(inputs, weight)).square().sum()
+
+
+def _product(inputs: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("t...c,...oc->t...o", inputs, weight)
