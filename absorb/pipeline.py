@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from absorb.checkpoint import staged
 from absorb.device import device_of, sketch_of
-from absorb.distill import distill, recipe
+from absorb.distill import Losses, distill
 from absorb.divergence import divergence
 from absorb.exhibit import Exhibit, exhibit_of
 from absorb.files import promised
@@ -26,9 +26,10 @@ from absorb.plan_file import PLAN, read_plan, write_plan
 from absorb.prefix import Trial, encoded, find_prefix, lead_of
 from absorb.progress import Progress, forget
 from absorb.quantize import FORMATS
+from absorb.recipe import Recipe, recipe
 from absorb.rehearse import FORMAT_FOR, rehearsing
 from absorb.report import Inspection, Probe, Report, layer_figures, to_json, versions
-from absorb.score import Subject, evaluate
+from absorb.score import Score, Subject, evaluate
 from absorb.settings import Job, Purpose, Thresholds
 from absorb.smoothing import searched_scales, smoothing_scales
 from absorb.source import Source, load
@@ -60,45 +61,17 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
     """
     with staged(job.out, job.force) as folder:
         fine_tune = recipe(job.distillation, device_of(job.device))
-        goal = FORMAT_FOR.get(fine_tune.purpose)
         draft = prepare(job, say, fine_tune.training_rows, resume)
-        source, student, plan = draft.source, draft.student, draft.plan
-        if not plan.smoothing:  # a plan that was read holds the scales, and they are grafted
-            plan = replace(plan, smoothing=smoothed(student, draft, fine_tune.purpose))
+        if not draft.plan.smoothing:  # a plan that was read holds the scales, and they are grafted
+            scales = smoothed(draft.student, draft, fine_tune.purpose)
+            draft = replace(draft, plan=replace(draft.plan, smoothing=scales))
         if draft.progress is not None:
-            draft.progress.keep_draft(draft.texts, plan, draft.inspection)
+            draft.progress.keep_draft(draft.texts, draft.plan, draft.inspection)
             say(f"kept in {draft.progress.folder}; the same command goes on from here")
-        write_plan(folder / PLAN, plan, draft.inspection)
-        prefix = torch.tensor(plan.prefix)
+        write_plan(folder / PLAN, draft.plan, draft.inspection)
         say(f"fine-tune: {fine_tune}")
-        with (
-            rehearsing(student, source.family, FORMATS[goal], draft.texts.scaling)
-            if goal
-            else nullcontext()
-        ):
-            losses = distill(
-                source.model,
-                student,
-                prefix,
-                draft.texts,
-                fine_tune,
-                job.distillation.seed,
-                draft.progress,
-            )
-        as_stored(student, source.dtype)
-        nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
-        original, converted = evaluate(
-            [
-                Subject(model=source.model, lead=lead_of(source.tokenizer)),
-                Subject(model=student),
-            ],
-            Subject(model=source.model, lead=prefix),
-            source.family,
-            draft.texts.held_out,
-            draft.texts.calibration,
-            Thresholds(**draft.inspection.arguments["thresholds"]),  # a plan brings its own
-            ("w8a8-static", goal) if goal else ("w8a8-static",),
-        )
+        losses = fine_tuned(draft, fine_tune, job.distillation.seed)
+        original, converted = before_and_after(draft, fine_tune.purpose)
         report = Report(
             inspection=draft.inspection,
             recipe=fine_tune,
@@ -109,9 +82,37 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
             probe=Probe(tokens=(), logits=()),
         )
         say(f"writing {job.out}")
-        written = write(folder, student, source.tokenizer, report)
+        written = write(folder, draft.student, draft.source.tokenizer, report)
     forget(job.out)
     return written
+
+
+def fine_tuned(draft: Draft, fine_tune: Recipe, seed: int) -> Losses:
+    """Train the student of a draft in place: as if quantised, where that is the purpose."""
+    teacher, family, student = draft.source.model, draft.source.family, draft.student
+    prefix, goal = torch.tensor(draft.plan.prefix), FORMAT_FOR.get(fine_tune.purpose)
+    with rehearsing(student, family, FORMATS[goal], draft.texts.scaling) if goal else nullcontext():
+        return distill(teacher, student, prefix, draft.texts, fine_tune, seed, draft.progress)
+
+
+def before_and_after(draft: Draft, purpose: Purpose) -> tuple[Score, Score]:
+    """The original and the student on held-out text, both as they are stored."""
+    source, goal = draft.source, FORMAT_FOR.get(purpose)
+    as_stored(draft.student, source.dtype)
+    nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
+    original, converted = evaluate(
+        [
+            Subject(model=source.model, lead=lead_of(source.tokenizer)),
+            Subject(model=draft.student),
+        ],
+        Subject(model=source.model, lead=torch.tensor(draft.plan.prefix)),
+        source.family,
+        draft.texts.held_out,
+        draft.texts.calibration,
+        Thresholds(**draft.inspection.arguments["thresholds"]),  # a plan brings its own
+        ("w8a8-static", goal) if goal else ("w8a8-static",),
+    )
+    return original, converted
 
 
 def inspect(job: Job, say: Say) -> Inspection:
@@ -173,24 +174,35 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
     device = device_of(job.device)
     say(f"loading {job.model.name}")
     source = load(job.model)
-    model, family = source.model, source.family
     without_bos(source.tokenizer)  # refused now rather than after an hour
     made = None if job.plan is None else read_plan(job.plan, source)
     progress = Progress(job, source) if resume else None
-    nn.Module.to(model, device)
+    nn.Module.to(source.model, device)
     kept = progress.draft() if progress else None
-    if kept is not None:
-        say("resumed: the text and the plan are there")
-        texts, plan, inspection = kept
-        return Draft(
-            source=source,
-            texts=texts,
-            plan=plan,
-            student=graft(model, family, plan),
-            inspection=inspection,
-            measurement=None,
-            progress=progress,
-        )
+    if kept is None:
+        return replace(planned(job, source, made, training_rows, say), progress=progress)
+    say("resumed: the text and the plan are there")
+    texts, plan, inspection = kept
+    return Draft(
+        source=source,
+        texts=texts,
+        plan=plan,
+        student=graft(source.model, source.family, plan),
+        inspection=inspection,
+        measurement=None,
+        progress=progress,
+    )
+
+
+def planned(
+    job: Job,
+    source: Source,
+    made: tuple[Plan, Inspection] | None,
+    training_rows: int | None,
+    say: Say,
+) -> Draft:
+    """A draft by the plan that is `made`, or by one of its own."""
+    model, family = source.model, source.family
     texts, trials = read(job, source, training_rows)
     measurement = None
     if made is None:
@@ -216,7 +228,6 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
         student=student,
         inspection=replace(inspection, divergence=gap),
         measurement=measurement,
-        progress=progress,
     )
 
 

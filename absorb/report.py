@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from absorb import __version__
-from absorb.distill import Losses, Recipe
+from absorb.distill import Losses
 from absorb.findings import Findings
 from absorb.measure import Measurement
 from absorb.plain import built, parsed
 from absorb.plan import Plan, Removal
 from absorb.prefix import Trial
 from absorb.quantize import FORMATS
+from absorb.recipe import Recipe
 from absorb.score import Score
 from absorb.settings import Sink, Thresholds
 

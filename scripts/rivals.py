@@ -20,7 +20,7 @@ from windows import windows
 
 from absorb.checkpoint import REPORT
 from absorb.device import device_of, sketch_of
-from absorb.distill import Losses, Recipe, train
+from absorb.distill import Losses, train
 from absorb.errors import AbsorbError
 from absorb.experts import experts_of
 from absorb.families import Family
@@ -29,6 +29,7 @@ from absorb.plan import Plan, sinks_for
 from absorb.plan_file import read_plan
 from absorb.prefix import lead_of
 from absorb.quantize import FORMATS
+from absorb.recipe import Recipe
 from absorb.report import Report, from_json
 from absorb.score import Subject, quantised_losses
 from absorb.settings import Calibration, ModelRef

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb import distill as module
-from absorb.distill import Recipe, distill, recipe
+from absorb.distill import distill
 from absorb.divergence import divergence
 from absorb.errors import AbsorbError
 from absorb.families import FAMILIES
 from absorb.graft import twin
+from absorb.recipe import Recipe, recipe
 from absorb.settings import Distillation
 from absorb.text import Texts
 

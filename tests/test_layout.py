@@ -43,6 +43,7 @@ ORDER = (
     "graft",
     "state",
     "divergence",
+    "recipe",
     "distill",
     "rehearse",
     "score",

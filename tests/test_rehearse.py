@@ -11,11 +11,12 @@ from tiny import tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.distill import distill, recipe
+from absorb.distill import distill
 from absorb.divergence import divergence
 from absorb.families import FAMILIES
 from absorb.graft import twin
 from absorb.quantize import FORMATS, quantised
+from absorb.recipe import recipe
 from absorb.rehearse import FORMAT_FOR, rehearsing
 from absorb.settings import Distillation, Purpose
 
