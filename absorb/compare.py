@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from absorb.device import device_of
 from absorb.errors import AbsorbError
+from absorb.memory import release_freed_memory
 from absorb.prefix import lead_of
 from absorb.quantize import FORMATS, watching_inputs
 from absorb.report import versions
@@ -156,6 +157,8 @@ def _tallies(
         ]
         for tally, part in zip(tallies, logits, strict=True):
             tally.see_logits(part, logits[reference], tokens)
+        del logits, part
+        release_freed_memory()
     return tallies
 
 
