@@ -229,7 +229,7 @@ def _decided(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_DEFAULTS = _flags(asdict(Job(model=ModelRef(name=""), out=Path())))
+_DEFAULTS = _flags(asdict(Job(model=ModelRef(name="MODEL"), out=Path())))
 
 
 def markdown(rows: list[Row]) -> str:

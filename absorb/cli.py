@@ -4,6 +4,7 @@ torch takes seconds to import, so everything that needs it is imported inside th
 """
 
 import logging
+import re
 import sys
 from contextlib import ExitStack
 from io import TextIOWrapper
@@ -41,7 +42,8 @@ class _Absorb(click.Group):
         for argument in args:
             if "\0" in argument or argument != argument.encode(errors="ignore").decode():
                 raise click.UsageError(f"{argument!r} is not text in UTF-8", ctx)
-            if not argument:  # as a path it would be the current folder
+            # As a path it would be the current folder.
+            if not argument or re.fullmatch(r"--[a-z-]+=", argument):
                 raise click.UsageError("an argument is empty; name what is meant, or drop it", ctx)
         return super().parse_args(ctx, args)
 

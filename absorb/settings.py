@@ -101,6 +101,12 @@ class ModelRef:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.name:  # as a path it would be the current folder
+            raise AbsorbError(
+                "the name of a model is empty; give a Hub id, a folder, a .gguf file, or demo"
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration(_Checked):

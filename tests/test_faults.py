@@ -285,7 +285,9 @@ def test_arguments_that_are_no_text_are_misuse(words: list[str]) -> None:
     assert "is not text in UTF-8" in result.stderr
 
 
-@pytest.mark.parametrize("words", [["verify", ""], ["convert", "m", "--out", ""]])
+@pytest.mark.parametrize(
+    "words", [["verify", ""], ["convert", "m", "--out", ""], ["convert", "m", "--out="]]
+)
 def test_what_is_empty_is_misuse_and_not_the_current_folder(words: list[str]) -> None:
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2

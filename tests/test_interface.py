@@ -79,6 +79,8 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> No
     refused("minutes is nan and must be a number", minutes=float("nan"))
     refused("residual_target is 0 and must be a number from 0.001", residual_target=0)
     refused("seed is -1 and must be a whole number from 0 to 1e+09", seed=-1)
+    with pytest.raises(AbsorbError, match="the name of a model is empty"):
+        absorb.inspect("")
     with pytest.raises(AbsorbError, match="token_ratio is -1 and must be a number from 0"):
         Thresholds(token_ratio=-1)
     with pytest.raises(AbsorbError, match="sink_weight is inf and must be a number from 0 to 1e"):
