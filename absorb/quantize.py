@@ -4,6 +4,7 @@ A format is data: on which grid the weights are, on which what they are multipli
 are rotated first, and what is kept on a grid between layers and in the cache.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,19 +89,28 @@ def clipped_ranges(
 
     That is where the output has the least squared error, if errors of different inputs do not add
     up: `sum_i |W_i|^2 (rounded(x_i) - x_i)^2`. What lies beyond is clipped. tokens is (rows,
-    length), all read at once, each row after the tokens `lead` (n,).
+    length), each row read after the tokens `lead` (n,). Errors are those of some _TRIED tokens.
     """
-    ranges: dict[str, Tensor] = {}
-    bar = tqdm(total=len(_multiplied(model, family)), desc="choosing INT8 ranges", unit="matrix")
+    rows = tokens if lead is None else led(tokens, lead)
+    step = max(1, rows.numel() // _TRIED)
+    tried: dict[str, list[Tensor]] = defaultdict(list)
+    peaks: dict[str, list[Tensor]] = defaultdict(list)
+    read: dict[str, int] = defaultdict(int)
 
     def see(name: str, value: Tensor) -> None:
-        ranges[name] = _best_range(value.float(), weight_at(model, name))
-        bar.update()
+        tried[name].append(value[-read[name] % step :: step].clone())
+        peaks[name].append(value.abs().max())
+        read[name] += len(value)
 
-    rows = tokens if lead is None else led(tokens, lead)
-    with bar, watching_inputs(model, family, see):
-        model.base_model(rows.to(model.device), use_cache=False)
-    return ranges
+    with watching_inputs(model, family, see):
+        for batch in tqdm(rows.split(_ROWS), desc="measuring inputs of Linears", unit="batch"):
+            model.base_model(batch.to(model.device), use_cache=False)
+    return {
+        name: _best_range(
+            torch.cat(parts).float(), torch.stack(peaks[name]).max(), weight_at(model, name)
+        )
+        for name, parts in tqdm(tried.items(), desc="choosing INT8 ranges", unit="matrix")
+    }
 
 
 @contextmanager
@@ -124,18 +134,16 @@ def _multiplied(model: PreTrainedModel, family: Family) -> list[str]:
     return [*linears_of(model, family), *chain(*experts_of(model, family))]
 
 
-def _best_range(inputs: Tensor, weight: Tensor) -> Tensor:
+def _best_range(inputs: Tensor, peak: Tensor, weight: Tensor) -> Tensor:
     """For inputs (tokens, ..., channels) of a weight (..., outputs, channels)."""
-    peak = inputs.abs().max()
-    tried = inputs[:: max(1, len(inputs) // _TRIED)]
     importance = weight.float().square().sum(-2)
     if importance.ndim == inputs.ndim:  # experts that read the same stream
         importance = importance.sum(0)
     errors = [
-        ((rounded(tried, INT8_TENSOR, peak * fraction) - tried).square() * importance).sum()
+        ((rounded(inputs, INT8_TENSOR, peak * fraction) - inputs).square() * importance).sum()
         for fraction in _FRACTIONS
     ]
-    return peak * _FRACTIONS[int(torch.stack(errors).argmin())]
+    return peak.float() * _FRACTIONS[int(torch.stack(errors).argmin())]
 
 
 def _as_they_are(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from tiny import tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from absorb import quantize
 from absorb.experts import experts_of
 from absorb.families import FAMILIES
 from absorb.graft import twin
@@ -177,6 +178,20 @@ def test_a_range_is_clipped_where_rare_values_cost_more_than_they_are_worth(toke
         for end in (ranges[name], inputs.abs().max())
     ]
     assert errors[0] < errors[1] / 10
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_a_range_is_the_same_however_many_rows_are_read_at_once(
+    model_type: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, family, rows = tiny(model_type), FAMILIES[model_type], tokens.view(4, 8)
+    monkeypatch.setattr(quantize, "_TRIED", 9)  # every third token: not as many of every row
+    found = []
+    for at_once in (1, 3, 4):
+        monkeypatch.setattr(quantize, "_ROWS", at_once)
+        found.append(clipped_ranges(model, family, rows))
+    for name, value in found[-1].items():
+        assert all(float(ranges[name]) == pytest.approx(float(value)) for ranges in found)
 
 
 @every_format
