@@ -25,6 +25,7 @@ from absorb.options import (
     names,
     number,
     refuse_contradictions,
+    trust_option,
 )
 from absorb.refusals import Refusals
 from absorb.settings import CHOICES, Evaluation, ModelRef
@@ -185,6 +186,7 @@ def inspect(as_json: bool, html: Path | None, png: Path | None, **options: Any) 
     metavar="MODEL",
     help="Measure this model as well; may be repeated. The first of them is the reference.",
 )
+@trust_option
 @click.option(
     "--text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

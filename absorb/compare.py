@@ -48,7 +48,7 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
     The reference is the first of the others, or the model itself where there are none.
     """
     device, tasks = device_of(wish.device), tasks_of(wish.tasks)
-    sources = [_loaded(name, say) for name in (wish.model, *wish.against)]
+    sources = [_loaded(name, wish, say) for name in (wish.model, *wish.against)]
     subjects = [_subject(source) for source in sources]
     _refuse_other_tokens(sources)
     for source, subject in zip(sources, subjects, strict=True):
@@ -76,9 +76,9 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
     )
 
 
-def _loaded(name: str, say: Callable[[str], None]) -> Source:
+def _loaded(name: str, wish: Evaluation, say: Callable[[str], None]) -> Source:
     say(f"loading {name}")
-    return load(ModelRef(name=name), measured=True)
+    return load(ModelRef(name=name, trust_remote_code=wish.trust_remote_code), measured=True)
 
 
 def _subject(source: Source) -> Subject:

@@ -122,6 +122,7 @@ def evaluate(
     model: str | Path,
     *,
     against: Sequence[str | Path] = (),
+    trust_remote_code: bool = False,
     text: str | Path | None = None,
     formats: Sequence[FormatName] = _FORMATS,
     tasks: Sequence[str | Path] = (),
@@ -138,6 +139,7 @@ def evaluate(
     wish = Evaluation(
         model=str(model),
         against=tuple(map(str, against)),
+        trust_remote_code=trust_remote_code,
         text=_text(text),
         formats=tuple(formats),
         tasks=tuple(map(str, tasks)),

@@ -71,6 +71,11 @@ def format_names(ctx: Any, param: Any, value: str) -> tuple[FormatName, ...]:
     return found  # type: ignore[no-any-return]
 
 
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run tokenizer code that a model brings."
+)
+
+
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that convert and inspect share."""
     for field in reversed(fields(Thresholds)):
@@ -85,9 +90,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         click.argument("model"),
         click.option("--revision", help="Branch, tag or commit of a Hub repository."),
-        click.option(
-            "--trust-remote-code", is_flag=True, help="Run tokenizer code that the model brings."
-        ),
+        trust_option,
         click.option(
             "--text",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),

@@ -154,6 +154,7 @@ class Evaluation(_Checked):
 
     model: str
     against: tuple[str, ...] = ()
+    trust_remote_code: bool = False  # of all models
     text: Path | None = None
     formats: tuple[FormatName, ...] = ()
     tasks: tuple[str, ...] = ()

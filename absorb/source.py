@@ -109,6 +109,20 @@ def _read(ref: ModelRef, measured: bool) -> Source:
     )
 
 
+def _tokenizer(folder: Path, ref: ModelRef) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=ref.trust_remote_code
+        )
+    except ValueError as error:
+        if "trust_remote_code=True" not in str(error):
+            raise
+        raise AbsorbError(
+            f"{ref.name} brings a tokenizer with code of its own, which is not run unasked; "
+            "read that code, then pass --trust-remote-code"
+        ) from None
+
+
 def _from_hub(ref: ModelRef, measured: bool) -> Source:
     folder = download.description(ref)
     vetting.family_in(folder, ref.name, measured)
@@ -125,9 +139,7 @@ def _from_folder(
     dtype = vetting.stored_dtype(elements, ref.name)
     vetting.refuse_deeper(folder, tensors, ref.name)
     with vetting.unchanged(files), vetting.reading(ref.name), _quiet(files):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=ref.trust_remote_code
-        )
+        tokenizer = _tokenizer(folder, ref)
         kind = _class_of(folder)
         vetting.refuse_larger(_outline(kind, folder), elements.total(), ref.name)
         loading: Any = kind.from_pretrained(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,23 @@ def test_too_short_a_text_is_refused(
 def test_two_windows_are_enough(source: Path, tmp_path: Path) -> None:
     path = written(tmp_path, 2 * LENGTH)
     assert measured(source, "--text", path, "--formats", "w8a8-clipped")["rows"] == 1
+
+
+def test_tokenizer_code_is_run_for_those_who_trust_it_alone(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(source, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    names = {"auto_map": {"AutoTokenizer": [None, "remote.Odd"]}, "tokenizer_class": "Odd"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | names))
+    (folder / "remote.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Odd(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    refused(run(source, "--against", folder, "--text", text), "--trust-remote-code")
+    trusting = ("--trust-remote-code", "--formats", "w8a8-token")
+    found = measured(source, "--against", folder, "--text", text, *trusting)
+    assert len({model["perplexity"] for model in found["models"]}) == 1
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
