@@ -193,6 +193,7 @@ def _standing(
 
 def _perplexity(source: Source, subject: Subject, name: FormatName, texts: Texts) -> float:
     form, family = FORMATS[name], source.family
+    release_freed_memory()  # each format has tensors of other sizes
     return quantised_perplexity(subject, family, form, texts.held_out, texts.calibration)
 
 
