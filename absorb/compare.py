@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from absorb.device import device_of
 from absorb.errors import AbsorbError
-from absorb.memory import release_freed_memory
 from absorb.prefix import lead_of
 from absorb.quantize import FORMATS, watching_inputs
 from absorb.report import versions
@@ -157,8 +156,6 @@ def _tallies(
         ]
         for tally, part in zip(tallies, logits, strict=True):
             tally.see_logits(part, logits[reference], tokens)
-        del logits, part
-        release_freed_memory()
     return tallies
 
 
@@ -193,7 +190,6 @@ def _standing(
 
 def _perplexity(source: Source, subject: Subject, name: FormatName, texts: Texts) -> float:
     form, family = FORMATS[name], source.family
-    release_freed_memory()  # each format has tensors of other sizes
     return quantised_perplexity(subject, family, form, texts.held_out, texts.calibration)
 
 

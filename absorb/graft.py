@@ -13,7 +13,16 @@ from absorb.families import Family
 from absorb.fit import KeySink, LayerSink, LogitSink
 from absorb.plan import Plan
 from absorb.watch import layers_of, quiet
-from absorb.weights import bias_at, column, fused_rows, heads_of, is_norm, place_at, weight_at
+from absorb.weights import (
+    bias_at,
+    column,
+    fused_rows,
+    heads_of,
+    is_norm,
+    place_at,
+    read_by_heads,
+    weight_at,
+)
 
 
 @torch.no_grad()
@@ -132,9 +141,8 @@ def _place_logits(
     sink_value = sink.value.to(output.weight)
     place_at(layer, family.attention).sink.copy_(sink.logits)
     value.bias[_rows(student, family, layer, family.value, sink_value)] -= sink_value.flatten()
-    heads, kv_heads = heads_of(student.config, family)
-    spread = sink_value.repeat_interleave(heads // kv_heads, 0).flatten()
-    output.bias += weight_at(layer, family.output) @ spread
+    read = read_by_heads(sink_value, student.config, family)
+    output.bias += weight_at(layer, family.output) @ read
     if family.key is not None:
         key = place_at(layer, family.key)
         key_bias = sink.key_bias.to(key.bias)
@@ -198,14 +206,13 @@ def _smooth_values(
     student: PreTrainedModel, family: Family, layer: nn.Module, scale: Tensor
 ) -> Tensor:
     """Divide values by `scale` (kv_heads * head_dim,); what columns are to be multiplied by."""
-    heads, kv_heads = heads_of(student.config, family)
-    vectors = scale.view(kv_heads, -1)
+    vectors = scale.view(heads_of(student.config, family)[1], -1)
     rows = _rows(student, family, layer, family.value, vectors)
     _divide_output(layer, family.value, scale, rows)
     attention: Any = layer.get_submodule(family.attention)
     if hasattr(attention, "sink_value"):
         attention.sink_value /= vectors[:, None]
-    return vectors.repeat_interleave(heads // kv_heads, 0).flatten()
+    return read_by_heads(scale, student.config, family)
 
 
 def _divide_output(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from absorb.families import Family
 from absorb.logits import kl, parts, row_losses
+from absorb.memory import release_freed_memory
 from absorb.quantize import FORMATS, Format, quantised
 from absorb.settings import FormatName, Thresholds
 from absorb.watch import each_layers, eager, layers_of, led, watching
@@ -160,6 +161,7 @@ def _logits(subject: Subject, tokens: Tensor) -> Tensor:
 def watched_logits(subject: Subject, family: Family, tokens: Tensor, tally: Tally) -> Tensor:
     """Logits (rows, length, vocabulary) of the text; the tally sees streams and attention."""
     model = subject.model
+    release_freed_memory()  # what a tally keeps lies among what was freed
 
     def see_weights(_: object, __: object, out: tuple[Tensor, Tensor]) -> None:
         tally.first.append(out[1][:, :, 1:, 0].float().mean((0, 2)))
@@ -193,6 +195,7 @@ def in_format(
     subject: Subject, family: Family, form: Format, calibration: Tensor
 ) -> Iterator[None]:
     """The subject in a format for a while, with fixed ranges, if any, from `calibration`."""
+    release_freed_memory()  # each format has tensors of other sizes
     find = form.ranges
     ranges = {} if find is None else find(subject.model, family, calibration, subject.lead)
     with quantised(subject.model, family, form, ranges):

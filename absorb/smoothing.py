@@ -16,7 +16,7 @@ from absorb.families import Family
 from absorb.grids import INT8_ROW, INT8_TENSOR, rounded
 from absorb.quantize import input_peaks, power_mean, watching_inputs
 from absorb.watch import each_name, layers_of
-from absorb.weights import heads_of, weight_at
+from absorb.weights import heads_of, read_by_heads, weight_at
 
 _ALPHA = 0.5  # activations and weights share the range
 # The exponents that are tried. Some text is read best with others, which spoil more of other text.
@@ -41,7 +41,7 @@ def smoothing_scales(
     """
     with hastened(student.device):
         inputs = input_peaks(student, family, tokens, order=order)
-    return _scales(student, family, inputs, alpha, order)
+    return _scales(_sizes(student, family, inputs, order), alpha)
 
 
 @torch.no_grad()
@@ -55,29 +55,37 @@ def searched_scales(student: PreTrainedModel, family: Family, tokens: Tensor) ->
     first, second = tokens.tensor_split(2)
     with hastened(student.device):
         known, other = (input_peaks(student, family, half) for half in (first, second))
-    tried = [_scales(student, family, known, alpha) for alpha in _ALPHAS]
+    both = {name: peaks.maximum(other[name]) for name, peaks in known.items()}
+    tried, scales = (
+        [_scales(sizes, alpha) for alpha in _ALPHAS]
+        for sizes in (_sizes(student, family, inputs) for inputs in (known, both))
+    )
     errors = _errors(student, family, second[:_ROWS], other, tried)
-    inputs = {name: peaks.maximum(other[name]) for name, peaks in known.items()}
-    scales = [_scales(student, family, inputs, alpha) for alpha in _ALPHAS]
     return {
         link: torch.stack([scales[best][link][i] for i, best in enumerate(error.argmin(0))])
         for link, error in errors.items()
     }
 
 
-def _scales(
-    student: PreTrainedModel,
-    family: Family,
-    inputs: dict[str, Tensor],
-    alpha: float,
-    order: float = inf,
-) -> dict[str, Tensor]:
-    """Scales for inputs as `input_peaks` gives them.
+def _scales(sizes: dict[str, tuple[Tensor, Tensor]], alpha: float) -> dict[str, Tensor]:
+    """Scales for what `_sizes` gives."""
+    scales = {}
+    for name, (size, weight) in sizes.items():
+        scale = size.clamp_min(1e-5) ** alpha / weight.clamp_min(1e-5) ** (1 - alpha)
+        # Of an expert that calibration never reached, nothing is known.
+        scales[name] = torch.where(size > 0, scale.clamp(1e-3, 1e3), 1.0).cpu()
+    return scales
+
+
+def _sizes(
+    student: PreTrainedModel, family: Family, inputs: dict[str, Tensor], order: float = inf
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """How large inputs, as `input_peaks` gives them, and weights are, by link: (layers, channels).
 
     A neuron that is quieter than the median one of its layer counts as that loud: on other text it
     may fire, and if it had been made louder, it would widen the range of all.
     """
-    scales = {}
+    sizes = {}
     for name, readers in family.links.items():
         size = torch.stack([inputs[reader] for reader in each_name(student, family, readers[0])])
         reach = [_reach(student, family, r, size[0], order) for r in readers]
@@ -86,10 +94,8 @@ def _scales(
             size = size.maximum(size.median(-1, keepdim=True).values)
         if name == family.value:
             size, weight = (_shared(part, student, family, order) for part in (size, weight))
-        scale = size.clamp_min(1e-5) ** alpha / weight.clamp_min(1e-5) ** (1 - alpha)
-        # Of an expert that calibration never reached, nothing is known.
-        scales[name] = torch.where(size > 0, scale.clamp(1e-3, 1e3), 1.0).cpu()
-    return scales
+        sizes[name] = size, weight
+    return sizes
 
 
 def _reach(
@@ -137,29 +143,24 @@ def _errors(
         if name not in places:
             return
         link, layer = places[name]
-        weight = weight_at(student, name).detach().float()
+        read, weight = inputs[::_EVERY].float(), weight_at(student, name).detach().float()
+        exact = _product(read, weight)
         for error, scales in zip(errors[link], tried, strict=True):
-            scale = scales[link][layer].to(inputs.device)
+            scale = scales[link][layer].to(read.device)
             if link == family.value:
-                scale = _as_read(scale, student, family)
-            error[layer] += float(_int8_error(inputs[::_EVERY].float(), weight, scale, peaks[name]))
+                scale = read_by_heads(scale, student.config, family)
+            product = _int8_product(read, weight, scale, peaks[name])
+            error[layer] += float((product - exact).square().sum())
 
     with bar, watching_inputs(student, family, see):
         student.base_model(tokens.to(student.device), use_cache=False)
     return errors
 
 
-def _as_read(values: Tensor, student: PreTrainedModel, family: Family) -> Tensor:
-    """What the query heads (heads * head_dim,) read of value channels (kv_heads * head_dim,)."""
-    heads, kv_heads = heads_of(student.config, family)
-    return values.view(kv_heads, -1).repeat_interleave(heads // kv_heads, 0).flatten()
-
-
-def _int8_error(inputs: Tensor, weight: Tensor, scale: Tensor, peak: Tensor) -> Tensor:
+def _int8_product(inputs: Tensor, weight: Tensor, scale: Tensor, peak: Tensor) -> Tensor:
     """For inputs (tokens, ..., channels), a weight (..., outputs, channels), and their scale."""
     read = rounded(inputs / scale, INT8_TENSOR, (peak / scale).max())
-    matrix = rounded(weight * scale[..., None, :], INT8_ROW)
-    return (_product(read, matrix) - _product(inputs, weight)).square().sum()
+    return _product(read, rounded(weight * scale[..., None, :], INT8_ROW))
 
 
 def _product(inputs: Tensor, weight: Tensor) -> Tensor:

@@ -62,6 +62,12 @@ def heads_of(config: PretrainedConfig, family: Family) -> tuple[int, int]:
     return heads, config.num_key_value_heads if family.grouped else heads
 
 
+def read_by_heads(values: Tensor, config: PretrainedConfig, family: Family) -> Tensor:
+    """What the query heads (heads * head_dim,) read of value channels (kv_heads * head_dim,)."""
+    heads, kv_heads = heads_of(config, family)
+    return values.reshape(kv_heads, -1).repeat_interleave(heads // kv_heads, 0).flatten()
+
+
 def fused_rows(family: Family, rows: int, block: int, heads: int, head_dim: int) -> Tensor:
     """Which of the `rows` of a projection are its block-th block from the end.
 
