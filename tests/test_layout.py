@@ -68,6 +68,7 @@ ORDER = (
     "options",
     "refusals",
     "cli",
+    "__main__",
 )
 
 

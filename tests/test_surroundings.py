@@ -50,6 +50,13 @@ SURROUNDINGS = {
 LOCALE = ("PYTHONUTF8", "PYTHONIOENCODING", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ")
 
 
+def test_the_package_is_the_command_too() -> None:
+    command = [sys.executable, "-m", "absorb", "convert", "model"]
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: python -m absorb convert")
+
+
 @pytest.mark.slow
 def test_surroundings_change_nothing(tmp_path: Path) -> None:
     model, text = tmp_path / "modèle-İ", tmp_path / "text.txt"

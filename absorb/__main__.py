@@ -1,0 +1,5 @@
+"""`python -m absorb` is the command."""
+
+from absorb.cli import main
+
+main()
