@@ -71,6 +71,8 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
         write_plan(folder / PLAN, draft.plan, draft.inspection)
         say(f"fine-tune: {fine_tune}")
         losses = fine_tuned(draft, fine_tune, job.distillation.seed)
+        if losses.training and not losses.kept:
+            say("no step came closer to the teacher on validation text, so the model stays untrained")
         original, converted = before_and_after(draft, fine_tune.purpose)
         report = Report(
             inspection=draft.inspection,
