@@ -8,6 +8,11 @@ from torch import Tensor
 from absorb.measure import Measurement
 from absorb.settings import Thresholds
 
+# A converted model has outlier tokens left where a peak is this many times the median token's, and
+# a neuron is behind it that adds this share of the peak.
+_STANDS_OUT = 20.0
+_GOOD_PART = 0.1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkHead:
@@ -173,10 +178,24 @@ def _spike_neurons(measurement: Measurement, thresholds: Thresholds) -> tuple[Sp
     peak = measurement.neuron_peak
     ratio = peak / measurement.median[:, None]
     spikes = (peak > thresholds.massive_value) & (ratio > thresholds.massive_ratio)
-    neurons = (
-        SpikeNeuron(layer=i, neuron=j, contribution=float(peak[i, j]))
-        for i, j in spikes.nonzero().tolist()
-    )
+    return _neurons(peak, spikes.nonzero().tolist())
+
+
+def neurons_behind_outliers(measurement: Measurement) -> tuple[SpikeNeuron, ...]:
+    """Neurons that add a good part of a token's peak where that stands out, largest first.
+
+    Alone they may be too small for spike neurons, and so may the peak for a massive activation.
+    """
+    peaks = measurement.token_peak.flatten(1)
+    largest, usual = peaks.amax(1), peaks.median(1).values
+    stands_out = largest > _STANDS_OUT * usual
+    share = measurement.neuron_peak / largest[:, None]
+    found = (stands_out[:, None] & (share > _GOOD_PART)).nonzero().tolist()
+    return _neurons(measurement.neuron_peak, found)
+
+
+def _neurons(peak: Tensor, places: list[list[int]]) -> tuple[SpikeNeuron, ...]:
+    neurons = (SpikeNeuron(layer=i, neuron=j, contribution=float(peak[i, j])) for i, j in places)
     return tuple(sorted(neurons, key=lambda neuron: -neuron.contribution))
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from absorb import modeling_absorb
 from absorb.families import Family
-from absorb.fit import KeySink, LayerSink, LogitSink
+from absorb.forms import KeySink, LayerSink, LogitSink
 from absorb.plan import Plan
 from absorb.watch import layers_of, quiet
 from absorb.weights import (

@@ -47,11 +47,11 @@ except ImportError:  # it comes with torch where there is CUDA
 
 PREFIX = "Absorb"
 
-# What each parameter is when it does nothing. A sink far below every logit takes no weight, and
-# unlike one of -inf it gets a gradient as soon as it matters. No key does nothing: whoever asks for
-# the form `key` must say which.
+# What each parameter is when it does nothing. A sink far below every logit takes no weight: with
+# large biases on queries and keys logits fall below -1,000, and -inf has no gradient. No key does
+# nothing: whoever asks for the form `key` must say which.
 NEUTRAL = {
-    "sink": -100.0,
+    "sink": -10_000.0,
     "sink_key": 0.0,
     "sink_value": 0.0,
     "input_scale": 1.0,

@@ -21,7 +21,7 @@ from absorb.files import promised
 from absorb.findings import find
 from absorb.graft import graft, smooth
 from absorb.measure import Measurement, measure
-from absorb.plan import Plan, make_plan, residual_scales
+from absorb.plan import Plan, make_plan, removable_after, residual_scales
 from absorb.plan_file import PLAN, read_plan, write_plan
 from absorb.prefix import Trial, encoded, find_prefix, lead_of
 from absorb.progress import Progress, forget
@@ -38,7 +38,7 @@ from absorb.write import as_stored, without_bos, write
 
 Say = Callable[[str], None]
 
-_MUCH = 0.05  # nats per token: models with a sink lose 0.02, and such as have none up to 0.14
+_MOST_IS_LEFT_OUT = 0.5  # a share of the effect of the prefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
         say(f"fine-tune: {fine_tune}")
         losses = fine_tuned(draft, fine_tune, job.distillation.seed)
         if losses.training and not losses.kept:
-            say("no step came closer to the teacher on validation text, so the model stays untrained")
+            say("no step came closer to the teacher on validation text; the model stays untrained")
         original, converted = before_and_after(draft, fine_tune.purpose)
         report = Report(
             inspection=draft.inspection,
@@ -215,22 +215,65 @@ def planned(
         inspection = recalled(job, source, texts, found)
         say(f"plan: read from {job.plan}, so nothing is measured or fitted")
     student = graft(model, family, plan)
-    gap = divergence(model, student, torch.tensor(plan.prefix), texts.validation)
-    say(f"KL from the teacher after the graft, untrained: {gap:.4f} nats per token")
-    if gap > _MUCH and len(plan.keyed_layers) < len(plan.sinks):
-        # A warning, which Python shows to those who call convert() and log nothing, too.
-        logging.getLogger("absorb").warning(
-            "that is much, as of a model whose first token is no mere sink; --sink auto keeps the "
-            "keys of the prefix where no logit fits, and --sink key, in all layers, is exact"
-        )
+    if made is None:
+        plan, student = without_outlier_tokens(job, source, texts, plan, student)
+        inspection = replace(inspection, removals=plan.removals)
+    inspection = compared(source, plan, student, texts, inspection)
+    warn_of_misfits(inspection)
+    say(f"KL from the teacher after the graft, untrained: {_nats(inspection)}")
     return Draft(
         source=source,
         texts=texts,
         plan=plan,
         student=student,
-        inspection=replace(inspection, divergence=gap),
+        inspection=inspection,
         measurement=measurement,
     )
+
+
+def compared(
+    source: Source, plan: Plan, student: PreTrainedModel, texts: Texts, inspection: Inspection
+) -> Inspection:
+    """The inspection with the divergence of the untrained student, and of one with logits alone."""
+
+    def gap(student: PreTrainedModel) -> float:
+        return divergence(source.model, student, torch.tensor(plan.prefix), texts.validation)
+
+    logits = plan.as_logits
+    mixed = plan.keyed_layers != logits.keyed_layers
+    only = gap(graft(source.model, source.family, logits)) if mixed else None
+    return replace(inspection, divergence=gap(student), logit_divergence=only)
+
+
+def _nats(inspection: Inspection) -> str:
+    only = inspection.logit_divergence
+    more = "" if only is None else f" (with logits in all layers: {only:.4f})"
+    return f"{inspection.divergence:.4f} nats per token{more}"
+
+
+def warn_of_misfits(inspection: Inspection) -> None:
+    """Name the layers whose sinks leave out most of what the prefix does, to Python users too."""
+    errors = {i: layer.fit_error for i, layer in enumerate(inspection.layers)}
+    poor = [f"{i} ({error:.2f})" for i, error in errors.items() if error > _MOST_IS_LEFT_OUT]
+    if poor:
+        logging.getLogger("absorb").warning(
+            "the sinks of layers %s leave out more than half of what the prefix does there (the "
+            "share in brackets); --sink auto keeps the keys of the prefix in such layers",
+            ", ".join(poor),
+        )
+
+
+def without_outlier_tokens(
+    job: Job, source: Source, texts: Texts, plan: Plan, student: PreTrainedModel
+) -> tuple[Plan, PreTrainedModel]:
+    """The plan and its student without the neurons that make outlier tokens of this student."""
+    model, family, budget = source.model, source.family, job.thresholds.divergence
+    prefix = torch.tensor(plan.prefix)
+    more = removable_after(model, student, family, prefix, texts.calibration, budget)
+    if not more:
+        return plan, student
+    plan = replace(plan, removals=(*plan.removals, *more))
+    return plan, graft(model, family, plan)
 
 
 def read(job: Job, source: Source, training_rows: int | None) -> tuple[Texts, list[Trial]]:
@@ -276,6 +319,7 @@ def survey(
         keyed_layers=plan.keyed_layers,
         residual_scales={i: s for i, s in enumerate(plan.residual.tolist()) if s != 1},
         divergence=nan,
+        logit_divergence=None,
         versions=versions(),
         arguments=arguments_of(job, source),
     )

@@ -1,8 +1,8 @@
 """Findings → Plan: what will be changed, decided before anything is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, log2
 
 import torch
@@ -11,10 +11,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb.families import Family
-from absorb.findings import Findings, SpikeNeuron
-from absorb.fit import KeySink, LayerSink
+from absorb.findings import Findings, SpikeNeuron, neurons_behind_outliers
+from absorb.forms import KeySink, LayerSink, LogitSink
 from absorb.logits import mean_kl
-from absorb.measure import Measurement
+from absorb.measure import Measurement, measure
 from absorb.settings import Sink
 from absorb.sinks import Prefix, fit_sinks, prefix_of, prefixed
 from absorb.watch import layers_of, led
@@ -26,7 +26,7 @@ _ROWS, _BEGINNING = 4, 128
 _FLOAT16 = 2.0**15
 # The share of the prefix's effect beyond which the form `auto` keeps a layer's keys. It says how
 # exact is exact enough, and is no property of a model: the errors that are reported are.
-_MOST_LEFT_OUT = 0.1
+_MOST_LEFT_OUT = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,12 @@ class Plan:
     def fit_error(self) -> Tensor:
         """The share of the prefix's effect that each layer's sinks leave out: (layers,)."""
         return torch.stack([sink.error for sink in self.sinks])
+
+    @property
+    def as_logits(self) -> "Plan":
+        """The same with the fitted logits in place of keys, for engines that know no others."""
+        sinks = (s.fit if isinstance(s, KeySink) and s.fit else s for s in self.sinks)
+        return replace(self, sinks=tuple(sinks))
 
     @property
     def keyed_layers(self) -> tuple[int, ...]:
@@ -107,7 +113,10 @@ def sinks_for(
     most = _MOST_LEFT_OUT if form == "auto" else inf
     with without(model, family, tuple(removal.spike for removal in removals)):
         fits = fit_sinks(model, family, prefix, tokens, most)
-    return tuple(keys if fit is None else fit for keys, fit in zip(kept, fits, strict=True))
+    return tuple(
+        fit if isinstance(fit, LogitSink) else replace(fit, keys=keys.keys)
+        for keys, fit in zip(kept, fits, strict=True)
+    )
 
 
 @contextmanager
@@ -141,15 +150,69 @@ def removable(
     Divergence is KL(teacher | without them) in nats per token on the beginnings of a few rows. Both
     have the prefix as constant keys and values, so that the neurons alone make the difference.
     """
-    text = tokens[:_ROWS, :_BEGINNING].to(model.device)
-    teacher = model(led(text, prefix.tokens)).logits[:, len(prefix.tokens) :]
-    removals: tuple[Removal, ...] = ()
-    for spike in tqdm(findings.spike_neurons, desc="removing spike neurons", unit="neuron"):
-        candidates = (*(removal.spike for removal in removals), spike)
-        with without(model, family, candidates), prefixed(model, family, prefix):
+    text = _beginnings(model, tokens)
+
+    def logits() -> Tensor:
+        with prefixed(model, family, prefix):
             positions = prefix.positions(text.shape[1])
-            student = model(text, position_ids=positions, use_cache=False).logits
-        divergence = float(mean_kl(teacher, student))
+            found: Tensor = model(text, position_ids=positions, use_cache=False).logits
+        return found
+
+    teacher = _teacher_logits(model, prefix.tokens, text)
+    return _removed(model, family, findings.spike_neurons, teacher, logits, budget)
+
+
+@torch.no_grad()
+def removable_after(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    family: Family,
+    prefix: Tensor,
+    tokens: Tensor,
+    budget: float,
+) -> tuple[Removal, ...]:
+    """Neurons that make outlier tokens of a grafted student, and that it can do without, likewise.
+
+    Where a logit cannot stand for the prefix in the first layers, the first token of a text looks
+    as if nothing were before it, and smaller neurons make a sink of it again.
+    """
+    text = _beginnings(student, tokens)
+    spikes = neurons_behind_outliers(measure(student, family, text, tokens.new_empty(0)))
+    if not spikes:
+        return ()
+
+    def logits() -> Tensor:
+        found: Tensor = student(text, use_cache=False).logits
+        return found
+
+    target = _teacher_logits(teacher, prefix, text)
+    most = float(mean_kl(target, logits())) + budget
+    return _removed(student, family, spikes, target, logits, most)
+
+
+def _beginnings(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    return tokens[:_ROWS, :_BEGINNING].to(model.device)
+
+
+def _teacher_logits(model: PreTrainedModel, prefix: Tensor, text: Tensor) -> Tensor:
+    logits: Tensor = model(led(text, prefix), use_cache=False).logits
+    return logits[:, len(prefix) :]
+
+
+def _removed(
+    model: PreTrainedModel,
+    family: Family,
+    spikes: tuple[SpikeNeuron, ...],
+    teacher: Tensor,
+    logits: Callable[[], Tensor],
+    budget: float,
+) -> tuple[Removal, ...]:
+    """Those of `spikes` without which `logits` stay within `budget` of the teacher's."""
+    removals: tuple[Removal, ...] = ()
+    for spike in tqdm(spikes, desc="removing spike neurons", unit="neuron"):
+        candidates = (*(removal.spike for removal in removals), spike)
+        with without(model, family, candidates):
+            divergence = float(mean_kl(teacher, logits()))
         if divergence <= budget:
             removals = (*removals, Removal(spike=spike, divergence=divergence))
     return removals

@@ -6,15 +6,17 @@ inspection that came with them is the only entry of the metadata, because safete
 in random order.
 """
 
+from collections.abc import Container
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from absorb.errors import AbsorbError
-from absorb.fit import KeySink, LayerSink, LogitSink
+from absorb.forms import KeySink, LayerSink, LogitSink
 from absorb.plan import Plan
 from absorb.report import Inspection, from_json, to_json
 from absorb.source import Source
@@ -23,13 +25,14 @@ from absorb.weights import heads_of, weight_at
 
 PLAN = "plan/plan.safetensors"  # in a checkpoint
 _INSPECTION = "absorb_inspection"
+_FIT = "fit."  # before the names of what logits make of keys
 
 
 def write_plan(file: Path, plan: Plan, inspection: Inspection) -> None:
     """Write a plan, and with it what was found out about its model."""
     tensors = {"residual": plan.residual}
     for layer, sink in enumerate(plan.sinks):
-        tensors |= {_name(layer, f.name): getattr(sink, f.name) for f in fields(sink)}
+        tensors |= {_name(layer, name): tensor for name, tensor in _parts(sink).items()}
     tensors |= {f"smoothing.{name}": scales for name, scales in plan.smoothing.items()}
     file.parent.mkdir(exist_ok=True)
     save_file(
@@ -69,9 +72,23 @@ def _name(layer: int, field: str) -> str:
     return f"sinks.{layer}.{field}"
 
 
+def _parts(sink: LayerSink) -> dict[str, Tensor]:
+    """The tensors of a sink by name, those of its fit under `fit.`."""
+    parts: dict[str, Any] = {field.name: getattr(sink, field.name) for field in fields(sink)}
+    fit = parts.pop("fit", None)
+    return parts | ({f"{_FIT}{n}": t for n, t in _parts(fit).items()} if fit else {})
+
+
 def _sink(layer: int, inspection: Inspection, tensors: dict[str, Tensor]) -> LayerSink:
-    kind = KeySink if layer in inspection.keyed_layers else LogitSink
-    return kind(**{field.name: tensors[_name(layer, field.name)] for field in fields(kind)})
+    def logits(stem: str) -> LogitSink:
+        names = [field.name for field in fields(LogitSink)]
+        return LogitSink(**{name: tensors[_name(layer, stem + name)] for name in names})
+
+    if layer not in inspection.keyed_layers:
+        return logits("")
+    names = ("keys", "values", "error")
+    fit = logits(_FIT) if _name(layer, f"{_FIT}logits") in tensors else None
+    return KeySink(**{name: tensors[_name(layer, name)] for name in names}, fit=fit)
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], Inspection]:
@@ -113,7 +130,7 @@ def _refuse_another_model(file: Path, inspection: Inspection, source: Source) ->
 def _refuse_damage(
     file: Path, tensors: dict[str, Tensor], inspection: Inspection, source: Source
 ) -> None:
-    expected = _shapes(inspection, source)
+    expected = _shapes(inspection, source, tensors)
     strange = _out_of_range(inspection, source)
     strange += [f"lacks {name}" for name in sorted(expected.keys() - tensors.keys())]
     strange += [f"holds {name}, unknown" for name in sorted(tensors.keys() - expected.keys())]
@@ -155,19 +172,28 @@ def _out_of_range(inspection: Inspection, source: Source) -> list[str]:
     return strange if inspection.prefix else ["names no prefix", *strange]
 
 
-def _shapes(inspection: Inspection, source: Source) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a plan of this model holds, by name."""
+def _shapes(
+    inspection: Inspection, source: Source, held: Container[str]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a plan of this model holds, by name.
+
+    Keys come with a fit where one was made: where any of it is among the names that are `held`.
+    """
     model, family = source.model, source.family
     layers, hidden = layers_of(model, family), model.config.hidden_size
     heads, kv_heads = heads_of(model.config, family)
     head_dim = weight_at(layers[0], family.output).shape[-1] // heads
     *experts, _, neurons = weight_at(layers[0], family.down).shape
     tokens, vectors = (kv_heads, len(inspection.prefix), head_dim), (kv_heads, head_dim)
-    keyed = {"keys": tokens, "values": tokens}
     fitted = {"logits": (heads,), "value": vectors, "key_bias": vectors, "error": ()}
+    keyed = {"keys": tokens, "values": tokens, "error": ()}
+    both = keyed | {f"{_FIT}{name}": shape for name, shape in fitted.items()}
     shapes: dict[str, tuple[int, ...]] = {"residual": (hidden,)}
     for layer in range(len(layers)):
-        inside = keyed if layer in inspection.keyed_layers else fitted
+        inside = fitted
+        if layer in inspection.keyed_layers:
+            with_fit = any(_name(layer, name) in held for name in both.keys() - keyed.keys())
+            inside = both if with_fit else keyed
         shapes |= {_name(layer, field): shape for field, shape in inside.items()}
     divided = {family.value: (kv_heads * head_dim,), family.up: (*experts, neurons)}
     for name in family.links:

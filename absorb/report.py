@@ -59,7 +59,8 @@ class Inspection:
     removals: tuple[Removal, ...]
     keyed_layers: tuple[int, ...]  # whose sinks are the prefix's keys and values, not logits
     residual_scales: dict[int, float]
-    divergence: float
+    divergence: float  # of the untrained student, in nats per token
+    logit_divergence: float | None  # of one with logits in the keyed layers too, if any are fitted
     versions: dict[str, str]
     arguments: dict[str, Any]
 
@@ -209,8 +210,13 @@ def finding_rows(inspection: Inspection) -> list[Row]:
         ("prefix", f"{inspection.prefix_text!r}"),
         ("sinks", _forms(inspection)),
         ("residual scales", _scales(inspection)),
-        ("KL after the graft, nats", f"{inspection.divergence:.4f}"),
+        ("KL after the graft, nats", _divergence(inspection)),
     ]
+
+
+def _divergence(inspection: Inspection) -> str:
+    only = inspection.logit_divergence
+    return f"{inspection.divergence:.4f}" + (f"; {only:.4f} with logits alone" if only else "")
 
 
 def _origin(inspection: Inspection) -> list[Row]:
@@ -252,7 +258,10 @@ def _neurons(inspection: Inspection) -> str:
         + (", removed" if (found.layer, found.neuron) in removed else ", kept")
         for found in inspection.findings.spike_neurons[:6]
     ]
-    return _listed(shown, len(inspection.findings.spike_neurons))
+    known = {(found.layer, found.neuron) for found in inspection.findings.spike_neurons}
+    later = [f"({layer}, {neuron})" for layer, neuron in sorted(removed - known)]
+    also = f"; {', '.join(later)} removed after the graft" if later else ""
+    return _listed(shown, len(inspection.findings.spike_neurons)) + also
 
 
 def _forms(inspection: Inspection) -> str:

@@ -22,6 +22,7 @@ class Scene:
     softcap: float | None
     rotate: "Rotate"
     turned: bool = True  # keys are, by RoPE
+    window: int | None = None  # how many keys back a query sees, its own included
 
     @property
     def groups(self) -> int:
@@ -71,9 +72,18 @@ class Scene:
         capped = scores.clamp_min(-self.softcap) / self.softcap
         return self.scaling * (1 - capped.square())
 
+    def prefix_scores(self, keys: Tensor) -> Tensor:
+        """Logits (rows, heads, length, keys) of a prefix, -inf where it has left the window."""
+        scores = self.scores(keys[None])
+        if self.window is None:
+            return scores
+        query, key = (torch.arange(n, device=scores.device) for n in scores.shape[2:])
+        distance = query[:, None] + len(key) - key
+        return scores.masked_fill(distance >= self.window, -torch.inf)
+
     def with_prefix(self, keys: Tensor, values: Tensor) -> Tensor:
         """The teacher's output (rows, heads, length, head_dim)."""
-        weights = torch.cat([self.scores(keys[None]), self.text_scores()], -1).softmax(-1)
+        weights = torch.cat([self.prefix_scores(keys), self.text_scores()], -1).softmax(-1)
         split = keys.shape[1]
         return self.mix(weights[..., :split], values) + self.mix(weights[..., split:], self.value)
 
@@ -83,9 +93,15 @@ class Scene:
         return sink * self.spread(value[:, None]) + self.mix(weights, self.value)
 
     def asked(self, index: Tensor) -> "Scene":
-        """The same scene with only the queries at the positions `index`."""
-        query, blocked = self.query[:, :, index], self.blocked[:, :, index]
-        return replace(self, query=query, blocked=blocked)
+        """The same scene with only the queries at the positions `index` (rows, queries)."""
+        blocked = self.blocked.expand(len(index), -1, -1, -1)
+        return replace(self, query=at(self.query, index), blocked=at(blocked, index))
+
+
+def at(parts: Tensor, index: Tensor) -> Tensor:
+    """Of parts (rows, heads, length, n) those at the positions `index` (rows, queries)."""
+    wanted = index[:, None, :, None].expand(-1, parts.shape[1], -1, parts.shape[3])
+    return parts.gather(2, wanted)
 
 
 class Rotate:
@@ -134,6 +150,7 @@ def scene_of(
     *,
     scaling: float,
     softcap: float | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> Scene:
     """The scene of a call to an attention function, and of RoPE as the module was called."""
@@ -145,4 +162,4 @@ def scene_of(
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
     rotate = Rotate(module, cos_sin, length)
     turned = rotate.cos_sin is not None
-    return Scene(query, key, value, ~mask, scaling, softcap, rotate, turned)
+    return Scene(query, key, value, ~mask, scaling, softcap, rotate, turned, sliding_window)

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from absorb.device import hastened
 from absorb.families import Family
-from absorb.fit import KeySink, LogitSink, fit_layer
+from absorb.fit import sink_of
+from absorb.forms import KeySink, LayerSink
 from absorb.scene import rotations_of, scene_of
 from absorb.watch import attending, each_layers, remembering
 
@@ -84,26 +85,25 @@ def prefixed(model: PreTrainedModel, family: Family, prefix: Prefix) -> Iterator
 @torch.no_grad()
 def fit_sinks(
     model: PreTrainedModel, family: Family, prefix: Prefix, tokens: Tensor, most: float = inf
-) -> list[LogitSink | None]:
-    """Each layer's fit to what the prefix does to its attention on text `tokens` (rows, length).
+) -> list[LayerSink]:
+    """Each layer's sink, fitted to what the prefix does to its attention on text (rows, length).
 
-    It is None where it leaves out more than the share `most`, for keys to take its place.
     One forward pass: each layer is fitted on what the layers before it give with their sinks in
-    place, so later layers make up for what earlier ones could not match. Products are hastened.
+    place, so later layers make up for what earlier ones could not match. A layer whose logits leave
+    out more than the share `most` keeps the prefix's keys, if these leave out less. Linears are
+    hastened; attention is not, as logits in the hundreds would be rounded to whole numbers.
     """
     modules = each_layers(model, family, family.attention)
-    fits: list[LogitSink | None] = []
+    sinks: list[LayerSink] = []
     bar = tqdm(total=len(modules), desc="fitting sinks", unit="layer")
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        scene = scene_of(module, rotations.get(module), *args, **kwargs)
-        layer = prefix.layers[len(fits)]
-        fit, out = fit_layer(scene, layer, family.key is not None)
-        keyed = bool(fit.error > most)
-        fits.append(None if keyed else fit)
+        with torch.autocast(model.device.type, enabled=False):
+            scene = scene_of(module, rotations.get(module), *args, **kwargs)
+            layer = prefix.layers[len(sinks)]
+            sink, out = sink_of(scene, layer, family.key is not None, most)
+        sinks.append(sink)
         bar.update()
-        if keyed:
-            out = scene.with_prefix(layer.keys, layer.values)
         return _heads_last(out), None
 
     turned = modules if family.positions is None else []
@@ -111,7 +111,7 @@ def fit_sinks(
         positions = prefix.positions(tokens.shape[1])
         with hastened(model.device):
             model.base_model(tokens.to(model.device), position_ids=positions, use_cache=False)
-    return fits
+    return sinks
 
 
 def _heads_last(out: Tensor) -> Tensor:
