@@ -172,6 +172,7 @@ def inspected(source: Source, plan: Plan, sink: str) -> Inspection:
         keyed_layers=plan.keyed_layers,
         residual_scales={},
         divergence=0.0,
+        logit_divergence=None,
         versions=versions(),
         arguments=asdict(Job(model=ModelRef(name="tiny"), out=Path("out"), sink=sink)),
     )
