@@ -7,6 +7,7 @@ from torch import Tensor
 
 from absorb.measure import Measurement
 from absorb.settings import Thresholds
+from absorb.tally import is_massive, outlier_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,18 +95,7 @@ def find(measurement: Measurement, thresholds: Thresholds) -> Findings:
 
 def massive(measurement: Measurement, thresholds: Thresholds) -> Tensor:
     """Where the stream holds a massive activation: (layers, rows, length), boolean."""
-    peak = measurement.token_peak
-    ratio = peak / measurement.median[:, None, None]
-    return (peak > thresholds.massive_value) & (ratio > thresholds.massive_ratio)
-
-
-def outlier_tokens(token_peak: Tensor, thresholds: Thresholds) -> Tensor:
-    """Tokens whose peak is far above the median token's, as in PrefixQuant.
-
-    token_peak is (layers, rows, length), and so is the boolean result.
-    """
-    usual = token_peak.flatten(1).median(1).values
-    return token_peak > thresholds.token_ratio * usual[:, None, None]
+    return is_massive(measurement.token_peak, measurement.median, thresholds)
 
 
 def _sink_heads(measurement: Measurement, thresholds: Thresholds) -> tuple[SinkHead, ...]:
@@ -171,8 +161,7 @@ def _massive_activations(
 
 def _spike_neurons(measurement: Measurement, thresholds: Thresholds) -> tuple[SpikeNeuron, ...]:
     peak = measurement.neuron_peak
-    ratio = peak / measurement.median[:, None]
-    spikes = (peak > thresholds.massive_value) & (ratio > thresholds.massive_ratio)
+    spikes = is_massive(peak, measurement.median, thresholds)
     neurons = (
         SpikeNeuron(layer=i, neuron=j, contribution=float(peak[i, j]))
         for i, j in spikes.nonzero().tolist()
