@@ -62,7 +62,7 @@ class _Tally:
         self.median, self.peak, self.channel = ByLayer(), ByLayer(), ByLayer()
         self.first, self.received = ByLayer(), ByLayer()
         self.reach: list[Tensor] = []
-        self.neuron = ByLayer()
+        self.neuron: dict[int, Tensor] = {}
         self.columns = [
             weight_at(layer, family.down).detach().abs().amax(-2).flatten()
             for layer in layers_of(model, family)
@@ -112,7 +112,8 @@ class _Tally:
         # for all neurons of a token, near enough to rank them.
         gain = out.float().abs().amax(-1) / self.down_peak.pop(layer).clamp_min(1e-12)
         added = (self.fired.pop(layer) * gain[..., None]).flatten(0, -2)
-        self.neuron.add(layer, (added.amax(0) * self.columns[layer])[None])
+        peak = added.amax(0) * self.columns[layer]
+        self.neuron[layer] = torch.maximum(self.neuron.get(layer, peak), peak)
 
     def per_ordinary_token(self, sums: ByLayer) -> Tensor:
         """The mean over ordinary tokens, of sums over those of each row: (layers, hidden)."""
@@ -167,6 +168,6 @@ def measure(
         token_channel=tally.channel.all().cpu(),
         first_weight=tally.first.mean().cpu(),
         token_weight=tally.received.all().cpu(),
-        neuron_peak=tally.neuron.all().amax(1).cpu(),
+        neuron_peak=torch.stack([*tally.neuron.values()]).cpu(),
         input_peak={name: peak.cpu() for name, peak in tally.read.items()},
     )

@@ -277,9 +277,7 @@ def test_fixed_ranges_come_from_the_calibration_file(
     assert (found["rows"], found["length"]) == (3, 64)
     assert (found["text_origin"], found["calibration_origin"]) == ("text.txt", "other.txt")
     loaded = load(ModelRef(name=str(source)))
-    held_out, seen = (
-        windows(loaded, path, count, 64) for path, count in ((text, 3), (calibration, 8))
-    )
+    held_out, seen = windows(loaded, text, 3, 64), windows(loaded, calibration, 8, 64)
     subject = Subject(model=loaded.model)
     expected = in_formats(subject, loaded.family, ["w8a8-static", "w8a8-token"], held_out, seen)
     assert found["models"][0]["formats"] == pytest.approx(expected, rel=1e-6)
