@@ -20,6 +20,7 @@ from absorb.source import Source, load
 from absorb.standing import Answers, Comparison, Standing
 from absorb.tally import Tally
 from absorb.tasks import Task, answered, tasks_of
+from absorb.text import LENGTH as SAMPLED_LENGTH
 from absorb.text import Texts, gather, refuse_short_model
 from absorb.timing import DECODED, Speed, speeds
 from absorb.windows import windows
@@ -97,8 +98,11 @@ def _refuse_other_tokens(sources: list[Source]) -> None:
 def _refuse_few_positions(source: Source, subject: Subject, wish: Evaluation) -> None:
     """Refuse learned positions that end before a window, with what is read beside it, does."""
     beside = max(len(subject.lead), DECODED)
-    remedy = "choose a model with more positions, or a smaller --length"
-    refuse_short_model(source, (wish.length or LENGTH) + beside, remedy)
+    if wish.text is None:
+        refuse_short_model(source, SAMPLED_LENGTH + beside)
+    else:
+        remedy = "choose a model with more positions, or a smaller --length"
+        refuse_short_model(source, (wish.length or LENGTH) + beside, remedy)
 
 
 def _texts(source: Source, wish: Evaluation) -> Texts:

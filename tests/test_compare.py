@@ -321,6 +321,12 @@ def test_windows_that_cannot_be_had_are_refused(
         assert run(source, *misuse).exit_code == 2
 
 
+def test_sampled_text_needs_no_more_positions_than_its_rows(tmp_path: Path) -> None:
+    model = saved(tmp_path, tiny("gpt2", torch.float32, max_position_embeddings=300))
+    found = measured(model, "--formats", "w8a8-token")
+    assert found["length"] == SAMPLED_LENGTH
+
+
 def test_a_table_of_the_readme_is_made_of_what_eval_prints(
     source: Path, converted: Path, text: Path
 ) -> None:
