@@ -193,6 +193,16 @@ def inspect(as_json: bool, html: Path | None, png: Path | None, **options: Any) 
     help="Text to measure on: plain, or .jsonl with a field `text`.  [default: MODEL samples it]",
 )
 @click.option(
+    "--calibration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text that fixed ranges of formats are taken from, its first 8 windows.  [default: other "
+    "rows of the same text]",
+)
+@click.option(
+    "--windows", type=number("windows"), help="Of --text that are measured on.  [default: 32]"
+)
+@click.option("--length", type=number("length"), help="Tokens of a window.  [default: 512]")
+@click.option(
     "--formats",
     metavar="A,B,C",
     callback=format_names,
@@ -231,6 +241,8 @@ def evaluate(as_json: bool, html: Path | None, **options: Any) -> None:
     absorb eval ./my-llama --text corpus.txt --formats w8a8-static,nvfp4 --json
     absorb eval smollm2-absorbed --against demo --tasks piqa,questions.jsonl --limit 200
     """
+    if options["text"] is None and (options["windows"] or options["length"]):
+        raise click.UsageError("--windows and --length are of --text; add it, or drop them")
     if options["limit"] is not None and not options["tasks"]:
         raise click.UsageError("--limit is of the questions of --tasks; add some, or drop --limit")
     with Refusals("evaluate fewer models at once, or pass --device cpu"), ExitStack() as files:

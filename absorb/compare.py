@@ -2,41 +2,35 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from absorb.device import device_of
 from absorb.errors import AbsorbError
 from absorb.prefix import lead_of
-from absorb.quantize import FORMATS, watching_inputs
+from absorb.quantize import FORMATS
 from absorb.report import versions
-from absorb.score import (
-    ROWS_AT_ONCE,
-    Subject,
-    Tally,
-    in_format,
-    kurtosis,
-    quantised_perplexity,
-    watched_logits,
-)
+from absorb.score import ROWS_AT_ONCE, Subject, in_format, in_formats, tallies
 from absorb.settings import Calibration, Evaluation, FormatName, ModelRef, Thresholds
 from absorb.source import Source, load
 from absorb.standing import Answers, Comparison, Standing
+from absorb.tally import Tally
 from absorb.tasks import Task, answered, tasks_of
-from absorb.text import Texts, gather, read_ids, refuse_short_model
-from absorb.timing import Speed, speeds
+from absorb.text import LENGTH as SAMPLED_LENGTH
+from absorb.text import Texts, gather, refuse_short_model
+from absorb.timing import DECODED, Speed, speeds
+from absorb.windows import windows
 from absorb.write import as_stored
 
-LENGTH = 512
-# Of a file: so many windows are measured at most, and one for every four of them is what fixed
-# ranges are taken from.
-_WINDOWS = 32
-_SHARE = 5
+# Unless the user says otherwise: the windows of a file that are measured, and their tokens.
+_WINDOWS, LENGTH = 32, 512
+# Fixed ranges are taken from so many windows of a text of their own: more text has more extremes.
+# Without one, a fifth of the windows of the text is kept for them.
+_SEEN, _SHARE = 8, 5
 _RESAMPLES = 2000
 
 
@@ -51,21 +45,23 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
     subjects = [_subject(source) for source in sources]
     _refuse_other_tokens(sources)
     for source, subject in zip(sources, subjects, strict=True):
-        refuse_short_model(source, len(subject.lead) + LENGTH)
+        _refuse_few_positions(source, subject, wish)
         as_stored(source.model, getattr(torch, wish.dtype))
         nn.Module.to(source.model, device)
-    texts = _texts(sources[0], wish.text)
+    texts = _texts(sources[0], wish)
     reference = min(1, len(wish.against))
-    tallies = _tallies(sources, subjects, reference, texts.held_out)
+    families = [source.family for source in sources]
+    seen = tallies(subjects, families, subjects[reference], texts.held_out, inputs=True)
     asked = partial(_asked, tasks=tasks, limit=wish.limit)
     took = speeds([source.model for source in sources], texts.held_out[:1].to(device))
     return Comparison(
         reference=sources[reference].name,
         models=tuple(
             _standing(source, subject, tally, speed, texts, wish.formats, asked)
-            for source, subject, tally, speed in zip(sources, subjects, tallies, took, strict=True)
+            for source, subject, tally, speed in zip(sources, subjects, seen, took, strict=True)
         ),
         text_origin=texts.origin,
+        calibration_origin=wish.calibration.name if wish.calibration else texts.origin,
         text_sha256=texts.fingerprint,
         rows=len(texts.held_out),
         length=texts.held_out.shape[1],
@@ -99,98 +95,72 @@ def _refuse_other_tokens(sources: list[Source]) -> None:
             )
 
 
-def _texts(source: Source, path: Path | None) -> Texts:
-    """Windows of the file, or rows that the model samples: held out, and to take ranges from."""
-    if path is None:
-        return gather(source, Calibration(), training_rows=0)
-    rows = _windows(path, source)
-    seen = -(-len(rows) // _SHARE)
+def _refuse_few_positions(source: Source, subject: Subject, wish: Evaluation) -> None:
+    """Refuse learned positions that end before a window, with what is read beside it, does."""
+    beside = max(len(subject.lead), DECODED)
+    if wish.text is None:
+        refuse_short_model(source, SAMPLED_LENGTH + beside)
+    else:
+        remedy = "choose a model with more positions, or a smaller --length"
+        refuse_short_model(source, (wish.length or LENGTH) + beside, remedy)
+
+
+def _texts(source: Source, wish: Evaluation) -> Texts:
+    """Rows to measure on, and rows to take ranges from, of files or sampled by the model."""
+    ranges = wish.calibration
+    if wish.text is not None and ranges is not None and ranges.samefile(wish.text):
+        ranges = None  # as without it: other windows of the same file
+    if wish.text is None:
+        texts = gather(source, Calibration(), training_rows=0)
+    else:
+        texts = _windows(source, wish.text, wish, shared=ranges is None)
+    if ranges is None:
+        return texts
+    seen = windows(source, ranges, _SEEN, texts.held_out.shape[1], least=_SEEN)
+    return replace(texts, calibration=seen)
+
+
+def _windows(source: Source, path: Path, wish: Evaluation, shared: bool) -> Texts:
+    """The first windows of a file: held out, save where they are `shared` with fixed ranges."""
+    count, length = wish.windows or _WINDOWS, wish.length or LENGTH
+    more = -(-count // (_SHARE - 1)) if shared else 0
+    rows = windows(source, path, count + more, length, least=2 if shared else 1)
+    seen = -(-len(rows) // _SHARE) if shared else 0
+    held_out, calibration = rows.split([len(rows) - seen, seen])
     return Texts(
-        calibration=rows[-seen:],
+        calibration=calibration,
         validation=rows[:0],
-        held_out=rows[:-seen],
+        held_out=held_out,
         training=rows[:0],
         origin=path.name,
     )
 
 
-def _windows(path: Path, source: Source) -> Tensor:
-    """The first windows of a file: (rows, LENGTH)."""
-    most = _WINDOWS * _SHARE // (_SHARE - 1)
-    ids = read_ids(path, source, most * LENGTH)
-    rows = min(len(ids) // LENGTH, most)
-    if rows < 2:
-        raise AbsorbError(
-            f"{path} holds {len(ids)} tokens and {2 * LENGTH} are needed, a window to measure and "
-            "one to take ranges from; give a longer text, or no --text and the model samples one"
-        )
-    return torch.tensor(ids[: rows * LENGTH]).view(rows, LENGTH)
-
-
-@dataclass(slots=True)
-class _Tally(Tally):
-    """With what each matrix reads."""
-
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)  # kurtosis of each row
-
-    def see_input(self, name: str, values: Tensor) -> None:
-        """values is (tokens, ..., channels)."""
-        self.inputs.setdefault(name, []).append(kurtosis(values.float()))
-
-
-def _watched(source: Source, subject: Subject, tokens: Tensor, tally: _Tally) -> Tensor:
-    with watching_inputs(source.model, source.family, tally.see_input):
-        return watched_logits(subject, source.family, tokens, tally)
-
-
-def _tallies(
-    sources: list[Source], subjects: list[Subject], reference: int, held_out: Tensor
-) -> list[_Tally]:
-    """What every model shows on text (rows, length), compared with the one at `reference`."""
-    tallies = [_Tally() for _ in sources]
-    for batch in tqdm(held_out.split(1), desc="evaluating", unit="row"):
-        tokens = batch.to(sources[0].model.device)
-        logits = [
-            _watched(source, subject, tokens, tally)
-            for source, subject, tally in zip(sources, subjects, tallies, strict=True)
-        ]
-        for tally, part in zip(tallies, logits, strict=True):
-            tally.see_logits(part, logits[reference], tokens)
-    return tallies
-
-
 def _standing(
     source: Source,
     subject: Subject,
-    tally: _Tally,
+    tally: Tally,
     speed: Speed,
     texts: Texts,
     formats: tuple[FormatName, ...],
     asked: Callable[..., Answers],
 ) -> Standing:
-    peaks, layers = tally.peaks(), len(tally.stream)
-    heads = torch.stack(tally.first).unflatten(0, (-1, layers)).mean(0)
-    measured = {name: _finite(_perplexity(source, subject, name, texts)) for name in formats}
-    usable = [name for name, value in measured.items() if value is not None]
+    measured = in_formats(subject, source.family, formats, texts.held_out, texts.calibration)
+    usable = [name for name, value in measured.items() if math.isfinite(value)]
     return Standing(
         **asdict(tally.figures(Thresholds())),
         model=source.name,
         converted=source.converted,
-        interval=interval(torch.tensor(tally.losses) / (texts.held_out.shape[1] - 1)),
-        agreement=tally.agreed / tally.tokens,
-        token_ratio=float((peaks.amax(1) / peaks.median(1).values).max()),
-        kurtosis=float(torch.stack(tally.kurtoses).mean()),
-        input_kurtosis={n: float(torch.stack(k).mean()) for n, k in tally.inputs.items()},
-        head_weights=tuple(map(tuple, heads.tolist())),
+        interval=interval(tally.row_losses),
+        agreement=tally.agreement,
+        token_ratio=tally.token_ratio,
+        kurtosis=tally.kurtosis,
+        input_kurtosis=tally.input_kurtosis,
+        head_weights=tuple(map(tuple, tally.head_weights.tolist())),
         speed=speed,
-        formats=measured,
+        formats={name: value if name in usable else None for name, value in measured.items()},
         tasks=asked(source, subject, usable, texts.calibration),
     )
-
-
-def _perplexity(source: Source, subject: Subject, name: FormatName, texts: Texts) -> float:
-    form, family = FORMATS[name], source.family
-    return quantised_perplexity(subject, family, form, texts.held_out, texts.calibration)
 
 
 def _asked(
@@ -212,10 +182,6 @@ def _asked(
         with in_format(subject, source.family, form, calibration):
             found[name] = ask(1 if form.mixes_rows else rows)
     return found
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def interval(losses: Tensor) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from absorb.measure import Measurement
 from absorb.settings import Thresholds
+from absorb.tally import is_massive, outlier_tokens
 
 # A converted model has outlier tokens left where a peak is this many times the median token's, and
 # a neuron is behind it that adds this share of the peak.
@@ -99,18 +100,7 @@ def find(measurement: Measurement, thresholds: Thresholds) -> Findings:
 
 def massive(measurement: Measurement, thresholds: Thresholds) -> Tensor:
     """Where the stream holds a massive activation: (layers, rows, length), boolean."""
-    peak = measurement.token_peak
-    ratio = peak / measurement.median[:, None, None]
-    return (peak > thresholds.massive_value) & (ratio > thresholds.massive_ratio)
-
-
-def outlier_tokens(token_peak: Tensor, thresholds: Thresholds) -> Tensor:
-    """Tokens whose peak is far above the median token's, as in PrefixQuant.
-
-    token_peak is (layers, rows, length), and so is the boolean result.
-    """
-    usual = token_peak.flatten(1).median(1).values
-    return token_peak > thresholds.token_ratio * usual[:, None, None]
+    return is_massive(measurement.token_peak, measurement.median, thresholds)
 
 
 def _sink_heads(measurement: Measurement, thresholds: Thresholds) -> tuple[SinkHead, ...]:
@@ -176,9 +166,7 @@ def _massive_activations(
 
 def _spike_neurons(measurement: Measurement, thresholds: Thresholds) -> tuple[SpikeNeuron, ...]:
     peak = measurement.neuron_peak
-    ratio = peak / measurement.median[:, None]
-    spikes = (peak > thresholds.massive_value) & (ratio > thresholds.massive_ratio)
-    return _neurons(peak, spikes.nonzero().tolist())
+    return _neurons(peak, is_massive(peak, measurement.median, thresholds).nonzero().tolist())
 
 
 def neurons_behind_outliers(measurement: Measurement) -> tuple[SpikeNeuron, ...]:

@@ -124,15 +124,19 @@ def evaluate(
     against: Sequence[str | Path] = (),
     trust_remote_code: bool = False,
     text: str | Path | None = None,
+    calibration: str | Path | None = None,
+    windows: int | None = None,
+    length: int | None = None,
     formats: Sequence[FormatName] = _FORMATS,
     tasks: Sequence[str | Path] = (),
     limit: int | None = None,
     dtype: Dtype = "float32",
     device: str = "auto",
 ) -> Comparison:
-    """Measure models, originals and converted ones, side by side on one text.
+    """Measure models, originals and converted ones, side by side on so many windows of one text.
 
-    The first of `against` is the reference. `formats` are low-precision formats to measure in, and
+    The first of `against` is the reference. Fixed ranges of formats are those of `calibration`, or
+    of other rows of the text. `formats` are low-precision formats to measure in, and
     `tasks` what is asked in each: names that lm-evaluation-harness knows, or .jsonl files, `limit`
     questions of each.
     """
@@ -141,12 +145,17 @@ def evaluate(
         against=tuple(map(str, against)),
         trust_remote_code=trust_remote_code,
         text=_text(text),
+        calibration=_text(calibration, "calibration"),
+        windows=windows,
+        length=length,
         formats=tuple(formats),
         tasks=tuple(map(str, tasks)),
         limit=limit,
         dtype=dtype,
         device=device,
     )
+    if text is None and (windows or length):
+        raise AbsorbError("windows and length are of text; add it, or drop them")
     if limit is not None and not tasks:
         raise AbsorbError("limit is of the questions of tasks; add some, or drop limit")
     return compare(wish, _say)
@@ -184,7 +193,7 @@ def _path(name: str | Path | None) -> Path | None:
     return None if name is None else Path(name)
 
 
-def _text(name: str | Path | None) -> Path | None:
+def _text(name: str | Path | None, argument: str = "text") -> Path | None:
     if name is not None and not Path(name).is_file():
-        raise AbsorbError(f"{name} is no file to read text from; check text")
+        raise AbsorbError(f"{name} is no file to read text from; check {argument}")
     return _path(name)

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -15,13 +15,22 @@ from absorb.device import hastened
 from absorb.experts import watching_neurons
 from absorb.families import Family
 from absorb.quantize import watching_inputs
-from absorb.watch import each_layers, eager, layers_of, led, watching
+from absorb.settings import Thresholds
+from absorb.tally import (
+    ByLayer,
+    first_token_attention,
+    outlier_tokens,
+    row_medians,
+    token_attention,
+)
+from absorb.watch import layers_of, led, watching, watching_attention
 from absorb.weights import module_at, weight_at
 
 _ROWS = 4
-# A token is ordinary unless its peak is this many times the median token's: a channel that is
-# large on the sink token alone is no residual sink.
-_ORDINARY = 64
+# A token is ordinary unless it is an outlier token by these, whatever the user counts as one: a
+# channel that is large on the sink token alone is no residual sink.
+_USUAL = Thresholds()
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +44,7 @@ class Measurement:
     channel_mean: Tensor  # (layers, hidden): mean magnitude of each channel, on ordinary tokens
     channel_share: Tensor  # (layers, hidden): its mean share of the squared norm, likewise
     channel_peak: Tensor  # (hidden,): largest magnitude of each, wherever it is read or written
-    median: Tensor  # (layers,): median magnitude of the stream
+    median: Tensor  # (layers,): median magnitude of the stream in a row, the mean over rows
     token_peak: Tensor  # (layers, rows, length): largest magnitude of each token
     token_channel: Tensor  # (layers, rows, length): the channel that has it
     first_weight: Tensor  # (layers, heads): mean attention weight on the first token
@@ -48,16 +57,12 @@ class _Tally:
     """What the hooks of a measurement collect."""
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
-        self.layers, layers = len(layers_of(model, family)), len(layers_of(model, family))
-        self.mean: list[list[Tensor]] = [[] for _ in range(layers)]
-        self.share: list[list[Tensor]] = [[] for _ in range(layers)]
+        # Of each row: sums over its ordinary tokens, and how many these are.
+        self.sizes, self.shares, self.ordinary = ByLayer(), ByLayer(), ByLayer()
+        self.median, self.peak, self.channel = ByLayer(), ByLayer(), ByLayer()
+        self.first, self.received = ByLayer(), ByLayer()
         self.reach: list[Tensor] = []
-        self.median: list[list[Tensor]] = [[] for _ in range(layers)]
-        self.peak: list[list[Tensor]] = [[] for _ in range(layers)]
-        self.channel: list[list[Tensor]] = [[] for _ in range(layers)]
-        self.first: list[list[Tensor]] = [[] for _ in range(layers)]
-        self.received: list[list[Tensor]] = [[] for _ in range(layers)]
-        self.neuron: list[list[Tensor]] = [[] for _ in range(layers)]
+        self.neuron: dict[int, Tensor] = {}
         self.columns = [
             weight_at(layer, family.down).detach().abs().amax(-2).flatten()
             for layer in layers_of(model, family)
@@ -69,26 +74,28 @@ class _Tally:
     def stream(self, layer: int, stream: Tensor) -> None:
         size = stream.float().abs()
         peak, channel = size.max(-1)
-        ordinary = size[peak <= _ORDINARY * peak.median()]
-        energy = ordinary.square()
-        self.mean[layer].append(ordinary.mean(0))
-        self.share[layer].append((energy / energy.sum(-1, keepdim=True)).mean(0))
-        self.median[layer].append(size.median())
-        self.peak[layer].append(peak)
-        self.channel[layer].append(channel)
+        self.median.add(layer, row_medians(size))
+        self.peak.add(layer, peak)
+        self.channel.add(layer, channel)
+        self.ordinary_channels(layer, size, ~outlier_tokens(peak, _USUAL))
+
+    def ordinary_channels(self, layer: int, size: Tensor, ordinary: Tensor) -> None:
+        """size is (rows, length, hidden), and ordinary (rows, length) says which tokens count."""
+        size = size.masked_fill(~ordinary[..., None], 0)
+        energy = size.square()
+        total = energy.sum(-1, keepdim=True).clamp_min(_LEAST)
+        self.sizes.add(layer, size.sum(1))
+        self.shares.add(layer, (energy / total).sum(1))
+        self.ordinary.add(layer, ordinary.sum(1))
 
     def channels(self, _: int, part: Tensor) -> None:
         """part is (..., hidden): the stream, or what is added to it."""
         self.reach.append(part.float().abs().flatten(0, -2).amax(0))
 
     def weights(self, layer: int, weights: Tensor) -> None:
-        """weights is (batch, heads, queries, keys)."""
-        length = weights.shape[-1]
-        self.first[layer].append(weights[:, :, 1:, 0].float().mean((0, 2)))
-        # A key is seen by the queries after it; the query at its own place tells nothing.
-        below = weights.float().tril(-1).mean(1).sum(1)
-        later = torch.arange(length - 1, -1, -1, device=weights.device).clamp_min(1)
-        self.received[layer].append(below / later)
+        """weights is (rows, heads, queries, keys)."""
+        self.first.add(layer, first_token_attention(weights))
+        self.received.add(layer, token_attention(weights))
 
     def inputs(self, name: str, inputs: Tensor) -> None:
         peak = inputs.float().abs().max()
@@ -105,7 +112,12 @@ class _Tally:
         # for all neurons of a token, near enough to rank them.
         gain = out.float().abs().amax(-1) / self.down_peak.pop(layer).clamp_min(1e-12)
         added = (self.fired.pop(layer) * gain[..., None]).flatten(0, -2)
-        self.neuron[layer].append(added.amax(0) * self.columns[layer])
+        peak = added.amax(0) * self.columns[layer]
+        self.neuron[layer] = torch.maximum(self.neuron.get(layer, peak), peak)
+
+    def per_ordinary_token(self, sums: ByLayer) -> Tensor:
+        """The mean over ordinary tokens, of sums over those of each row: (layers, hidden)."""
+        return sums.all().sum(1) / self.ordinary.all().sum(1)[:, None]
 
 
 @contextmanager
@@ -115,7 +127,6 @@ def _counting(model: PreTrainedModel, family: Family, tally: _Tally) -> Iterator
     reads = [module_at(layer, name) for layer in layers for name in family.reads]
     writes = [[module_at(layer, name) for layer in layers] for name in family.writes]
     with ExitStack() as stack:
-        stack.enter_context(eager(model))
         stack.enter_context(watching(layers, tally.stream))
         stack.enter_context(watching_neurons(down, tally.activation))
         stack.enter_context(watching(down, tally.down))
@@ -125,21 +136,8 @@ def _counting(model: PreTrainedModel, family: Family, tally: _Tally) -> Iterator
         stack.enter_context(watching([*reads, last], tally.channels, inputs=True))
         stack.enter_context(watching(chain(*writes), tally.channels))
         stack.enter_context(watching_inputs(model, family, tally.inputs))
-        stack.enter_context(_weights(each_layers(model, family, family.attention), tally))
+        stack.enter_context(watching_attention(model, family, tally.weights))
         yield
-
-
-@contextmanager
-def _weights(modules: list[nn.Module], tally: _Tally) -> Iterator[None]:
-    handles = [
-        module.register_forward_hook(lambda _, args, out, layer=layer: tally.weights(layer, out[1]))
-        for layer, module in enumerate(modules)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.inference_mode()
@@ -162,22 +160,14 @@ def measure(
             read(batch.to(model.device))
     return Measurement(
         tokens=rows.cpu(),
-        channel_mean=_mean(tally.mean),
-        channel_share=_mean(tally.share),
+        channel_mean=tally.per_ordinary_token(tally.sizes).cpu(),
+        channel_share=tally.per_ordinary_token(tally.shares).cpu(),
         channel_peak=torch.stack(tally.reach).amax(0).cpu(),
-        median=_mean(tally.median),
-        token_peak=_rows(tally.peak),
-        token_channel=_rows(tally.channel),
-        first_weight=_mean(tally.first),
-        token_weight=_rows(tally.received),
-        neuron_peak=torch.stack([torch.stack(layer).amax(0) for layer in tally.neuron]).cpu(),
+        median=tally.median.mean().cpu(),
+        token_peak=tally.peak.all().cpu(),
+        token_channel=tally.channel.all().cpu(),
+        first_weight=tally.first.mean().cpu(),
+        token_weight=tally.received.all().cpu(),
+        neuron_peak=torch.stack([*tally.neuron.values()]).cpu(),
         input_peak={name: peak.cpu() for name, peak in tally.read.items()},
     )
-
-
-def _mean(batches: list[list[Tensor]]) -> Tensor:
-    return torch.stack([torch.stack(layer).mean(0) for layer in batches]).cpu()
-
-
-def _rows(batches: list[list[Tensor]]) -> Tensor:
-    return torch.stack([torch.cat(layer) for layer in batches]).cpu()

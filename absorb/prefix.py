@@ -13,8 +13,9 @@ from absorb.logits import row_losses
 from absorb.measure import Measurement, measure
 from absorb.settings import Thresholds
 from absorb.source import Source
-from absorb.text import LENGTH, refuse_unknown_tokens
+from absorb.text import LENGTH
 from absorb.watch import led
+from absorb.windows import refuse_unknown_tokens
 
 # Candidates are told apart on the beginnings of a few rows; an extension is looked for, and must
 # prove itself, on all: a token is a sink in some rows only.

@@ -55,6 +55,8 @@ RANGES = {
     "steps": Range(least=0, whole=True),
     "minutes": Range(least=0, most=1e6, excluded=True),
     "limit": Range(least=1, whole=True),
+    "windows": Range(least=1, most=10**6, whole=True),
+    "length": Range(least=2, most=10**6, whole=True),
     "sink_weight": Range(least=0, most=1e9),
     "massive_value": Range(least=0, most=1e9),
     "massive_ratio": Range(least=0, most=1e9),
@@ -156,6 +158,9 @@ class Evaluation(_Checked):
     against: tuple[str, ...] = ()
     trust_remote_code: bool = False  # of all models
     text: Path | None = None
+    calibration: Path | None = None  # where fixed ranges come from; None for part of the text
+    windows: int | None = None  # of the text that are measured: None for 32
+    length: int | None = None  # tokens of each: None for 512
     formats: tuple[FormatName, ...] = ()
     tasks: tuple[str, ...] = ()
     limit: int | None = None  # questions of each task

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from absorb.quantize import FORMATS
 from absorb.report import Row
-from absorb.score import Figures
 from absorb.settings import Dtype, FormatName
+from absorb.tally import Figures
 from absorb.timing import Speed
 
 # For "float" and for each format, what each task says by its metrics.
@@ -24,7 +24,7 @@ class Standing(Figures):
     converted: bool
     interval: tuple[float, float]  # of the perplexity: 95 %, bootstrapped over rows
     agreement: float  # share of tokens for which its first choice is that of the reference
-    token_ratio: float  # largest peak of a token over that of the median token, in any layer
+    token_ratio: float  # largest peak of a token over that of its row's median token, in any layer
     kurtosis: float  # of the stream of a row, mean over rows and layers
     input_kurtosis: dict[str, float]  # of what each matrix reads, mean over rows, by its name
     head_weights: tuple[tuple[float, ...], ...]  # mean weight on the first token: layers, heads
@@ -40,6 +40,7 @@ class Comparison:
     reference: str
     models: tuple[Standing, ...]
     text_origin: str
+    calibration_origin: str  # of the rows that fixed ranges were taken from
     text_sha256: str
     rows: int
     length: int

@@ -21,7 +21,7 @@ LEAST = 1.0  # seconds for all turns of a comparison: short runs need many
 BURST = 10  # short runs in a turn on a GPU, which in a model has the next layer queued already
 SHORT = 0.01  # seconds for a burst, where a run does not take longer by itself
 _REPEATS = 5
-_DECODED = 8  # tokens, one after the other
+DECODED = 8  # tokens, one after the other behind a text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ def speeds(models: list[PreTrainedModel], tokens: Tensor) -> list[Speed]:
     return [
         Speed(
             prefill=tokens.shape[1] / prefill[name],
-            decode=_DECODED / decode[name],
+            decode=DECODED / decode[name],
             weights=held,
             cache=size,
             peak=None if more is None else held + more,
@@ -74,12 +74,12 @@ def _read(model: PreTrainedModel, tokens: Tensor) -> tuple[Any, dict[str, Any]]:
 
 
 def _continue(model: PreTrainedModel, token: Tensor, cache: Any, remember: dict[str, Any]) -> None:
-    for _ in range(_DECODED):
+    for _ in range(DECODED):
         model(token, **remember)
     # Forgotten again, lest many turns run off a table of positions. What left a sliding window
     # cannot be had back, but models that have one have no such table.
     if not any(cache.is_sliding):
-        cache.crop(-_DECODED)
+        cache.crop(-DECODED)
 
 
 def _bytes_of(cache: Any) -> int:

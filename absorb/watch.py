@@ -96,6 +96,26 @@ def eager(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
+def watching_attention(model: PreTrainedModel, family: Family, see: See) -> Iterator[None]:
+    """Call see(layer, weights (rows, heads, queries, keys)) with what the attention gives to what.
+
+    Attention is eager meanwhile: no other form has weights to show.
+    """
+
+    def after(layer: int) -> Callable[..., None]:
+        return lambda _, args, out: see(layer, out[1].detach())
+
+    modules = enumerate(each_layers(model, family, family.attention))
+    handles = [module.register_forward_hook(after(layer)) for layer, module in modules]
+    try:
+        with eager(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """transformers without its progress bars and warnings."""
     verbosity = transformers_logging.get_verbosity()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ from absorb import compare, timing
 from absorb.cli import main
 from absorb.families import FAMILIES
 from absorb.quantize import FORMATS
-from absorb.score import kurtosis
+from absorb.score import Subject, in_formats
 from absorb.settings import ModelRef
 from absorb.source import load
+from absorb.tally import kurtosis
 from absorb.text import HELD_OUT_ROWS
 from absorb.text import LENGTH as SAMPLED_LENGTH
 from absorb.watch import linears_of, watching
+from absorb.windows import windows
 
 LENGTH = compare.LENGTH
+ROOT = Path(__file__).parent.parent
 
 
 def written(folder: Path, tokens: int) -> Path:
@@ -257,6 +261,83 @@ def test_too_short_a_text_is_refused(
 def test_two_windows_are_enough(source: Path, tmp_path: Path) -> None:
     path = written(tmp_path, 2 * LENGTH)
     assert measured(source, "--text", path, "--formats", "w8a8-clipped")["rows"] == 1
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibration")
+    return written(folder, 9 * 64).rename(folder / "other.txt")
+
+
+def test_fixed_ranges_come_from_the_calibration_file(
+    source: Path, text: Path, calibration: Path
+) -> None:
+    size = ("--windows", 3, "--length", 64, "--formats", "w8a8-static,w8a8-token")
+    found = measured(source, "--text", text, "--calibration", calibration, *size)
+    assert (found["rows"], found["length"]) == (3, 64)
+    assert (found["text_origin"], found["calibration_origin"]) == ("text.txt", "other.txt")
+    loaded = load(ModelRef(name=str(source)))
+    held_out, seen = windows(loaded, text, 3, 64), windows(loaded, calibration, 8, 64)
+    subject = Subject(model=loaded.model)
+    expected = in_formats(subject, loaded.family, ["w8a8-static", "w8a8-token"], held_out, seen)
+    assert found["models"][0]["formats"] == pytest.approx(expected, rel=1e-6)
+    shared = measured(source, "--text", text, *size)
+    assert shared["calibration_origin"] == "text.txt"
+    formats = shared["models"][0]["formats"]
+    assert formats["w8a8-token"] == pytest.approx(expected["w8a8-token"], rel=1e-6)
+    assert formats["w8a8-static"] != pytest.approx(expected["w8a8-static"], rel=1e-6)
+
+
+def test_ranges_of_the_measured_file_itself_come_from_other_rows(source: Path, text: Path) -> None:
+    size = ("--windows", 3, "--length", 64, "--formats", "w8a8-static")
+    both = [
+        measured(source, "--text", text, *given, *size)
+        for given in ((), ("--calibration", text.parent / ".." / text.parent.name / text.name))
+    ]
+    assert both[0]["text_sha256"] == both[1]["text_sha256"]
+    assert both[0]["models"][0]["formats"] == both[1]["models"][0]["formats"]
+
+
+def test_sampled_text_may_be_measured_with_ranges_of_a_file(source: Path, tmp_path: Path) -> None:
+    given = written(tmp_path, 8 * SAMPLED_LENGTH)
+    found = measured(source, "--calibration", given, "--formats", "w8a8-static")
+    assert "sampled" in found["text_origin"]
+    assert (found["rows"], found["length"]) == (HELD_OUT_ROWS["cpu"], SAMPLED_LENGTH)
+
+
+def test_windows_that_cannot_be_had_are_refused(
+    source: Path, text: Path, calibration: Path, tmp_path: Path
+) -> None:
+    short = run(source, "--text", text, "--calibration", calibration)
+    refused(short, f"tokens and {8 * LENGTH} are needed; name a longer text")
+    model = saved(tmp_path / "short", tiny("gpt2", torch.float32))
+    for length, known in ((56, True), (57, False)):
+        size = ("--length", length, "--windows", 1, "--formats", "w8a8-token")
+        if known:
+            assert measured(model, "--text", text, *size)["length"] == length
+        else:
+            refused(run(model, "--text", text, *size), "measures on 65; choose a model with more")
+    for misuse in (("--windows", 3), ("--length", 64), ("--text", text, "--length", 1)):
+        assert run(source, *misuse).exit_code == 2
+
+
+def test_sampled_text_needs_no_more_positions_than_its_rows(tmp_path: Path) -> None:
+    model = saved(tmp_path, tiny("gpt2", torch.float32, max_position_embeddings=300))
+    found = measured(model, "--formats", "w8a8-token")
+    assert found["length"] == SAMPLED_LENGTH
+
+
+def test_a_table_of_the_readme_is_made_of_what_eval_prints(
+    source: Path, converted: Path, text: Path
+) -> None:
+    formats = ("--formats", "w8a8-static,w8a8-clipped")
+    found = measured(converted, "--against", source, "--text", text, *formats)
+    script = runpy.run_path(str(ROOT / "scripts" / "render_readme"))
+    models = script["compared"](found)
+    student, original = found["models"]
+    for name, model in (("original", original), ("converted", student)):
+        row = script["figures"](models[name])
+        assert row[:2] == (f"{model['perplexity']:.2f}", f"{model['formats']['w8a8-static']:.2f}")
 
 
 def test_tokenizer_code_is_run_for_those_who_trust_it_alone(

@@ -26,7 +26,7 @@ from absorb.plan_file import PLAN, read_plan
 from absorb.refusals import Refusals
 from absorb.settings import ModelRef
 from absorb.source import load
-from absorb.text import read_ids
+from absorb.windows import read_ids
 
 # What a conversion says on stderr as it enters each of its stages.
 STAGES = (

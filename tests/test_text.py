@@ -21,9 +21,9 @@ from absorb.text import (
     LENGTH,
     VALIDATION_ROWS,
     Texts,
-    documents,
     gather,
 )
+from absorb.windows import documents
 
 FIXED = CALIBRATION_ROWS + VALIDATION_ROWS + HELD_OUT_ROWS["cpu"]
 
