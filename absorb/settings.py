@@ -28,7 +28,6 @@ FormatName = Literal[
     "cache-int4",
 ]
 
-_OF_A_HUB = "Branch, tag or commit of a Hub repository."
 _TRUSTED = "Run tokenizer code that a model brings."
 _DEVICES = "cpu, cuda, cuda:1, ..."
 _FIGURE = Range(least=0, most=1e9)
@@ -39,7 +38,7 @@ class ModelRef:
     """Where the model to convert is: a Hub id, a folder, a .gguf file, or `demo`."""
 
     name: str
-    revision: str | None = option(None, _OF_A_HUB)
+    revision: str | None = option(None, "Branch, tag or commit of a Hub repository.")
     trust_remote_code: bool = option(False, _TRUSTED)
 
     def __post_init__(self) -> None:
