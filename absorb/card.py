@@ -1,17 +1,14 @@
 """Report → model card. Pure: all that a card says is in absorb.json."""
 
 import shlex
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from absorb.errors import AbsorbError
+from absorb.declared import changed
 from absorb.families import family_of
 from absorb.quantize import FORMATS
 from absorb.report import Inspection, Report, Row, finding_rows, score_rows
-from absorb.settings import Job, ModelRef
+from absorb.settings import Job
 
 _CARD = """\
 ---
@@ -95,7 +92,7 @@ def card(report: Report) -> str:
         title=_title(inspection),
         model=f"[{model}](https://huggingface.co/{model})" if "/" in model else model,
         version=inspection.versions["absorb"],
-        form=_FORMS[inspection.arguments["sink"]],
+        form=_FORMS[inspection.job.sink],
         prefix=_prefix(inspection),
         scores=markdown(score_rows(report.original, report.converted)),
         text=inspection.text_origin,
@@ -105,7 +102,7 @@ def card(report: Report) -> str:
         family=inspection.family,
         purpose=_PURPOSES[report.recipe.purpose],
         limits="\n".join(f"- {limit}" for limit in _limits(inspection)),
-        command=command(inspection.arguments),
+        command=command(inspection.job),
         versions=", ".join(f"{name} {version}" for name, version in inspection.versions.items()),
     )
 
@@ -175,61 +172,17 @@ def _limits(inspection: Inspection) -> list[str]:
     return [*limits, "Figures in low precision are computed by fake quantisation."]
 
 
-def command(arguments: dict[str, Any]) -> str:
-    """The `absorb convert` that the arguments in a report come from."""
-    try:
-        model, options = arguments["model"]["name"], _options(arguments)
-        return shlex.join(["absorb", "convert", model, "--out", "DIR", *options])
-    except (AttributeError, KeyError, TypeError) as error:
-        raise AbsorbError(
-            "the arguments in absorb.json are not those of a conversion; convert again"
-        ) from error
-
-
-def _options(arguments: dict[str, Any]) -> list[str]:
-    options: list[str] = []
-    for flag, value in _flags(arguments).items():
-        if value != _DEFAULTS[flag]:
-            shown = value.name if isinstance(value, Path) else f"{value}"
-            options += [flag] if value is True else [flag, shown]
-    return options
-
-
-def _flags(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The value of every option of `absorb convert` that has to do with the result."""
-    model, text = arguments["model"], arguments["calibration"]
-    tuned = arguments["distillation"]
-    decided = {} if arguments["plan"] is not None else _decided(arguments)
-    return {
-        "--revision": model["revision"],
-        "--trust-remote-code": model["trust_remote_code"],
-        "--text": text["text"],
-        "--seed": text["seed"],
-        "--plan": arguments["plan"],
-        "--steps": tuned["steps"],
-        "--minutes": tuned["minutes"],
-        "--train": tuned["train"],
-        "--for": tuned["purpose"],
-        "--device": arguments["device"],
-        **decided,
-    }
-
-
-def _decided(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those options that a plan stands for."""
-    thresholds = {
-        f"--threshold-{name.replace('_', '-')}": value
-        for name, value in arguments["thresholds"].items()
-    }
-    return {
-        "--sink": arguments["sink"],
-        "--residual-target": arguments["residual_target"],
-        "--prefix": arguments["calibration"]["prefix"],
-        **thresholds,
-    }
-
-
-_DEFAULTS = _flags(asdict(Job(model=ModelRef(name="MODEL"), out=Path())))
+def command(job: Job) -> str:
+    """The `absorb convert` that does this job again, in a new folder DIR."""
+    asked = [(option, value) for option, value in changed(job) if option.name != "force"]
+    decided = {name for option, _ in asked for name in option.decides}
+    words = [
+        word
+        for option, value in asked
+        if option.name not in decided
+        for word in option.words(value)
+    ]
+    return shlex.join(["absorb", "convert", job.model.name, "--out", "DIR", *words])
 
 
 def markdown(rows: list[Row]) -> str:

@@ -17,23 +17,16 @@ from absorb import __version__
 from absorb.errors import AbsorbError
 from absorb.files import promised
 from absorb.memory import keep_freed_memory
-from absorb.options import (
-    choice,
-    format_names,
-    job_from,
-    model_options,
-    names,
-    number,
-    refuse_contradictions,
-    trust_option,
-)
+from absorb.options import options_from, settled
 from absorb.refusals import Refusals
-from absorb.settings import CHOICES, Evaluation, ModelRef
+from absorb.settings import Destination, Evaluation, Job, ModelRef, Survey
 from absorb.threads import share_cores
 
 # transformers imports torchao if it is there, which then tells of kernels that this machine cannot
 # use, and of what a later torch will say to it.
 _NOISY = ("torchao", "torch.utils._pytree")
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 class _Absorb(click.Group):
@@ -68,54 +61,18 @@ def main() -> None:
 
 
 @main.command()
-@model_options
+@click.argument("model")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--force", is_flag=True, help="Replace the checkpoint that is in --out.")
-@click.option(
-    "--steps",
-    type=number("steps"),
-    help="Of the fine-tune; 0 for none.  [default: 100 on a GPU, 12 on a CPU]",
-)
-@click.option(
-    "--minutes",
-    type=number("minutes"),
-    help="Length of the fine-tune in place of --steps. Loading, sampling, planning and evaluating "
-    "take their time beside it.",
-)
-@click.option(
-    "--train",
-    type=choice("train"),
-    help="What to train: sinks and their biases, residual scales too, or all weights.  "
-    "[default: all on a GPU, sinks on a CPU]",
-)
-@click.option(
-    "--for",
-    "purpose",
-    type=choice("purpose"),
-    default="none",
-    show_default=True,
-    help="Fine-tune as if quantised, for a model that will be: to W8A8 with fixed ranges, to W4A4 "
-    "behind a Hadamard rotation, or to NVFP4.",
-)
-@click.option(
-    "--plan",
-    type=click.Path(path_type=Path),
-    help="Folder of a checkpoint, or the plan.safetensors in it: convert the same model as then, "
-    "without measuring or fitting anything.",
-)
-@click.option(
-    "--push-to-hub",
-    metavar="REPO",
-    help="Then upload the checkpoint to this repository, as `absorb push` does.",
-)
+@options_from(Job)
 @click.option(
     "--resume",
     is_flag=True,
-    help="Keep what is found in OUT.progress until the checkpoint is written, and go on from what "
-    "the same command left there. With --train all that takes 16 bytes a weight.",
+    help="Go on from OUT.progress, and keep what is found there (--train all: 16 bytes a weight).",
 )
+@click.option("--push-to-hub", metavar="REPO", help="Then upload it there, as `absorb push` does.")
+@_json_option
 def convert(
-    out: Path, force: bool, push_to_hub: str | None, resume: bool, as_json: bool, **options: Any
+    model: str, out: Path, resume: bool, push_to_hub: str | None, as_json: bool, **options: Any
 ) -> None:
     """Convert MODEL and write a checkpoint that loads with trust_remote_code=True.
 
@@ -123,25 +80,25 @@ def convert(
     absorb convert demo --out smollm2-absorbed
     absorb convert Qwen/Qwen3-0.6B --out DIR --text corpus.jsonl --steps 400 --for int8
     """
-    refuse_contradictions(options)
-    job = job_from(out, force, options)
+    job = settled(Job, {"name": model, "out": out, **options})
     stopped = f"run the same command again, and it goes on from {out}.progress"
     with Refusals(interrupted=stopped) if resume else Refusals():
         from absorb import hub, pipeline, report
 
         if push_to_hub is not None:
-            hub.admitted(hub.Destination(repository=push_to_hub))  # refused before the long work
+            hub.admitted(Destination(repository=push_to_hub))  # refused before the long work
         result = pipeline.convert(job, _say, resume)
         written = f"written to {out}; load it with from_pretrained(..., trust_remote_code=True)"
         _print(report.to_json(result).rstrip() if as_json else f"{_story(result)}\n\n{written}")
     if push_to_hub is not None:
         with _uploading():
-            uploaded = _uploaded(hub.push(out, hub.Destination(repository=push_to_hub), _say))
+            uploaded = _uploaded(hub.push(out, Destination(repository=push_to_hub), _say))
             (_say if as_json else _print)(uploaded)
 
 
 @main.command()
-@model_options
+@click.argument("model")
+@options_from(Survey)
 @click.option(
     "--html",
     type=click.Path(path_type=Path),
@@ -154,7 +111,8 @@ def convert(
     help="Also draw it into this folder, as PNG files beside a figures.json. Files of the same "
     "names are replaced.",
 )
-def inspect(as_json: bool, html: Path | None, png: Path | None, **options: Any) -> None:
+@_json_option
+def inspect(model: str, html: Path | None, png: Path | None, as_json: bool, **options: Any) -> None:
     """Show the outliers of MODEL and how they would be absorbed; write no model.
 
     \b
@@ -163,7 +121,7 @@ def inspect(as_json: bool, html: Path | None, png: Path | None, **options: Any) 
     """
     if html is not None and html == png:
         raise click.UsageError("--html names a file and --png a folder; name two places")
-    job = job_from(Path(), False, options)
+    job = settled(Job, {"name": model, "out": Path(), **options})
     with Refusals():
         from absorb import pipeline, report
 
@@ -180,60 +138,15 @@ def inspect(as_json: bool, html: Path | None, png: Path | None, **options: Any) 
 
 @main.command("eval")
 @click.argument("model")
-@click.option(
-    "--against",
-    multiple=True,
-    metavar="MODEL",
-    help="Measure this model as well; may be repeated. The first of them is the reference.",
-)
-@trust_option
-@click.option(
-    "--text",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text to measure on: plain, or .jsonl with a field `text`.  [default: MODEL samples it]",
-)
-@click.option(
-    "--calibration",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text that fixed ranges of formats are taken from, its first 8 windows.  [default: other "
-    "rows of the same text]",
-)
-@click.option(
-    "--windows", type=number("windows"), help="Of --text that are measured on.  [default: 32]"
-)
-@click.option("--length", type=number("length"), help="Tokens of a window.  [default: 512]")
-@click.option(
-    "--formats",
-    metavar="A,B,C",
-    callback=format_names,
-    default=",".join(CHOICES["formats"]),
-    show_default=True,
-    help="Low-precision formats to measure the perplexity in.",
-)
-@click.option(
-    "--tasks",
-    metavar="A,B,C",
-    callback=names,
-    help="Tasks of lm-evaluation-harness, in float and in each format: its names, or .jsonl files "
-    "with question, choices and label on every line.",
-)
-@click.option("--limit", type=number("limit"), help="Questions of each task.  [default: all]")
-@click.option(
-    "--dtype",
-    type=choice("dtype"),
-    default="float32",
-    show_default=True,
-    help="What models are held and computed in.",
-)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+@options_from(Evaluation)
 @click.option(
     "--html",
     type=click.Path(path_type=Path),
     help="Also write the table and a chart of perplexities into this page. A file that is there is "
     "replaced.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def evaluate(as_json: bool, html: Path | None, **options: Any) -> None:
+@_json_option
+def evaluate(html: Path | None, as_json: bool, **options: Any) -> None:
     """Measure MODEL, which may be a folder that absorb wrote: how good, how quantisable.
 
     \b
@@ -241,15 +154,12 @@ def evaluate(as_json: bool, html: Path | None, **options: Any) -> None:
     absorb eval ./my-llama --text corpus.txt --formats w8a8-static,nvfp4 --json
     absorb eval smollm2-absorbed --against demo --tasks piqa,questions.jsonl --limit 200
     """
-    if options["text"] is None and (options["windows"] or options["length"]):
-        raise click.UsageError("--windows and --length are of --text; add it, or drop them")
-    if options["limit"] is not None and not options["tasks"]:
-        raise click.UsageError("--limit is of the questions of --tasks; add some, or drop --limit")
+    wish = settled(Evaluation, options)
     with Refusals("evaluate fewer models at once, or pass --device cpu"), ExitStack() as files:
         from absorb import compare, report, standing
 
         file = None if html is None else files.enter_context(promised(html))
-        result = compare.compare(Evaluation(**options), _say)
+        result = compare.compare(wish, _say)
         if file is not None:
             from absorb.page import comparison_page  # matplotlib, which nothing else needs
 
@@ -260,8 +170,8 @@ def evaluate(as_json: bool, html: Path | None, **options: Any) -> None:
 
 @main.command()
 @click.argument("model", metavar="DIR|REPO")
-@click.option("--revision", help="Branch, tag or commit of a Hub repository.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@options_from(ModelRef, "revision")
+@_json_option
 def verify(model: str, revision: str | None, as_json: bool) -> None:
     """Check that a checkpoint is what absorb wrote: its files, its code, its report, its logits.
 
@@ -287,10 +197,8 @@ def verify(model: str, revision: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="REPO")
-@click.option("--private", is_flag=True, help="Make a new repository a private one.")
-@click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing REPO.")
-@click.option("--revision", help="Branch to upload to; made if there is none.  [default: main]")
-@click.option("--json", "as_json", is_flag=True, help="Print where it went as JSON.")
+@options_from(Destination)
+@_json_option
 def push(folder: Path, as_json: bool, **options: Any) -> None:
     """Upload a checkpoint to the Hub, in one commit, once it is verified.
 
@@ -301,12 +209,11 @@ def push(folder: Path, as_json: bool, **options: Any) -> None:
     absorb push smollm2-absorbed someone/smollm2-absorbed --private
     absorb push smollm2-absorbed their-lab/smollm2-absorbed --create-pr
     """
-    if options["create_pr"] and options["revision"] is not None:
-        raise click.UsageError("a pull request is made for main; drop --create-pr or --revision")
+    destination = settled(Destination, options)
     with _uploading():
         from absorb import hub, report
 
-        result = hub.push(folder, hub.Destination(**options), _say)
+        result = hub.push(folder, destination, _say)
         _print(report.to_json(result).rstrip() if as_json else _uploaded(result))
 
 

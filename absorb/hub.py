@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 
 from absorb.checkpoint import REPORT
 from absorb.errors import AbsorbError
-from absorb.settings import ModelRef
+from absorb.settings import Destination, ModelRef
 from absorb.verify import read_report, size_of, verify
 
 Say = Callable[[str], None]
@@ -35,16 +35,6 @@ Say = Callable[[str], None]
 # What the Hub puts into a new repository, and what people put there before the first upload.
 _HARMLESS = {".gitattributes", "README.md", "LICENSE"}
 _AGAIN = "run the same command again, and only what is missing is uploaded"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Destination:
-    """Where a checkpoint is to go: a branch of a repository, or a pull request to it."""
-
-    repository: str
-    private: bool = False
-    create_pr: bool = False
-    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

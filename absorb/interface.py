@@ -1,199 +1,164 @@
-"""The Python interface: what the commands do, with the same defaults, and plain data as a result.
+"""The Python interface: what the commands do, with the same options, and plain data as a result.
 
 What is being done goes to the logger `absorb`, as a warning where the result may disappoint;
 what is refused raises an AbsorbError.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, getdoc, signature
 from pathlib import Path
-from typing import get_args
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from absorb import pipeline
 from absorb.compare import compare
-from absorb.errors import AbsorbError
+from absorb.declared import Option, filled, options_of
+from absorb.errors import MisuseError
 from absorb.report import Inspection, Report
 from absorb.settings import (
-    Calibration,
-    Distillation,
     Dtype,
     Evaluation,
     FormatName,
     Job,
-    ModelRef,
     Purpose,
     Sink,
+    Survey,
     Thresholds,
     Train,
 )
 from absorb.standing import Comparison
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 _say = logging.getLogger("absorb").info
-_FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
 
+class InspectOptions(TypedDict, total=False):
+    """For editors and type checkers, which run nothing: the names and types in Survey."""
+
+    revision: str | None
+    trust_remote_code: bool
+    text: str | Path | None
+    prefix: str | None
+    seed: int
+    sink: Sink
+    residual_target: float
+    thresholds: Thresholds
+    device: str
+
+
+class ConvertOptions(InspectOptions, total=False):
+    """The same of Job."""
+
+    steps: int | None
+    minutes: float | None
+    train: Train | None
+    purpose: Purpose
+    plan: str | Path | None
+    force: bool
+
+
+class EvaluateOptions(TypedDict, total=False):
+    """The same of Evaluation."""
+
+    against: Sequence[str | Path]
+    trust_remote_code: bool
+    text: str | Path | None
+    calibration: str | Path | None
+    windows: int | None
+    length: int | None
+    formats: Sequence[FormatName]
+    tasks: Sequence[str | Path]
+    limit: int | None
+    dtype: Dtype
+    device: str
+
+
+def annotation(option: Option) -> Any:
+    """What Python callers may give for an option."""
+    kind = str | Path if option.kind is Path else option.kind
+    if option.many:
+        return Sequence[str | Path] if kind is str else Sequence[kind]  # type: ignore[valid-type]
+    return kind | None if option.default is None else kind
+
+
+def taking_options_of(kind: type) -> Callable[[Function], Function]:
+    """Show the options that a settings class declares where a function takes **options."""
+
+    def shown(function: Function) -> Function:
+        plain = signature(function)
+        own = [one for one in plain.parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
+        declared = options_of(kind)
+        arguments = [
+            Parameter(
+                one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=annotation(one)
+            )
+            for one in declared
+        ]
+        whole = plain.replace(parameters=[*own, *arguments])
+        function.__signature__ = whole  # type: ignore[attr-defined]
+        told = "\n".join(f"{one.name}: {one.help}" for one in declared)
+        function.__doc__ = f"{getdoc(function)}\n\n{told}"
+        return function
+
+    return shown
+
+
+@taking_options_of(Job)
 def convert(
     model: str | Path,
     out: str | Path,
     *,
-    force: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    text: str | Path | None = None,
-    sink: Sink = "logit",
-    residual_target: float = 1.0,
-    prefix: str | None = None,
-    thresholds: Thresholds = Thresholds(),  # noqa: B008 - it is immutable
-    plan: str | Path | None = None,
-    steps: int | None = None,
-    minutes: float | None = None,
-    train: Train | None = None,
-    purpose: Purpose = "none",
-    seed: int = 0,
-    device: str = "auto",
     resume: bool = False,
+    **options: Unpack[ConvertOptions],
 ) -> Report:
     """Convert a model and write the checkpoint to `out`, complete or not at all.
 
-    `model` is a Hub id, a folder, a .gguf file or "demo"; `purpose` is the command's --for. The
-    report is what absorb.json holds. Raises an AbsorbError for what cannot be converted.
+    `model` is a Hub id, a folder, a .gguf file or "demo". With `resume` what is found is kept in
+    OUT.progress, and gone on from. The report is what absorb.json holds. Raises an AbsorbError for
+    what cannot be converted.
     """
-    if steps is not None and minutes is not None:
-        raise AbsorbError("steps and minutes both set the length; drop one of them")
-    if plan is not None and (sink, residual_target, prefix, thresholds) != _UNDECIDED:
-        raise AbsorbError(
-            "a plan has decided sink, residual_target, prefix and thresholds; drop them, or plan"
-        )
-    job = _job(
-        model,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        text=text,
-        sink=sink,
-        residual_target=residual_target,
-        prefix=prefix,
-        thresholds=thresholds,
-        seed=seed,
-        device=device,
-    )
-    job = replace(
-        job,
-        out=Path(out),
-        plan=_path(plan),
-        distillation=Distillation(
-            steps=steps, minutes=minutes, train=train, purpose=purpose, seed=seed
-        ),
-        force=force,
-    )
+    given = asked(Job, options)
+    job = filled(Job, {"name": str(model), "out": Path(out), **given})
     return pipeline.convert(job, _say, resume)
 
 
-def inspect(
-    model: str | Path,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    text: str | Path | None = None,
-    sink: Sink = "logit",
-    residual_target: float = 1.0,
-    prefix: str | None = None,
-    thresholds: Thresholds = Thresholds(),  # noqa: B008 - it is immutable
-    seed: int = 0,
-    device: str = "auto",
-) -> Inspection:
+@taking_options_of(Survey)
+def inspect(model: str | Path, **options: Unpack[InspectOptions]) -> Inspection:
     """Find the outliers of a model, and how they would be absorbed; writes nothing."""
-    job = _job(
-        model,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        text=text,
-        sink=sink,
-        residual_target=residual_target,
-        prefix=prefix,
-        thresholds=thresholds,
-        seed=seed,
-        device=device,
-    )
+    given = asked(Survey, options)
+    job = filled(Job, {"name": str(model), "out": Path(), **given})
     return pipeline.inspect(job, _say)
 
 
-def evaluate(
-    model: str | Path,
-    *,
-    against: Sequence[str | Path] = (),
-    trust_remote_code: bool = False,
-    text: str | Path | None = None,
-    calibration: str | Path | None = None,
-    windows: int | None = None,
-    length: int | None = None,
-    formats: Sequence[FormatName] = _FORMATS,
-    tasks: Sequence[str | Path] = (),
-    limit: int | None = None,
-    dtype: Dtype = "float32",
-    device: str = "auto",
-) -> Comparison:
-    """Measure models, originals and converted ones, side by side on so many windows of one text.
+@taking_options_of(Evaluation)
+def evaluate(model: str | Path, **options: Unpack[EvaluateOptions]) -> Comparison:
+    """Measure models, originals and converted ones, side by side on one text."""
+    given = asked(Evaluation, options)
+    return compare(filled(Evaluation, {"model": str(model), **given}), _say)
 
-    The first of `against` is the reference. Fixed ranges of formats are those of `calibration`, or
-    of other rows of the text. `formats` are low-precision formats to measure in, and
-    `tasks` what is asked in each: names that lm-evaluation-harness knows, or .jsonl files, `limit`
-    questions of each.
+
+def asked(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that are not at their defaults, as the settings want them.
+
+    Raises a TypeError, as Python does, for one that the settings do not declare.
     """
-    wish = Evaluation(
-        model=str(model),
-        against=tuple(map(str, against)),
-        trust_remote_code=trust_remote_code,
-        text=_text(text),
-        calibration=_text(calibration, "calibration"),
-        windows=windows,
-        length=length,
-        formats=tuple(formats),
-        tasks=tuple(map(str, tasks)),
-        limit=limit,
-        dtype=dtype,
-        device=device,
-    )
-    if text is None and (windows or length):
-        raise AbsorbError("windows and length are of text; add it, or drop them")
-    if limit is not None and not tasks:
-        raise AbsorbError("limit is of the questions of tasks; add some, or drop limit")
-    return compare(wish, _say)
+    known = {one.name: one for one in options_of(kind)}
+    for name in options.keys() - known.keys():
+        raise TypeError(f"there is no option {name!r}; known are {', '.join(known)}")
+    values = {name: _settled(known[name], value) for name, value in options.items()}
+    return {name: value for name, value in values.items() if value != known[name].default}
 
 
-_UNDECIDED = ("logit", 1.0, None, Thresholds())
-
-
-def _job(
-    model: str | Path,
-    *,
-    revision: str | None,
-    trust_remote_code: bool,
-    text: str | Path | None,
-    sink: Sink,
-    residual_target: float,
-    prefix: str | None,
-    thresholds: Thresholds,
-    seed: int,
-    device: str,
-) -> Job:
-    """What convert and inspect have in common; it has no place to write to."""
-    return Job(
-        model=ModelRef(name=str(model), revision=revision, trust_remote_code=trust_remote_code),
-        out=Path(),
-        calibration=Calibration(text=_text(text), prefix=prefix, seed=seed),
-        thresholds=thresholds,
-        sink=sink,
-        residual_target=residual_target,
-        device=device,
-    )
-
-
-def _path(name: str | Path | None) -> Path | None:
-    return None if name is None else Path(name)
-
-
-def _text(name: str | Path | None, argument: str = "text") -> Path | None:
-    if name is not None and not Path(name).is_file():
-        raise AbsorbError(f"{name} is no file to read text from; check {argument}")
-    return _path(name)
+def _settled(option: Option, value: Any) -> Any:
+    if value is None:
+        return None
+    if option.many:
+        return tuple(map(str, value) if option.kind is str else value)
+    if option.kind is not Path:
+        return value
+    if option.is_there and not Path(value).is_file():
+        raise MisuseError(
+            "{value} is no file to read text from; check {0}", option.name, value=value
+        )
+    return Path(value)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from absorb.recipe import Recipe, recipe
 from absorb.rehearse import FORMAT_FOR, rehearsing
 from absorb.report import Inspection, Probe, Report, layer_figures, to_json, versions
 from absorb.score import Score, Subject, evaluate
-from absorb.settings import Job, Purpose, Thresholds
+from absorb.settings import Job, Purpose
 from absorb.smoothing import searched_scales, smoothing_scales
 from absorb.source import Source, load
 from absorb.text import Texts, gather
@@ -70,7 +70,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
             say(f"kept in {draft.progress.folder}; the same command goes on from here")
         write_plan(folder / PLAN, draft.plan, draft.inspection)
         say(f"fine-tune: {fine_tune}")
-        losses = fine_tuned(draft, fine_tune, job.distillation.seed)
+        losses = fine_tuned(draft, fine_tune, job.calibration.seed)
         if losses.training and not losses.kept:
             say("no step came closer to the teacher on validation text; the model stays untrained")
         original, converted = before_and_after(draft, fine_tune.purpose)
@@ -111,7 +111,7 @@ def before_and_after(draft: Draft, purpose: Purpose) -> tuple[Score, Score]:
         source.family,
         draft.texts.held_out,
         draft.texts.calibration,
-        Thresholds(**draft.inspection.arguments["thresholds"]),  # a plan brings its own
+        draft.inspection.job.thresholds,  # a plan brings its own
         ("w8a8-static", goal) if goal else ("w8a8-static",),
     )
     return original, converted
@@ -321,7 +321,7 @@ def survey(
         divergence=nan,
         logit_divergence=None,
         versions=versions(),
-        arguments=arguments_of(job, source),
+        job=recorded(job, source),
     )
     return plan, inspection
 
@@ -329,7 +329,7 @@ def survey(
 def recalled(job: Job, source: Source, texts: Texts, made: Inspection) -> Inspection:
     """What was found when a plan was drawn up, in a report on this conversion by it."""
     assert job.plan is not None
-    decided = {name: made.arguments[name] for name in ("sink", "residual_target", "thresholds")}
+    decided = {n: getattr(made.job, n) for n in ("sink", "residual_target", "thresholds")}
     return replace(
         made,
         model=source.name,
@@ -339,12 +339,12 @@ def recalled(job: Job, source: Source, texts: Texts, made: Inspection) -> Inspec
         text_origin=texts.origin,
         text_sha256=texts.fingerprint,
         versions=versions(),
-        arguments={**arguments_of(job, source), **decided, "plan": job.plan.resolve().name},
+        job=replace(recorded(job, source), **decided, plan=Path(job.plan.resolve().name)),
     )
 
 
-def arguments_of(job: Job, source: Source) -> dict[str, Any]:
-    """What the user asked for, save where a folder or file lay: that is nobody's business."""
+def recorded(job: Job, source: Source) -> Job:
+    """The job under the public name of its model: where a folder lay is nobody's business."""
     name = job.model.name
     public = source.commit is not None or name == "demo"
-    return asdict(replace(job, model=replace(job.model, name=name if public else source.name)))
+    return replace(job, model=replace(job.model, name=name if public else source.name))

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -33,6 +34,8 @@ def built(kind: Any, data: Any) -> Any:
         return tuple(built(one, value) for one, value in zip(each, data, strict=True))
     if origin is Literal:
         return _chosen(inner, data)
+    if kind is Path:
+        return Path(_expected(str, data))
     if inner and data is None and type(None) in inner:
         return None
     if inner:

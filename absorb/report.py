@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from absorb import __version__
 from absorb.distill import Losses
@@ -18,7 +18,7 @@ from absorb.prefix import Trial
 from absorb.quantize import FORMATS
 from absorb.recipe import Recipe
 from absorb.score import Score
-from absorb.settings import Sink, Thresholds
+from absorb.settings import Job
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -62,18 +62,12 @@ class Inspection:
     divergence: float  # of the untrained student, in nats per token
     logit_divergence: float | None  # of one with logits in the keyed layers too, if any are fitted
     versions: dict[str, str]
-    arguments: dict[str, Any]
+    job: Job  # what the user asked for, and what a plan that was read had decided
 
     def __post_init__(self) -> None:
         """Raise a ValueError where parts contradict each other, as those of a damaged file may."""
         if not self.findings.tokens() <= self.token_text.keys():
             raise ValueError("a token that was found has no text")
-        for name, kind in _DECIDED.items():
-            built(kind, self.arguments.get(name))
-
-
-# The arguments that later conversions by the same plan, and the card, depend on.
-_DECIDED = {"sink": Sink, "residual_target": float, "thresholds": Thresholds}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,10 +214,10 @@ def _divergence(inspection: Inspection) -> str:
 
 
 def _origin(inspection: Inspection) -> list[Row]:
-    plan = inspection.arguments.get("plan")
+    plan = inspection.job.plan
     if plan is None:
         return []
-    return [("plan", f"read from {plan}, and the findings with it")]
+    return [("plan", f"read from {plan.name}, and the findings with it")]
 
 
 def _name(inspection: Inspection, token: int) -> str:

@@ -1,10 +1,11 @@
 """What a user may choose. Immutable, checked, and cheap to import: no torch here."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from absorb.errors import AbsorbError
+from absorb.declared import Checked, Range, option
+from absorb.errors import AbsorbError, MisuseError
 
 Sink = Literal["logit", "key", "auto"]
 Train = Literal["sinks", "scales", "all"]
@@ -27,72 +28,9 @@ FormatName = Literal[
     "cache-int4",
 ]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Range:
-    """The numbers that are allowed, the ends among them unless the least is `excluded`."""
-
-    least: float
-    most: float | None = None
-    excluded: bool = False
-    whole: bool = False
-
-    def __contains__(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
-            return False
-        above = value > self.least if self.excluded else value >= self.least
-        return above and (self.most is None or value <= self.most)
-
-    def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
-        least = f"{'above' if self.excluded else 'from'} {self.least:g}"
-        return f"{kind} {least}" + ("" if self.most is None else f" to {self.most:g}")
-
-
-RANGES = {
-    "seed": Range(least=0, most=10**9, whole=True),
-    "residual_target": Range(least=0.001, most=1e6),
-    "steps": Range(least=0, whole=True),
-    "minutes": Range(least=0, most=1e6, excluded=True),
-    "limit": Range(least=1, whole=True),
-    "windows": Range(least=1, most=10**6, whole=True),
-    "length": Range(least=2, most=10**6, whole=True),
-    "sink_weight": Range(least=0, most=1e9),
-    "massive_value": Range(least=0, most=1e9),
-    "massive_ratio": Range(least=0, most=1e9),
-    "token_ratio": Range(least=0, most=1e9),
-    "channel_ratio": Range(least=0, most=1e9),
-    "divergence": Range(least=0, most=1e9),
-}
-CHOICES: dict[str, tuple[str, ...]] = {
-    "sink": get_args(Sink),
-    "train": get_args(Train),
-    "purpose": get_args(Purpose),
-    "dtype": get_args(Dtype),
-    "formats": get_args(FormatName),
-}
-
-
-class _Checked:
-    """Refuses, by an AbsorbError, what is out of its range or none of its choices."""
-
-    __slots__ = ()
-
-    def __post_init__(self) -> None:
-        for one in fields(self):  # type: ignore[arg-type]  # all that inherit are dataclasses
-            value = getattr(self, one.name)
-            if value is None and one.default is None:
-                continue
-            for part in value if isinstance(value, tuple) else (value,):
-                _refuse_strange(one.name, part)
-
-
-def _refuse_strange(name: str, value: Any) -> None:
-    if name in RANGES and value not in RANGES[name]:
-        raise AbsorbError(f"{name} is {value!r} and must be {RANGES[name]}")
-    if name in CHOICES and value not in CHOICES[name]:
-        known = ", ".join(map(repr, CHOICES[name]))
-        raise AbsorbError(f"{name} is {value!r} and must be one of {known}")
+_TRUSTED = "Run tokenizer code that a model brings."
+_DEVICES = "cpu, cuda, cuda:1, ..."
+_FIGURE = Range(least=0, most=1e9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +38,8 @@ class ModelRef:
     """Where the model to convert is: a Hub id, a folder, a .gguf file, or `demo`."""
 
     name: str
-    revision: str | None = None
-    trust_remote_code: bool = False
+    revision: str | None = option(None, "Branch, tag or commit of a Hub repository.")
+    trust_remote_code: bool = option(False, _TRUSTED)
 
     def __post_init__(self) -> None:
         if not self.name:  # as a path it would be the current folder
@@ -111,75 +49,169 @@ class ModelRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration(_Checked):
+class Calibration(Checked):
     """The text that is measured. Without a file the model samples its own."""
 
-    text: Path | None = None
-    prefix: str | None = None
-    seed: int = 0
+    text: Path | None = option(
+        None,
+        "To fit and train on: plain, or .jsonl with `text`.  [default: the model samples it]",
+        is_there=True,
+    )
+    prefix: str | None = option(None, "What sinks stand for.  [default: searched for]")
+    seed: int = option(0, "Of all randomness.", range=Range(least=0, most=10**9, whole=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Thresholds(_Checked):
+class Thresholds(Checked):
     """When a figure counts as an outlier, each as its source defines it."""
 
-    # Attention sink: mean weight that a token receives (arXiv 2410.10781).
-    sink_weight: float = 0.3
-    # Massive activation: magnitude, and multiple of the layer's median (arXiv 2402.17762).
-    massive_value: float = 100.0
-    massive_ratio: float = 1000.0
-    # Outlier token: multiple of the median token's peak (PrefixQuant, arXiv 2410.05265).
-    token_ratio: float = 64.0
-    # Residual sink: mean magnitude of a channel over that of the median channel.
-    channel_ratio: float = 10.0
-    # How far, in nats per token, removing spike neurons may move the next-token distribution.
-    divergence: float = 0.01
+    # arXiv 2410.10781
+    sink_weight: float = option(0.3, "mean attention a sink gets", range=_FIGURE)
+    # arXiv 2402.17762
+    massive_value: float = option(100.0, "of a massive activation", range=_FIGURE)
+    massive_ratio: float = option(1000.0, "and that by the median", range=_FIGURE)
+    # PrefixQuant, arXiv 2410.05265
+    token_ratio: float = option(64.0, "a token's peak by the median", range=_FIGURE)
+    channel_ratio: float = option(10.0, "channel mean by the median", range=_FIGURE)
+    divergence: float = option(0.01, "nats removing neurons costs", range=_FIGURE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Distillation(_Checked):
-    """The brief fine-tune. None lets the machine decide, and the choice is printed.
+class Distillation(Checked):
+    """The brief fine-tune. None lets the machine decide, and the choice is printed."""
 
-    It takes a number of steps or of minutes, not both.
-    """
+    steps: int | None = option(
+        None,
+        "Of the fine-tune; 0 for none.  [default: 100 on a GPU, 12 on a CPU]",
+        range=Range(least=0, whole=True),
+    )
+    # For those who rent a GPU by the hour.
+    minutes: float | None = option(
+        None,
+        "By the clock instead; loading, planning and evaluating take their time beside it.",
+        range=Range(least=0, most=1e6, excluded=True),
+    )
+    train: Train | None = option(
+        None,
+        "Sinks, residual scales too, or all weights.  [default: all on a GPU, sinks on a CPU]",
+    )
+    purpose: Purpose = option(
+        "none",
+        "Train for W8A8 with fixed ranges, rotated W4A4, or NVFP4.",
+        flag="--for",
+    )
 
-    steps: int | None = None
-    minutes: float | None = None
-    train: Train | None = None
-    purpose: Purpose = "none"  # what is to be done with the converted model
-    seed: int = 0
+    def refuse_contradictions(self) -> None:
+        if self.steps is not None and self.minutes is not None:
+            raise MisuseError(
+                "{0} and {1} both set the length; drop one of them", "steps", "minutes"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation(_Checked):
+class Survey(Checked):
+    """What to find in a model, and how to absorb it."""
+
+    model: ModelRef
+    calibration: Calibration = field(default_factory=Calibration)
+    sink: Sink = option(
+        "logit",
+        "Logits, which fast kernels know; keys of the prefix, exact; or auto: keys where no logit "
+        "fits.",
+    )
+    residual_target: float = option(
+        1.0,
+        "What outlier channels come down to, in median channels.",
+        range=Range(least=0.001, most=1e6),
+    )
+    thresholds: Thresholds = option(
+        Thresholds(), "An outlier is above these; may be repeated.", flag="--threshold"
+    )
+    device: str = option("auto", _DEVICES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job(Survey):
+    """One conversion, complete."""
+
+    out: Path
+    distillation: Distillation = field(default_factory=Distillation)
+    plan: Path | None = option(
+        None,
+        "Checkpoint or plan.safetensors: convert as then, without measuring or fitting.",
+        decides=("prefix", "sink", "residual_target", "thresholds"),
+    )
+    force: bool = option(False, "Replace the checkpoint that is there.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation(Checked):
     """Models to be compared on one text. Without a file the first of them samples it."""
 
     model: str
-    against: tuple[str, ...] = ()
-    trust_remote_code: bool = False  # of all models
-    text: Path | None = None
-    calibration: Path | None = None  # where fixed ranges come from; None for part of the text
-    windows: int | None = None  # of the text that are measured: None for 32
-    length: int | None = None  # tokens of each: None for 512
-    formats: tuple[FormatName, ...] = ()
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None  # questions of each task
-    dtype: Dtype = "float32"
-    device: str = "auto"
+    against: tuple[str, ...] = option(
+        (),
+        "Measure this model as well; may be repeated. The first of them is the reference.",
+        metavar="MODEL",
+        repeated=True,
+    )
+    trust_remote_code: bool = option(False, _TRUSTED)
+    text: Path | None = option(
+        None,
+        "To measure on: plain, or .jsonl with a field `text`.  [default: MODEL samples it]",
+        is_there=True,
+    )
+    calibration: Path | None = option(
+        None,
+        "Text that fixed ranges of formats are taken from, its first 8 windows.  [default: other "
+        "rows of the same text]",
+        is_there=True,
+    )
+    windows: int | None = option(
+        None,
+        "Of --text that are measured on.  [default: 32]",
+        range=Range(least=1, most=10**6, whole=True),
+    )
+    length: int | None = option(
+        None, "Tokens of a window.  [default: 512]", range=Range(least=2, most=10**6, whole=True)
+    )
+    formats: tuple[FormatName, ...] = option(
+        get_args(FormatName), "Low-precision formats to measure the perplexity in."
+    )
+    tasks: tuple[str, ...] = option(
+        (),
+        "Tasks of lm-evaluation-harness, in float and in each format: its names, or .jsonl files "
+        "with question, choices and label on every line.",
+    )
+    limit: int | None = option(
+        None, "Questions of each task.  [default: all]", range=Range(least=1, whole=True)
+    )
+    dtype: Dtype = option("float32", "What models are held and computed in.")
+    device: str = option("auto", _DEVICES)
+
+    def refuse_contradictions(self) -> None:
+        for name in ("windows", "length"):
+            if self.text is None and getattr(self, name) is not None:
+                raise MisuseError("{0} is of {1}; add it, or drop {0}", name, "text")
+        if self.limit is not None and not self.tasks:
+            raise MisuseError(
+                "{0} is of the questions of {1}; add some, or drop {0}", "limit", "tasks"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job(_Checked):
-    """One conversion, complete."""
+class Destination(Checked):
+    """Where a checkpoint is to go: a branch of a repository, or a pull request to it."""
 
-    model: ModelRef
-    out: Path
-    calibration: Calibration = field(default_factory=Calibration)
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    sink: Sink = "logit"
-    # What an outlier channel is brought down to, as a multiple of the median channel's mean.
-    residual_target: float = 1.0
-    plan: Path | None = None
-    distillation: Distillation = field(default_factory=Distillation)
-    device: str = "auto"
-    force: bool = False
+    repository: str
+    private: bool = option(False, "Make a new repository a private one.")
+    create_pr: bool = option(False, "Open a pull request instead of changing REPO.")
+    revision: str | None = option(
+        None, "Branch to upload to; made if there is none.  [default: main]"
+    )
+
+    def refuse_contradictions(self) -> None:
+        if self.create_pr and self.revision is not None:
+            raise MisuseError(
+                "a pull request is made for main; drop {0} or {1}", "create_pr", "revision"
+            )

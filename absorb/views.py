@@ -55,7 +55,7 @@ def _last(name: str) -> str:
 
 def _sinks(exhibit: Exhibit) -> Section:
     before, after = exhibit.before.first_weight, exhibit.after.first_weight
-    threshold = exhibit.inspection.arguments["thresholds"]["sink_weight"]
+    threshold = exhibit.inspection.job.thresholds.sink_weight
     heads = [weight for row in before for weight in row]
     above = sum(weight > threshold for weight in heads)
     most, layer, head = _most(before)
@@ -93,7 +93,7 @@ def _mean_and_most(weights: tuple[float, ...]) -> tuple[str, str]:
 def _channels(exhibit: Exhibit) -> Section:
     before, after = exhibit.before, exhibit.after
     ratios = before.channel_ratios
-    threshold = exhibit.inspection.arguments["thresholds"]["channel_ratio"]
+    threshold = exhibit.inspection.job.thresholds.channel_ratio
     worst = max(ratios, key=lambda channel: ratios[channel])
     scales = exhibit.inspection.residual_scales
     words = (

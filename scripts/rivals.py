@@ -97,8 +97,8 @@ def bench_of(original: str, folder: Path, calibration: Path, device: str) -> Ben
     for model in (source.model, converted.model):
         nn.Module.to(model, device_of(device))
     report = from_json(Report, (folder / REPORT).read_text())
-    settings = report.inspection.arguments["calibration"]
-    wish = Calibration(text=calibration if settings["text"] else None, seed=settings["seed"])
+    settings = report.inspection.job.calibration
+    wish = Calibration(text=calibration if settings.text else None, seed=settings.seed)
     sketch = replace(source, model=sketch_of(source.model))
     return Bench(
         source=source,

@@ -65,9 +65,9 @@ def bench_in(home: Path) -> Bench:
     bench = Bench(home)
     bench.short.write_text("a b c")
     bench.long.write_text("".join(chr(97 + n * n * 7 % 23 + n % 3) for n in range(11_000)))
-    low = ["--threshold-channel-ratio", "1.3", "--threshold-massive-value", "1"]
-    low += ["--threshold-massive-ratio", "1", "--threshold-divergence", "1"]
-    ends_in_order(home, "convert", bench.model(), "--text", bench.long, "--steps", "0", *low)
+    low = ("channel_ratio=1.3", "massive_value=1", "massive_ratio=1", "divergence=1")
+    thresholds = [word for one in low for word in ("--threshold", one)]
+    ends_in_order(home, "convert", bench.model(), "--text", bench.long, "--steps", "0", *thresholds)
     (home / "out").rename(bench.made)
     return bench
 
@@ -272,8 +272,9 @@ def _questions(bench: Bench, draw: Draw, folder: Path) -> None:
 
 
 _OPTIONS = ("--revision", "--text", "--sink", "--residual-target", "--prefix", "--seed", "--device")
-_OPTIONS += ("--steps", "--minutes", "--train", "--for", "--plan", "--threshold-divergence", "--x")
+_OPTIONS += ("--steps", "--minutes", "--train", "--for", "--plan", "--threshold", "--x")
 _WORDS = ["\x00", "\udcff", "", "nan", "inf", "-1", "1e999", "9" * 5000, "/", ".", "a/b", "0", "1"]
+_WORDS += ["divergence=0.1", "sink_weight=nan", "massive_value=", "=1"]
 
 
 def _arguments(bench: Bench, draw: Draw, folder: Path) -> None:

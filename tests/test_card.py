@@ -1,9 +1,8 @@
 """A model card says what its report says, in words that the Hub and the command line understand."""
 
 import shlex
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -11,8 +10,9 @@ from huggingface_hub import ModelCard
 import absorb
 from absorb import cli
 from absorb.card import card, command
-from absorb.options import job_from
+from absorb.options import settled
 from absorb.report import Report, from_json
+from absorb.settings import Job
 
 RECORD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-absorbed" / "absorb.json"
 
@@ -67,24 +67,25 @@ def test_a_card_and_its_report_keep_to_themselves_where_things_lay(
         "",
         "--steps 12 --train sinks --seed 7 --device cpu",
         "--sink auto --residual-target 2 --prefix 'a b' --for w4a4 --minutes 1.5",
-        "--threshold-sink-weight 0.5 --threshold-divergence 0.02 --trust-remote-code",
+        "--threshold sink_weight=0.5 --threshold divergence=0.02 --trust-remote-code",
         "--revision v1 --force",
+        "--plan made --steps 0",
     ],
 )
 def test_the_command_makes_the_same_job(options: str) -> None:
-    def job_of(words: list[str]) -> dict[str, Any]:
+    def job_of(words: list[str]) -> Job:
         chosen = cli.convert.make_context("convert", words).params
-        return asdict(job_from(chosen.pop("out"), chosen.pop("force"), chosen))
+        return settled(Job, {"name": chosen.pop("model"), **chosen})
 
     job = job_of(["a/b", "--out", "DIR", *shlex.split(options)])
     words = shlex.split(command(job))
     assert words[:2] == ["absorb", "convert"]
-    assert job_of(words[2:]) == {**job, "force": False}
+    assert job_of(words[2:]) == replace(job, force=False)
 
 
 def test_a_plan_has_decided_what_the_command_leaves_out(record: Report) -> None:
-    arguments = {**record.inspection.arguments, "plan": "model", "sink": "key"}
-    assert command(arguments) == "absorb convert demo --out DIR --plan model"
+    job = replace(record.inspection.job, plan=Path("folder/model"), sink="key")
+    assert command(job) == "absorb convert demo --out DIR --plan model"
 
 
 def test_a_card_says_what_made_it(record: Report) -> None:

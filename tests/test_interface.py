@@ -4,18 +4,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from click import Command
 
 import absorb
-from absorb import AbsorbError, cli, pipeline
+from absorb import AbsorbError, cli, interface, pipeline
+from absorb.declared import options_of
 from absorb.report import Report, from_json
-from absorb.settings import Sink, Thresholds
+from absorb.settings import Evaluation, Job, Sink, Survey, Thresholds
 
 # What has no place in Python: there the result is an object, and huggingface_hub uploads a folder.
 ONLY_COMMANDS = {"as_json", "push_to_hub", "html", "png"}
@@ -27,24 +27,33 @@ COMMANDS = [
 ]
 
 
-def arguments(function: Callable[..., Any]) -> dict[str, Any]:
-    """Every argument of a function and its default, the thresholds one by one."""
-    found = {name: one.default for name, one in signature(function).parameters.items()}
-    thresholds = found.pop("thresholds", None)
-    if thresholds is not None:
-        found |= {field.name: getattr(thresholds, field.name) for field in fields(Thresholds)}
-    return {name: value for name, value in found.items() if value is not signature(function).empty}
-
-
 @pytest.mark.parametrize(("function", "command"), COMMANDS)
-def test_the_defaults_are_those_of_the_command(
+def test_the_arguments_are_those_of_the_command(
     function: Callable[..., Any], command: Command
 ) -> None:
-    needed = ["model", "--out", "dir"] if command is cli.convert else ["model"]
-    context = command.make_context("absorb", needed)
-    required = {option.name for option in command.params if option.required}
-    theirs = {k: v for k, v in context.params.items() if k not in required | ONLY_COMMANDS}
-    assert arguments(function) == theirs
+    theirs = {parameter.name for parameter in command.params}
+    assert {*signature(function).parameters} == theirs - ONLY_COMMANDS
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (Survey, interface.InspectOptions),
+        (Job, interface.ConvertOptions),
+        (Evaluation, interface.EvaluateOptions),
+    ],
+)
+def test_editors_and_type_checkers_are_told_of_every_option(settings: type, told: type) -> None:
+    assert get_type_hints(told) == {
+        one.name: interface.annotation(one) for one in options_of(settings)
+    }
+
+
+def test_an_unknown_argument_is_refused_as_python_does(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="no option 'stpes'; known are revision"):
+        absorb.convert("nothing", tmp_path / "out", stpes=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="no option 'plan'"):
+        absorb.inspect("nothing", plan="somewhere")  # type: ignore[call-arg]
 
 
 def test_a_conversion_gives_the_report_that_it_writes(converted: Path) -> None:
@@ -68,7 +77,9 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> No
             absorb.convert("nothing", tmp_path / "out", **options)
 
     refused("steps and minutes both set the length", steps=1, minutes=1)
-    refused("a plan has decided", plan="somewhere", sink="key")
+    refused("plan has decided what sink would", plan="somewhere", sink="key")
+    thresholds = Thresholds(divergence=1)
+    refused("plan has decided what thresholds would", plan="somewhere", thresholds=thresholds)
     refused("sink is 'keys' and must be one of 'logit', 'key', 'auto'", sink="keys")
     refused("train is 'none'", train="none")
     refused("is no file to read text from", text=tmp_path / "nothing.txt")

@@ -11,6 +11,7 @@ ORDER = (
     "memory",
     "threads",
     "plain",
+    "declared",
     "settings",
     "families",
     "modeling_absorb",

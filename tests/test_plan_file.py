@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,8 +29,8 @@ from absorb.smoothing import searched_scales
 from absorb.source import Source, load
 
 # Low enough that neurons of a tiny model are removed and channels of its stream are rescaled.
-LOW = ["--threshold-channel-ratio", "1.3", "--threshold-massive-value", "1"]
-LOW += ["--threshold-massive-ratio", "1", "--threshold-divergence", "1"]
+LOW = ["--threshold", "channel_ratio=1.3", "--threshold", "massive_value=1"]
+LOW += ["--threshold", "massive_ratio=1", "--threshold", "divergence=1"]
 
 # In the form `auto` one layer has keys and the others logits, so it stands for both.
 CASES = [(name, "auto") for name in FAMILIES]
@@ -112,14 +112,14 @@ def test_a_conversion_by_a_plan_reports_the_same_figures_and_says_where_it_is_fr
     for work in ("measuring the stream", "choosing the prefix", "fitting sinks", "removing"):
         assert work not in result.stderr
     before, after = report(made), report(out)
-    assert after["inspection"]["arguments"]["plan"] == "first"
+    assert after["inspection"]["job"]["plan"] == "first"
     assert after["original"] == before["original"]
     assert after["converted"] == before["converted"]
-    told_apart = {"arguments", "divergence"}
+    told_apart = {"job", "divergence"}
     for name in before["inspection"].keys() - told_apart:
         assert after["inspection"][name] == before["inspection"][name], name
-    kept = after["inspection"]["arguments"]["thresholds"]
-    assert kept == before["inspection"]["arguments"]["thresholds"]
+    kept = after["inspection"]["job"]["thresholds"]
+    assert kept == before["inspection"]["job"]["thresholds"]
     again = tmp_path / "again"
     converted(model, again, "--plan", str(out), *text)
     assert (again / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
@@ -174,7 +174,7 @@ def inspected(source: Source, plan: Plan, sink: str) -> Inspection:
         divergence=0.0,
         logit_divergence=None,
         versions=versions(),
-        arguments=asdict(Job(model=ModelRef(name="tiny"), out=Path("out"), sink=sink)),
+        job=Job(model=ModelRef(name="tiny"), out=Path("out"), sink=sink),
     )
 
 
@@ -353,7 +353,7 @@ def test_a_refusal_is_one_sentence_and_leaves_nothing(model: Path, tmp_path: Pat
         ("--prefix", "a"),
         ("--sink", "logit"),
         ("--residual-target", "1"),
-        ("--threshold-divergence", "0.01"),
+        ("--threshold", "divergence=0.01"),
     ],
     ids=lambda option: option[0],
 )

@@ -16,8 +16,8 @@ from huggingface_hub.utils import _http
 from absorb.checkpoint import digests
 from absorb.cli import main
 from absorb.errors import AbsorbError
-from absorb.hub import Destination, admitted, upload
-from absorb.settings import ModelRef
+from absorb.hub import admitted, upload
+from absorb.settings import Destination, ModelRef
 from absorb.verify import verify
 
 REPOSITORY = f"{USER}/model"

@@ -182,7 +182,7 @@ def test_the_key_form_converts_and_reloads_as_the_teacher(
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     report = json.loads((out / "absorb.json").read_text())["inspection"]
-    assert report["arguments"]["sink"] == "key"
+    assert report["job"]["sink"] == "key"
     assert "a key and a value in every layer" in (out / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     teacher = AutoModelForCausalLM.from_pretrained(source)

@@ -238,7 +238,7 @@ def test_a_checkpoint_of_such_a_model_runs_in_float16(text_file: Path, tmp_path:
     assert result.exit_code == 0, result.output
     assert "channels to fit float16" in result.stdout
     report = json.loads((tmp_path / "out" / "absorb.json").read_text())["inspection"]
-    assert report["arguments"]["residual_target"] == 2
+    assert report["job"]["residual_target"] == 2
     assert len(report["residual_scales"]) == HIDDEN
     tokens = torch.arange(5, 25)[None]
     kind = AutoModelForCausalLM
