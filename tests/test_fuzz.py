@@ -1,4 +1,4 @@
-"""Some two hundred damaged inputs; `scripts/fuzz` tries as many as one likes."""
+"""Some two hundred damaged inputs; `scripts.soak.fuzz` tries as many as one likes."""
 
 import pytest
 from fuzzing import TARGETS, Bench, bench_in, empty_folder

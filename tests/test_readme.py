@@ -23,7 +23,7 @@ def test_readme_and_card_and_pictures_show_the_figures_of_their_files(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["render_readme", "--check"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "scripts" / "render_readme"), run_name="__main__")
+        runpy.run_path(str(ROOT / "scripts" / "release" / "render.py"), run_name="__main__")
     assert ended.value.code is None
 
 

@@ -65,7 +65,7 @@ def test_what_absorb_wrote_is_verified(folder: Path) -> None:
 def test_the_present_code_is_stamped_as_that_of_the_present_version() -> None:
     released = json.loads((PACKAGE / "released.json").read_text())
     digest = hashlib.sha256((PACKAGE / "modeling_absorb.py").read_bytes()).hexdigest()
-    assert released[absorb.__version__] == digest, "run scripts/stamp"
+    assert released[absorb.__version__] == digest, "run python -m scripts.release.stamp"
 
 
 def removed(folder: Path) -> None:

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Kill conversions of a tiny model at random moments, and look at what each of them left.
 
-    scripts/kill_conversions --kills 200
+    python -m scripts.soak.kill_conversions --kills 200
 
 The output must be absent, or complete: all its files as its report lists them, and a model that
 loads. Exit code 1 where it is neither, or where the next conversion could not clear what was left.
@@ -20,8 +19,6 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import click
 import torch

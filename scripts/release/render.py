@@ -12,9 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from int8_table import int8_rows
 from PIL import Image
-from rival_table import rival_rows
 
 from absorb.card import card, markdown
 from absorb.charts import Section, digest
@@ -23,8 +21,10 @@ from absorb.exhibit import Exhibit
 from absorb.families import FAMILIES
 from absorb.report import Report, Row, from_json, score_rows
 from absorb.views import sections
+from scripts.benchmarks.int8.table import int8_rows
+from scripts.benchmarks.rivals.table import rival_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "model_cards" / "smollm2-135m-absorbed"
 
 
