@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from tiny import HEAD_DIM, KV_HEADS, LAYERS, tiny
-from tiny_tokenizer import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -25,6 +23,8 @@ from absorb.source import load
 from absorb.text import HELD_OUT_ROWS
 from absorb.text import LENGTH as SAMPLED_LENGTH
 from absorb.watch import linears_of, watching
+from tests.helpers.tiny import HEAD_DIM, KV_HEADS, LAYERS, tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 LENGTH = compare.LENGTH
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny import tiny
 from torch import Tensor
 
 from absorb import fit
 from absorb.families import FAMILIES
 from absorb.scene import Scene
 from absorb.sinks import fit_sinks, prefix_of
+from tests.helpers.tiny import tiny
 
 HEADS, KV_HEADS, WIDTH, LENGTH = 4, 2, 6, 24
 GROUPS = HEADS // KV_HEADS

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import HEAD_DIM, HIDDEN, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +12,7 @@ from absorb.rotation import rotated
 from absorb.watch import linears_of
 from absorb.weights import weight_at
 from scripts.benchmarks.rivals.quarot import turn
+from tests.helpers.tiny import HEAD_DIM, HIDDEN, tiny
 
 LLAMA = FAMILIES["llama"]
 

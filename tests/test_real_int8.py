@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from tiny import tiny
 from torch import Tensor
 
 from absorb.families import FAMILIES
 from absorb.graft import twin
 from absorb.quantize import FORMATS, input_peaks, quantised
 from absorb.watch import linears_of
+from tests.helpers.tiny import tiny
 
 pytest.importorskip("torchao")
 LLAMA = FAMILIES["llama"]

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
 from absorb.cli import main
@@ -21,6 +19,8 @@ from scripts.benchmarks.rivals import rivals
 from scripts.benchmarks.rivals.__main__ import main as benchmark
 from scripts.benchmarks.rivals.rivals import Bench
 from scripts.benchmarks.rivals.table import COLUMNS, rival_rows
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 STEPS = 2

@@ -12,8 +12,6 @@ import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
 
 import absorb
 from absorb.checkpoint import digests
@@ -21,6 +19,8 @@ from absorb.cli import main
 from absorb.errors import AbsorbError
 from absorb.settings import ModelRef, Sink
 from absorb.verify import read_report, verify
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 PACKAGE = Path(absorb.__file__).parent
 

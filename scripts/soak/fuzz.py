@@ -17,9 +17,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import click
 import torch
-from fuzzing import TARGETS, Bench, Target, bench_in, empty_folder
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+
+from tests.helpers.fuzzing import TARGETS, Bench, Target, bench_in, empty_folder
 
 
 @click.command()

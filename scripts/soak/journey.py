@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
 
-from fake_hub import TOKEN, USER, running
+from tests.helpers.fake_hub import TOKEN, USER, running
 
 ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY = f"{USER}/journey"
@@ -85,9 +85,10 @@ def main(model: str | None, *options: str) -> None:
 
 def tiny_model(place: Path) -> str:
     import torch
-    from tiny import tiny
-    from tiny_tokenizer import tiny_tokenizer
     from transformers.utils import logging
+
+    from tests.helpers.tiny import tiny
+    from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
     logging.disable_progress_bar()
     folder = place / "tiny"

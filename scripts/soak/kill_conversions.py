@@ -22,17 +22,19 @@ from tempfile import TemporaryDirectory
 
 import click
 import torch
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
 
 import absorb
 from absorb.checkpoint import digests
 from absorb.report import Report, from_json
 from absorb.settings import ModelRef
 from absorb.source import load
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 warm = get_context("forkserver")  # forked from a process that has imported, and done nothing else
-warm.set_forkserver_preload(["absorb.interface", "tiny", "tiny_tokenizer"])
+warm.set_forkserver_preload(
+    ["absorb.interface", "tests.helpers.tiny", "tests.helpers.tiny_tokenizer"]
+)
 
 
 @click.command()
