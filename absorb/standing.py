@@ -50,7 +50,20 @@ class Comparison:
 
 
 def comparison_rows(comparison: Comparison) -> list[Row]:
-    """A table with a column for every model."""
+    """A table with a column for every model.
+
+    perplexity, 95 % interval: of every token but the first of a row; bootstrapped over rows
+    KL, the same first choice: how far the next-token distribution is from that of the reference,
+        and how often the likeliest token is the same
+    largest |x| in the stream: and its multiple of the layer's median entry
+    largest token: the largest peak of a token over that of the median token, in any layer
+    kurtosis of the stream: of all entries of a row in a layer, mean over both; 3 if normal
+    massive-activation tokens: with an entry above the thresholds for value and ratio
+    mean weight on the first token: what attention gives it, over layers and heads
+    prefill, decode, weights, cache: tokens per second of one row, read at once and then one by
+        one, all models in turns; memory, with the most that a prefill takes where the system tells
+    perplexity in ...: with matrices of the decoder layers and what they read in that format
+    """
     reference = comparison.reference.rpartition("/")[2]
     figures: list[tuple[str, Callable[[Standing], str]]] = [
         ("perplexity", lambda m: f"{m.perplexity:.3f}"),

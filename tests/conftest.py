@@ -21,7 +21,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def tokens() -> "Tensor":
     """Two random texts without special tokens: (2, 16)."""
     import torch
-    from tiny import VOCABULARY
+
+    from tests.helpers.tiny import VOCABULARY
 
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, VOCABULARY, (2, 16), generator=generator)
@@ -31,8 +32,9 @@ def tokens() -> "Tensor":
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a tokenizer and a licence, as a folder."""
     import torch
-    from tiny import tiny
-    from tiny_tokenizer import tiny_tokenizer
+
+    from tests.helpers.tiny import tiny
+    from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("original") / "tiny-llama"
     tiny("llama", torch.float32).save_pretrained(folder)
@@ -44,7 +46,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Enough text to convert a tiny model with: reading it is faster than sampling."""
-    from tiny_tokenizer import letters
+    from tests.helpers.tiny_tokenizer import letters
 
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(letters(9_000))

@@ -11,7 +11,6 @@ from unittest.mock import patch
 import accelerate
 import pytest
 import torch
-from tiny import HEAD_DIM, HEADS, KV_HEADS, LAYERS, VOCABULARY, tiny
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
@@ -24,6 +23,7 @@ from absorb.graft import twin
 from absorb.modeling_absorb import NEUTRAL, eager_attention, flex_attention, sink_attention
 from absorb.sinks import prefix_of
 from absorb.watch import led
+from tests.helpers.tiny import HEAD_DIM, HEADS, KV_HEADS, LAYERS, VOCABULARY, tiny
 
 WINDOW = 5  # shorter than the texts, so that it hides something
 FAMILIES: dict[str, dict[str, Any]] = {

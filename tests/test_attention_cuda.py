@@ -4,7 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention import (
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from absorb import modeling_absorb
+from absorb.modeling_absorb import eager_attention, flex_attention, sink_attention
+from tests.test_attention import (
     ALLOWED,
     attended,
     draw,
@@ -18,11 +23,6 @@ from test_attention import (
     sinked,
     texts,
 )
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from absorb import modeling_absorb
-from absorb.modeling_absorb import eager_attention, flex_attention, sink_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

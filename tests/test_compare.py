@@ -2,7 +2,6 @@
 
 import json
 import math
-import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from tiny import HEAD_DIM, KV_HEADS, LAYERS, tiny
-from tiny_tokenizer import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -28,9 +25,11 @@ from absorb.text import HELD_OUT_ROWS
 from absorb.text import LENGTH as SAMPLED_LENGTH
 from absorb.watch import linears_of, watching
 from absorb.windows import windows
+from scripts.release.tables import compared, score_row
+from tests.helpers.tiny import HEAD_DIM, KV_HEADS, LAYERS, tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 LENGTH = compare.LENGTH
-ROOT = Path(__file__).parent.parent
 
 
 def written(folder: Path, tokens: int) -> Path:
@@ -332,11 +331,10 @@ def test_a_table_of_the_readme_is_made_of_what_eval_prints(
 ) -> None:
     formats = ("--formats", "w8a8-static,w8a8-clipped")
     found = measured(converted, "--against", source, "--text", text, *formats)
-    script = runpy.run_path(str(ROOT / "scripts" / "render_readme"))
-    models = script["compared"](found)
+    models = compared(found)
     student, original = found["models"]
     for name, model in (("original", original), ("converted", student)):
-        row = script["figures"](models[name])
+        row = score_row(models[name])
         assert row[:2] == (f"{model['perplexity']:.2f}", f"{model['formats']['w8a8-static']:.2f}")
 
 

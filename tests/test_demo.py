@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_source import same_parameters
 from transformers import AutoModelForCausalLM
 
 from absorb.divergence import divergence
@@ -15,6 +14,7 @@ from absorb.measure import measure
 from absorb.plan import make_plan, residual_scales
 from absorb.settings import ModelRef, Thresholds
 from absorb.source import DEMO, Source, load
+from tests.test_source import same_parameters
 
 LICENSE = Path(__file__).parent.parent / "LICENSE"
 NOTHING = torch.tensor([], dtype=torch.long)

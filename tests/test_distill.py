@@ -6,7 +6,6 @@ from time import monotonic
 
 import pytest
 import torch
-from tiny import VOCABULARY, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,6 +18,7 @@ from absorb.graft import twin
 from absorb.recipe import Recipe, recipe
 from absorb.settings import Distillation
 from absorb.text import Texts
+from tests.helpers.tiny import VOCABULARY, tiny
 
 PREFIX = torch.tensor([1])
 

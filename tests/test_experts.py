@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import EXPERTS, INTERMEDIATE, tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -11,6 +10,7 @@ from absorb.families import FAMILIES, Family
 from absorb.graft import twin
 from absorb.measure import measure
 from absorb.quantize import FORMATS, input_peaks, quantised
+from tests.helpers.tiny import EXPERTS, INTERMEDIATE, tiny
 
 MIXTURES = [family for family in FAMILIES.values() if "experts" in family.down]
 every_mixture = pytest.mark.parametrize("family", MIXTURES, ids=lambda family: family.model_type)

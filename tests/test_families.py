@@ -11,7 +11,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-from edits import (
+from torch import Tensor, nn
+
+from absorb.families import FAMILIES, Family
+from tests.helpers.edits import (
     Edit,
     by_turns,
     decoder_layers,
@@ -27,10 +30,7 @@ from edits import (
     smooth_values,
     weight_of,
 )
-from tiny import HEADS, HIDDEN, kv_heads, tiny
-from torch import Tensor, nn
-
-from absorb.families import FAMILIES, Family
+from tests.helpers.tiny import HEADS, HIDDEN, kv_heads, tiny
 
 UNCHANGED = 1e-5
 CHANGED = 1e-2

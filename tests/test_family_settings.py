@@ -5,7 +5,14 @@ import sys
 from typing import Any
 
 import pytest
-from edits import (
+from torch import Tensor
+from transformers import AutoConfig
+
+from absorb.errors import AbsorbError
+from absorb.families import FAMILIES, Family, UnsupportedFamilyError, family_of, suited
+from absorb.graft import twin
+from absorb.vetting import family_of_config
+from tests.helpers.edits import (
     Edit,
     drift,
     fold_values,
@@ -14,14 +21,7 @@ from edits import (
     smooth_norms,
     smooth_values,
 )
-from tiny import HIDDEN, tiny
-from torch import Tensor
-from transformers import AutoConfig
-
-from absorb.errors import AbsorbError
-from absorb.families import FAMILIES, Family, UnsupportedFamilyError, family_of, suited
-from absorb.graft import twin
-from absorb.vetting import family_of_config
+from tests.helpers.tiny import HIDDEN, tiny
 
 UNCHANGED = 1e-5
 CHANGED = 1e-2

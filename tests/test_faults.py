@@ -16,8 +16,6 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
 
 from absorb import source
 from absorb.checkpoint import staged
@@ -27,6 +25,8 @@ from absorb.refusals import Refusals
 from absorb.settings import ModelRef
 from absorb.source import load
 from absorb.windows import read_ids
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 # What a conversion says on stderr as it enters each of its stages.
 STAGES = (

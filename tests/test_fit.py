@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny
 from torch import Tensor
 
 from absorb import constants, key_bias
@@ -12,6 +11,7 @@ from absorb.forms import KeySink, LogitSink
 from absorb.modeling_absorb import NEUTRAL
 from absorb.scene import Scene
 from absorb.sinks import fit_sinks, prefix_of
+from tests.helpers.tiny import tiny
 
 HEADS, KV_HEADS, WIDTH, LENGTH = 4, 2, 6, 24
 GROUPS = HEADS // KV_HEADS

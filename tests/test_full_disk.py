@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny
-from tiny_tokenizer import letters, tiny_tokenizer
+
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
 ALONE = ["unshare", "--map-root-user", "--mount"]
 

@@ -1,9 +1,10 @@
-"""Some two hundred damaged inputs; `scripts/fuzz` tries as many as one likes."""
+"""Some two hundred damaged inputs; `scripts.soak.fuzz` tries as many as one likes."""
 
 import pytest
-from fuzzing import TARGETS, Bench, bench_in, empty_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.helpers.fuzzing import TARGETS, Bench, bench_in, empty_folder
 
 
 @pytest.fixture(scope="module")

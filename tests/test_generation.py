@@ -4,7 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention import (
+from torch import Tensor
+from transformers import CompileConfig, PreTrainedModel, cache_utils
+
+from tests.helpers.tiny import HEADS, HIDDEN, LAYERS, VOCABULARY
+from tests.test_attention import (
     EVERY,
     FAMILIES,
     LENGTH,
@@ -16,9 +20,6 @@ from test_attention import (
     subject,
     texts,
 )
-from tiny import HEADS, HIDDEN, LAYERS, VOCABULARY
-from torch import Tensor
-from transformers import CompileConfig, PreTrainedModel, cache_utils
 
 FORM = pytest.mark.parametrize("form", ["logit", "key"])
 NEW = 8

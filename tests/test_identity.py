@@ -10,8 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from edits import decoder_layers, weight_of
-from tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, NOTHING, POSITIONS, kv_heads, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,6 +24,8 @@ from absorb.sinks import fit_sinks, prefix_of, prefixed
 from absorb.smoothing import searched_scales
 from absorb.watch import attending, each_layers, led
 from absorb.write import as_stored
+from tests.helpers.edits import decoder_layers, weight_of
+from tests.helpers.tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, NOTHING, POSITIONS, kv_heads, tiny
 
 EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 LEARNED_POSITIONS = pytest.mark.parametrize("family", [FAMILIES["gpt2"], FAMILIES["opt"]])

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from edits import decoder_layers, weight_of
-from tiny import tiny
 from torch import Tensor
 
 from absorb.families import FAMILIES, Family
 from absorb.quantize import FORMATS, input_peaks, quantised
+from tests.helpers.edits import decoder_layers, weight_of
+from tests.helpers.tiny import tiny
 
 ROUTERS = {"mlp.gate", "block_sparse_moe.router"}
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from tiny import COMMON, randomise, tiny
-from tiny_tokenizer import letters, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from absorb.cli import main
 from absorb.families import FAMILIES, UnsupportedFamilyError
 from absorb.outline import outlined
+from tests.helpers.tiny import COMMON, randomise, tiny
+from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
 DENSE = [name for name in FAMILIES if "moe" not in name and name != "mixtral"]
 TOKENS = {name: COMMON[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}

@@ -18,9 +18,6 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
-from test_planted import MASSIVE, NEURON, OUTLIER, planted
-from tiny import HEADS, HIDDEN, LAYERS, tiny
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
 from absorb.charts import Maps, Pairs, Panel, Ranks, digest
@@ -34,6 +31,9 @@ from absorb.page import drawn, inspection_page
 from absorb.quantize import input_peaks
 from absorb.report import from_json, to_json
 from absorb.views import sections
+from tests.helpers.tiny import HEADS, HIDDEN, LAYERS, tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.test_planted import MASSIVE, NEURON, OUTLIER, planted
 
 NAMES = ["sinks", "channels", "tokens", "neurons", "inputs"]
 HOSTILE = "<script>alert(1)</script>$\\frac$\n😀"

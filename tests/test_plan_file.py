@@ -11,8 +11,6 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import HIDDEN, LAYERS, NOTHING, tiny
-from tiny_tokenizer import letters, tiny_tokenizer
 from torch import Tensor
 
 from absorb import plan as plan_module
@@ -27,6 +25,8 @@ from absorb.report import Inspection, versions
 from absorb.settings import Job, ModelRef, Sink
 from absorb.smoothing import searched_scales
 from absorb.source import Source, load
+from tests.helpers.tiny import HIDDEN, LAYERS, NOTHING, tiny
+from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
 # Low enough that neurons of a tiny model are removed and channels of its stream are rescaled.
 LOW = ["--threshold", "channel_ratio=1.3", "--threshold", "massive_value=1"]

@@ -9,8 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from edits import place_of, weight_of
-from tiny import HEAD_DIM, HEADS, INTERMEDIATE, LAYERS, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +20,8 @@ from absorb.measure import measure
 from absorb.plan import make_plan, residual_scales
 from absorb.settings import Thresholds
 from absorb.watch import led
+from tests.helpers.edits import place_of, weight_of
+from tests.helpers.tiny import HEAD_DIM, HEADS, INTERMEDIATE, LAYERS, tiny
 
 BOS, DETECTOR, MASSIVE, OUTLIER, NEURON = 1, 3, 5, 7, 11
 EXPERT = 2

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import LAYERS, tiny
 from torch import Tensor
 
 from absorb.families import FAMILIES
 from absorb.measure import Measurement, measure
 from absorb.prefix import strongest_sink
 from absorb.settings import Thresholds
+from tests.helpers.tiny import LAYERS, tiny
 
 BOS, RARE, USUAL, ODD = 1, 7, 9, 11
 LIMITS = Thresholds()

@@ -1,13 +1,13 @@
-"""`scripts/prefixquant.py` finds the tokens that were made outliers, and as many as there are."""
+"""The rival finds the tokens that were made outliers, and as many as there are."""
 
 import torch
-from prefixquant import prefix_tokens
-from test_planted import BOS, planted
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
 from absorb.families import FAMILIES
 from absorb.source import Source
+from scripts.benchmarks.rivals.prefixquant import prefix_tokens
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.test_planted import BOS, planted
 
 OFTEN, SELDOM = 40, 50  # tokens that fire the planted neuron as BOS does
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from fake_hub import TOKEN, USER, FakeHub, Trouble, serving
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
@@ -19,6 +18,7 @@ from absorb.errors import AbsorbError
 from absorb.hub import admitted, upload
 from absorb.settings import Destination, ModelRef
 from absorb.verify import verify
+from tests.helpers.fake_hub import TOKEN, USER, FakeHub, Trouble, serving
 
 REPOSITORY = f"{USER}/model"
 BATCH = f"POST /{REPOSITORY}.git/info/lfs/objects/batch"

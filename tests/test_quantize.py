@@ -6,7 +6,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from tiny import tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from absorb.grids import INT4_ROW, INT8_ROW, INT8_TENSOR, rounded
 from absorb.quantize import FORMATS, Format, clipped_ranges, input_peaks, quantised
 from absorb.settings import FormatName
 from absorb.watch import attending, linears_of
+from tests.helpers.tiny import tiny
 
 LLAMA = FAMILIES["llama"]
 STATIC = FORMATS["w8a8-static"]

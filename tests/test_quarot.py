@@ -1,9 +1,7 @@
-"""`scripts/quarot.py` rotates as QuaRot does, where its own implementation and paper say how."""
+"""The rival rotates as QuaRot does, where its own implementation and paper say how."""
 
 import pytest
 import torch
-from quarot import turn
-from tiny import HEAD_DIM, HIDDEN, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +11,8 @@ from absorb.quantize import FORMATS, quantised, watching_inputs
 from absorb.rotation import rotated
 from absorb.watch import linears_of
 from absorb.weights import weight_at
+from scripts.benchmarks.rivals.quarot import turn
+from tests.helpers.tiny import HEAD_DIM, HIDDEN, tiny
 
 LLAMA = FAMILIES["llama"]
 

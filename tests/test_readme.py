@@ -1,35 +1,89 @@
 """What the repository says is what its files say."""
 
 import re
-import runpy
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
+from jinja2 import UndefinedError
 
+from absorb import quantize
 from absorb.cli import main
 from absorb.quantize import FORMATS
 from absorb.report import Report, from_json, to_json
+from scripts.release import render
 
 ROOT = Path(__file__).parent.parent
 CARD = ROOT / "model_cards" / "smollm2-135m-absorbed"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
+    *sorted((ROOT / "model_cards").rglob("*.md")),
+]
+# What templates may say themselves: settings, versions, a model's name, what papers say.
+NOT_MEASURED = {"1,024", "1,600", "0.6", "0.8", "0.1.2", "2.0", "2601.22966", "3.11"}
 
 
-def test_readme_and_card_and_pictures_show_the_figures_of_their_files(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["render_readme", "--check"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "scripts" / "render_readme"), run_name="__main__")
-    assert ended.value.code is None
+def check() -> tuple[int, str]:
+    result = CliRunner().invoke(render.main, ["--check"])
+    return result.exit_code, result.output
 
 
-def test_the_readme_knows_every_format() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert [name for name in FORMATS if f"`{name}`" not in text] == []
+def test_pages_and_pictures_show_the_figures_of_their_files() -> None:
+    assert check() == (0, "")
+
+
+def test_a_page_that_shows_other_figures_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = render.figures()
+    found["ablation"]["100 steps of all"]["converted"]["perplexity"] += 1
+    monkeypatch.setattr(render, "figures", lambda: found)
+    code, said = check()
+    assert code == 1
+    assert "README.md, model_cards/smollm2-135m-absorbed/EVIDENCE.md;" in said
+
+
+@pytest.mark.parametrize("template", ["README.md", "EVIDENCE.md"])
+def test_a_figure_without_a_file_is_an_error(template: str) -> None:
+    with pytest.raises(UndefinedError):
+        render.page(template)
+
+
+@pytest.mark.parametrize("template", ["README.md", "EVIDENCE.md"])
+def test_no_figure_is_written_by_hand(template: str) -> None:
+    text = (render.TEMPLATES / template).read_text()
+    own = re.sub(r"{{.*?}}|{%.*?%}", "", text, flags=re.DOTALL)
+    assert set(re.findall(r"\d+(?:[.,]\d+)+", own)) <= NOT_MEASURED
+
+
+def test_the_readme_is_no_longer_than_two_hundred_lines() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for target in re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', page.read_text()):
+        place, _, section = "".join(target).partition("#")
+        if place.startswith("https:"):
+            continue
+        file = page.parent / place if place else page
+        if not file.exists() or (section and section not in sections(file)):
+            broken.append("".join(target))
+    assert broken == []
+
+
+def sections(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_every_format_is_explained() -> None:
+    assert [name for name in FORMATS if f"`{name}`" not in str(quantize.__doc__)] == []
 
 
 def commands() -> list[str]:
@@ -57,15 +111,13 @@ def test_a_command_of_the_readme_is_one(
         command.make_context(name, arguments, parent=outer)  # raises where an option is unknown
 
 
-def test_every_sentence_in_the_readme_is_one_of_absorb() -> None:
-    sources = [path.read_text() for path in (ROOT / "absorb").glob("*.py")]
-    said = re.sub(r'"\s+f?"', "", "".join(sources))
-    section = (ROOT / "README.md").read_text().partition("## When it refuses")[2]
-    table = section.partition("\n## ")[0]
-    sentences = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
-    assert len(sentences) > 10
-    pieces = [piece for sentence in sentences for piece in sentence.split("…")]
-    assert [piece for piece in pieces if piece not in said] == []
+def test_scripts_that_pages_name_are_there() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    modules = set(re.findall(r"python -m (scripts[.\w]+)", text))
+    assert len(modules) > 5
+    assert [name for name in modules if find_spec(name) is None] == []
+    names = set(re.findall(r"`(scripts/[\w/]+)", text))
+    assert [name for name in names if not (ROOT / name).exists()] == []
 
 
 def test_the_shell_completes_commands() -> None:

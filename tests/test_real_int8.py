@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from tiny import tiny
 from torch import Tensor
 
 from absorb.families import FAMILIES
 from absorb.graft import twin
 from absorb.quantize import FORMATS, input_peaks, quantised
 from absorb.watch import linears_of
+from tests.helpers.tiny import tiny
 
 pytest.importorskip("torchao")
 LLAMA = FAMILIES["llama"]
@@ -22,7 +22,7 @@ LLAMA = FAMILIES["llama"]
 def test_integers_give_what_fake_quantisation_does(
     static: bool, absorbed: bool, tokens: Tensor
 ) -> None:
-    from real_int8 import size, to_int8
+    from scripts.benchmarks.int8.arithmetic import size, to_int8
 
     model = tiny("llama", torch.float32)
     model = twin(model, LLAMA) if absorbed else model
@@ -44,7 +44,7 @@ def test_integers_give_what_fake_quantisation_does(
 
 @torch.no_grad()
 def test_a_reduced_range_is_half_as_fine(tokens: Tensor) -> None:
-    from real_int8 import to_int8
+    from scripts.benchmarks.int8.arithmetic import to_int8
 
     model = tiny("llama", torch.float32)
     peaks, exact = input_peaks(model, LLAMA, tokens), model(tokens).logits

@@ -6,8 +6,6 @@ from typing import get_args
 
 import pytest
 import torch
-from test_distill import PREFIX, texts
-from tiny import tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,6 +17,8 @@ from absorb.quantize import FORMATS, quantised
 from absorb.recipe import recipe
 from absorb.rehearse import FORMAT_FOR, rehearsing
 from absorb.settings import Distillation, Purpose
+from tests.helpers.tiny import tiny
+from tests.test_distill import PREFIX, texts
 
 PURPOSES = pytest.mark.parametrize("purpose", FORMAT_FOR)
 # What is rounded depends on the family, and how on the purpose: every family has one purpose, and

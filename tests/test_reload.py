@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from absorb import modeling_absorb
 from absorb.cli import main
 from absorb.write import without_bos
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 LOAD = """
 import sys

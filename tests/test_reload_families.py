@@ -10,8 +10,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
 from absorb.cli import main
@@ -21,6 +19,8 @@ from absorb.graft import graft
 from absorb.plan import Plan, Removal
 from absorb.sinks import fit_sinks, prefix_of
 from absorb.text import LENGTH
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 # In mixed form a layer has keys and the others logits, so it stands for both.
 CASES = [(name, "mixed") for name in FAMILIES] + [("llama", "logit"), ("gpt2", "logit")]

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import HIDDEN, tiny
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -25,6 +23,8 @@ from absorb.settings import Sink, Thresholds
 from absorb.watch import layers_of, led
 from absorb.weights import bias_at, is_norm, place_at, weight_at
 from absorb.write import as_stored
+from tests.helpers.tiny import HIDDEN, tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 BOS = torch.tensor([1])
 OUTLIERS = [7, 21]

@@ -1,30 +1,28 @@
-"""`scripts/benchmark_rivals`: every rival is what its paper says, and all are in one table."""
+"""`scripts.benchmarks.rivals`: every rival is what its paper says, and all are in one table."""
 
 import json
 import math
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
 import pytest
-import rivals
 import torch
 from click.testing import CliRunner, Result
-from rival_table import COLUMNS, rival_rows
-from rivals import Bench
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
-from windows import windows
 
 from absorb.cli import main
 from absorb.errors import AbsorbError
 from absorb.score import Subject, losses
 from absorb.watch import layers_of, linears_of, remembering, watching
+from scripts.bench import windows
+from scripts.benchmarks.rivals import rivals
+from scripts.benchmarks.rivals.__main__ import main as benchmark
+from scripts.benchmarks.rivals.rivals import Bench
+from scripts.benchmarks.rivals.table import COLUMNS, rival_rows
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark_rivals"
 STEPS = 2
 
 
@@ -62,14 +60,9 @@ def rows(bench: Bench, folder: Path) -> Tensor:
 
 
 def run(folder: Path, *options: object) -> Result:
-    loader = SourceFileLoader("benchmark_rivals", str(SCRIPT))
-    spec = spec_from_loader("benchmark_rivals", loader)
-    assert spec is not None
-    script: Any = module_from_spec(spec)
-    loader.exec_module(script)
     command = [folder / "original", folder / "converted", "--text", folder / "text.txt"]
     command += ["--calibration", folder / "calibration.txt", "--windows", 2, *options]
-    return CliRunner().invoke(script.main, [str(part) for part in command])
+    return CliRunner().invoke(benchmark, [str(part) for part in command])
 
 
 @pytest.fixture(scope="module")

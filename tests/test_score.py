@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,6 +13,7 @@ from absorb.graft import twin
 from absorb.logits import kl
 from absorb.score import Score, Subject, evaluate
 from absorb.settings import Thresholds
+from tests.helpers.tiny import tiny
 
 NOTHING = torch.tensor([], dtype=torch.long)
 BOS = torch.tensor([1])

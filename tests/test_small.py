@@ -1,12 +1,9 @@
-"""`scripts/train_small`: what it writes is a stock checkpoint, trained on nothing that it keeps."""
+"""`scripts.trials.train_small` writes a stock checkpoint, trained on nothing that it keeps."""
 
 import json
 import re
 from dataclasses import replace
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,24 +14,12 @@ from absorb.families import FAMILIES
 from absorb.prefix import lead_of
 from absorb.settings import ModelRef
 from absorb.source import load
+from scripts.trials import train_small
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "train_small"
 LONG = 120  # different words of a text
-
-
-def script() -> Any:
-    loader = SourceFileLoader("train_small", str(SCRIPT))
-    spec = spec_from_loader("train_small", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-SMALL = script()
-SMALL.LENGTH = 128  # of a row, for more steps in the same time
+train_small.LENGTH = 128  # of a row, for more steps in the same time
 TINY = replace(
-    SMALL.Recipe(),
+    train_small.Recipe(),
     minutes=0.1,
     vocabulary=300,
     rate=1e-2,
@@ -47,20 +32,20 @@ TINY = replace(
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with Python files, of which one repeats another, and a file that is none."""
     folder = tmp_path_factory.mktemp("text")
-    for number in range(4 * SMALL.KEPT):
-        words = (f"{word}{number % (4 * SMALL.KEPT - 1)}" for word in range(LONG))
+    for number in range(4 * train_small.KEPT):
+        words = (f"{word}{number % (4 * train_small.KEPT - 1)}" for word in range(LONG))
         (folder / f"{number}.py").write_text(" ".join(words))
     (folder / "other.txt").write_text("nothing")
     return folder
 
 
-@pytest.fixture(scope="module", params=list(SMALL.SHAPES))
+@pytest.fixture(scope="module", params=list(train_small.SHAPES))
 def made(
     text: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> tuple[str, Path, str]:
     """An architecture, the folder of a model of it, and what was said of it."""
     out = tmp_path_factory.mktemp(request.param) / "model"
-    return request.param, out, SMALL.make(request.param, [text], out, TINY, "cpu")
+    return request.param, out, train_small.make(request.param, [text], out, TINY, "cpu")
 
 
 def test_what_is_written_is_a_checkpoint_of_the_stock_class(made: tuple[str, Path, str]) -> None:
@@ -79,7 +64,7 @@ def test_it_learns(made: tuple[str, Path, str]) -> None:
     piece = json.loads((out / "held_out.jsonl").read_text().partition("\n")[0])["text"]
     rows = torch.tensor(source.tokenizer(piece)["input_ids"])[None]
     loss = float(source.model(rows, labels=rows).loss.detach())
-    untrained = SMALL.fresh(model_type, TINY, source.tokenizer)
+    untrained = train_small.fresh(model_type, TINY, source.tokenizer)
     assert loss < float(untrained(rows, labels=rows).loss.detach()) - 0.2
     steps = re.search(r"(\d+) steps", said)
     assert steps is not None
@@ -97,23 +82,27 @@ def test_it_says_what_it_found(made: tuple[str, Path, str]) -> None:
 
 
 def test_nothing_is_trained_on_that_is_measured_on(text: Path) -> None:
-    found = SMALL.corpus([text])
+    found = train_small.corpus([text])
     parts = [set(found.training), set(found.held_out), set(found.calibration)]
-    assert [len(part) for part in parts] == [2 * SMALL.KEPT - 1, SMALL.KEPT, SMALL.KEPT]
-    assert len(set.union(*parts)) == 4 * SMALL.KEPT - 1  # one file repeats another
+    assert [len(part) for part in parts] == [
+        2 * train_small.KEPT - 1,
+        train_small.KEPT,
+        train_small.KEPT,
+    ]
+    assert len(set.union(*parts)) == 4 * train_small.KEPT - 1  # one file repeats another
 
 
 def test_a_long_document_is_cut_into_pieces(tmp_path: Path) -> None:
     words = " ".join(map(str, range(200_000)))
     (tmp_path / "long.txt").write_text(words)
-    found = SMALL.corpus([tmp_path / "long.txt"])
+    found = train_small.corpus([tmp_path / "long.txt"])
     pieces = [*found.training, *found.held_out, *found.calibration]
-    assert sorted(map(len, pieces))[1] == SMALL.PIECE
+    assert sorted(map(len, pieces))[1] == train_small.PIECE
     assert sum(map(len, pieces)) == len(words)
 
 
 def test_the_rate_rises_then_falls() -> None:
-    paces = [SMALL.pace(past / 100, 0.05) for past in range(101)]
+    paces = [train_small.pace(past / 100, 0.05) for past in range(101)]
     top = paces.index(max(paces))
     assert paces[0] == 0
     assert paces[-1] == 0
@@ -130,7 +119,7 @@ def test_a_sink_is_counted(made: tuple[str, Path, str]) -> None:
         if name.endswith(("q_proj.weight", "query_key_value.weight")):
             parameter.data.zero_()  # attention is uniform: two tokens share it
     rows = torch.randint(3, 200, (2, 2))
-    said = SMALL.found(source.model, source.family, rows, lead_of(source.tokenizer))
+    said = train_small.found(source.model, source.family, rows, lead_of(source.tokenizer))
     assert "sinks: 12 of 12 heads give BOS more than 0.3" in said
 
 
@@ -153,7 +142,7 @@ def test_what_cannot_be_done_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("short")
-    result = CliRunner().invoke(SMALL.main, ["qwen3", "--out", "out", *options])
+    result = CliRunner().invoke(train_small.main, ["qwen3", "--out", "out", *options])
     assert result.exit_code == 1
     assert sentence in result.output
     assert not (tmp_path / "out").exists()

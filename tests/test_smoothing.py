@@ -4,7 +4,6 @@ from math import inf
 
 import pytest
 import torch
-from tiny import HIDDEN, LAYERS, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from absorb.rotation import rotated
 from absorb.smoothing import searched_scales, smoothing_scales
 from absorb.watch import each_name
 from absorb.weights import weight_at
+from tests.helpers.tiny import HIDDEN, LAYERS, tiny
 
 LLAMA = FAMILIES["llama"]
 ORDERS = pytest.mark.parametrize("order", [2, inf])

@@ -8,13 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from fake_hub import COMMIT, FakeHub, serving
 from gguf import GGUFWriter
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tiny import tiny
-from tiny_gguf import write_gguf
-from tiny_tokenizer import TEMPLATE, tiny_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +25,10 @@ from transformers import (
 from absorb.errors import AbsorbError
 from absorb.settings import ModelRef
 from absorb.source import Source, load
+from tests.helpers.fake_hub import COMMIT, FakeHub, serving
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_gguf import write_gguf
+from tests.helpers.tiny_tokenizer import TEMPLATE, tiny_tokenizer
 
 REPOSITORY = "someone/tiny"
 

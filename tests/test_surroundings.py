@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny
-from tiny_tokenizer import letters, tiny_tokenizer
 
 from absorb.checkpoint import digests
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, tiny
 from torch import Tensor
 
 from absorb.families import FAMILIES
@@ -24,6 +23,7 @@ from absorb.tally import (
     token_attention,
     token_ratios,
 )
+from tests.helpers.tiny import VOCABULARY, tiny
 
 LEAD = torch.tensor([1])
 ROWS = 7  # so that the last batch is smaller than the others

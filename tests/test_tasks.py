@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 
 from absorb import compare, timing
@@ -18,6 +16,8 @@ from absorb.families import FAMILIES
 from absorb.quantize import FORMATS, quantised
 from absorb.score import Subject, losses
 from absorb.tasks import answered, questions_in, tasks_of
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 pytest.importorskip("lm_eval")
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_attention import EVERY, drift, sinked, stock, subject, texts
-from test_faults import warm
 from torch import distributed, multiprocessing
 from transformers.distributed import DistributedConfig
 
 from absorb.modeling_absorb import AbsorbLlamaForCausalLM
+from tests.test_attention import EVERY, drift, sinked, stock, subject, texts
+from tests.test_faults import warm
 
 RANKS = 2
 FORMS = ("logit", "key")

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
 
 from absorb.errors import AbsorbError
 from absorb.families import FAMILIES
@@ -24,6 +22,8 @@ from absorb.text import (
     gather,
 )
 from absorb.windows import documents
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 FIXED = CALIBRATION_ROWS + VALIDATION_ROWS + HELD_OUT_ROWS["cpu"]
 

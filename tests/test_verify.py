@@ -12,8 +12,6 @@ import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
 
 import absorb
 from absorb.checkpoint import digests
@@ -21,6 +19,8 @@ from absorb.cli import main
 from absorb.errors import AbsorbError
 from absorb.settings import ModelRef, Sink
 from absorb.verify import read_report, verify
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 PACKAGE = Path(absorb.__file__).parent
 
@@ -65,7 +65,7 @@ def test_what_absorb_wrote_is_verified(folder: Path) -> None:
 def test_the_present_code_is_stamped_as_that_of_the_present_version() -> None:
     released = json.loads((PACKAGE / "released.json").read_text())
     digest = hashlib.sha256((PACKAGE / "modeling_absorb.py").read_bytes()).hexdigest()
-    assert released[absorb.__version__] == digest, "run scripts/stamp"
+    assert released[absorb.__version__] == digest, "run python -m scripts.release.stamp"
 
 
 def removed(folder: Path) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
 
 from absorb.errors import AbsorbError
 from absorb.families import FAMILIES
 from absorb.source import Source
 from absorb.windows import windows
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

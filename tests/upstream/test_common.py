@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HEAD_DIM, HEADS, HIDDEN, VOCABULARY, tiny
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -25,6 +24,7 @@ from absorb import modeling_absorb
 from absorb.families import family_of
 from absorb.graft import twin
 from absorb.sinks import prefix_of
+from tests.helpers.tiny import HEAD_DIM, HEADS, HIDDEN, VOCABULARY, tiny
 
 
 def stand_in(module: str, **contents: Any) -> None:

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Name the present modeling_absorb.py as that of the present version, in absorb/released.json."""
 
 import hashlib
@@ -7,7 +6,7 @@ from pathlib import Path
 
 from absorb import __version__
 
-PACKAGE = Path(__file__).resolve().parent.parent / "absorb"
+PACKAGE = Path(__file__).resolve().parents[2] / "absorb"
 RELEASED = PACKAGE / "released.json"
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from pathlib import Path
 import gguf
 import numpy
 from gguf import GGMLQuantizationType, GGUFWriter
-from tiny_tokenizer import MERGES, SPECIAL, TEMPLATE, TOKENS
 from transformers import PreTrainedModel
+
+from tests.helpers.tiny_tokenizer import MERGES, SPECIAL, TEMPLATE, TOKENS
 
 NAMES = {
     "model.embed_tokens": "token_embd",

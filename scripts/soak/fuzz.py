@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Give absorb damaged and hostile inputs, at random, and look for tracebacks and partial output.
 
-    scripts/fuzz --cases 20000
+    python -m scripts.soak.fuzz --cases 20000
 
 Exit code 1 if there is any; each kind is shown once.
 """
@@ -15,13 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import click
 import torch
-from fuzzing import TARGETS, Bench, Target, bench_in, empty_folder
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+
+from tests.helpers.fuzzing import TARGETS, Bench, Target, bench_in, empty_folder
 
 
 @click.command()

@@ -1,13 +1,11 @@
-#!/usr/bin/env python
-"""What each choice of a conversion costs and brings, all measured on one text: ratios and JSON.
+r"""What each choice of a conversion costs and brings, all measured on one text: ratios and JSON.
 
-scripts/ablate --text wikitext2_test.txt --calibration c4.jsonl --calibration prose.txt \
-    --json ablation.json
+python -m scripts.trials.ablate --text wikitext2_test.txt --json ablation.json \
+    --calibration c4.jsonl --calibration prose.txt
 
 A row that is in the JSON already is not run again, so an interrupted run goes on where it was.
 """
 
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +16,6 @@ from typing import Any
 import click
 import torch
 from transformers import PreTrainedModel
-from windows import windows
 
 from absorb.pipeline import Draft, fine_tuned, fresh, prepare
 from absorb.prefix import lead_of
@@ -38,8 +35,9 @@ from absorb.settings import (
 )
 from absorb.source import load
 from absorb.write import as_stored
+from scripts import bench
+from scripts.bench import SEEN, windows
 
-SEEN = 8  # windows that fixed ranges are taken from
 TRAINING_ROWS = 1024
 LEAST = 32  # where nothing is trained
 USUAL: tuple[FormatName, ...] = ("w8a8-static", "w8a8-clipped", "w8a8-token")
@@ -180,40 +178,31 @@ def line(name: str, run: Any) -> Row:
 
 @click.command()
 @click.option("--model", default="demo", show_default=True)
-@click.option("--text", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option(
-    "--calibration",
-    "given",
-    required=True,
-    multiple=True,
-    type=click.Path(exists=True, path_type=Path),
-    help="Ranges are taken from the first. Given twice, one row is calibrated on the second.",
-)
-@click.option("--windows", "count", default=32, show_default=True)
-@click.option("--device", default="auto", show_default=True)
+@bench.texts(32, several=True)
+@bench.device
 @click.option("--row", "names", type=click.Choice(list(CHOICES)), multiple=True, help="Only these.")
-@click.option("--json", "out", required=True, type=click.Path(path_type=Path))
+@bench.kept_figures
 def main(
     model: str,
     text: Path,
-    given: tuple[Path, ...],
     count: int,
+    calibration: tuple[Path, ...],
     device: str,
     names: tuple[str, ...],
     out: Path,
 ) -> None:
     """Convert MODEL once for every row, and compare what comes out on the same text."""
-    done = json.loads(out.read_text()) if out.exists() else {}
-    known = [name for name, choice in CHOICES.items() if (choice.given or 0) < len(given)]
+    done = bench.read(out)
+    known = [name for name, choice in CHOICES.items() if (choice.given or 0) < len(calibration)]
     if unknown := set(names).difference(known):
         raise click.UsageError(f"the row {min(unknown)!r} needs one more --calibration")
     wanted = [name for name in names or known if name not in done]
-    bench = Bench(model, text, given, count, device) if wanted else None
+    made = Bench(model, text, calibration, count, device) if wanted else None
     for name in wanted:
         click.echo(f"=== {name}", err=True)
-        assert bench is not None
-        done[name] = bench.measured(CHOICES[name])
-        out.write_text(json.dumps(done, indent=1) + "\n")
+        assert made is not None
+        done[name] = made.measured(CHOICES[name])
+        bench.write(out, done)
         print(table([line(name, done[name])]), file=sys.stderr)
     head = ("", "seconds", "KL", "|x| / median", "perplexity x", *USUAL, "nvfp4", "w4a4, rotated")
     print(table([head, *(line(name, run) for name, run in done.items())]))

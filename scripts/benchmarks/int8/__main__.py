@@ -1,14 +1,13 @@
-#!/usr/bin/env python
-"""Original and converted model in real INT8 on the CPU: perplexity, size and speed, JSON.
+r"""Original and converted model in real INT8 on the CPU: perplexity, size and speed, JSON.
 
-scripts/benchmark_int8 demo CONVERTED --text wikitext2_test.txt --calibration c4.jsonl --json FILE
+python -m scripts.benchmarks.int8 demo CONVERTED \
+    --text wikitext2_test.txt --calibration c4.jsonl --json int8.json
 
 torchao (pip install torchao) makes the integers, torch.compile the kernels: that takes minutes for
 each row of the table. A row that is in the JSON already is not run again. One thread computes, and
 its speed is by the time that it had a core, so that other work on the machine is not in it.
 """
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,8 @@ from typing import Any
 import click
 import torch
 import torchao
-from int8_table import int8_rows
-from real_int8 import needs_reducing, size, to_int8
 from torch import Tensor
 from tqdm import tqdm
-from windows import windows
 
 from absorb.prefix import lead_of
 from absorb.quantize import input_peaks
@@ -31,8 +27,11 @@ from absorb.report import table
 from absorb.settings import ModelRef
 from absorb.source import Source, load
 from absorb.watch import led
+from scripts import bench
+from scripts.bench import SEEN, windows
+from scripts.benchmarks.int8.arithmetic import needs_reducing, size, to_int8
+from scripts.benchmarks.int8.table import int8_rows
 
-SEEN = 8  # windows that fixed ranges are taken from
 ARITHMETIC = ("float32", "INT8, static", "INT8, per token")
 
 
@@ -73,11 +72,9 @@ def run_over(
 @click.command()
 @click.argument("original")
 @click.argument("converted", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--text", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--windows", "count", default=8, show_default=True)
-@click.option("--calibration", required=True, type=click.Path(exists=True, path_type=Path))
+@bench.texts(8)
 @click.option("--rows", "most", default=6, show_default=True, help="Run so many at most.")
-@click.option("--json", "out", required=True, type=click.Path(path_type=Path))
+@bench.kept_figures
 def main(
     original: str,
     converted: Path,
@@ -90,7 +87,7 @@ def main(
     """Measure ORIGINAL and CONVERTED in float32 and in INT8 arithmetic."""
     torch.set_num_threads(1)
     torch._inductor.config.freezing = True  # without it the weights are not packed for integers
-    done = json.loads(out.read_text()) if out.exists() else {"rows": {}}
+    done = {"rows": {}, **bench.read(out)}
     rows = {
         f"{name}, {arithmetic}": (model, arithmetic)
         for arithmetic in ARITHMETIC
@@ -110,7 +107,7 @@ def main(
                 "reduced": needs_reducing(),
                 "versions": {"torch": torch.__version__, "torchao": torchao.__version__},
             }
-            out.write_text(json.dumps(done, indent=1) + "\n")
+            bench.write(out, done)
     print(table(int8_rows(done)))
 
 

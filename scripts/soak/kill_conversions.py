@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Kill conversions of a tiny model at random moments, and look at what each of them left.
 
-    scripts/kill_conversions --kills 200
+    python -m scripts.soak.kill_conversions --kills 200
 
 The output must be absent, or complete: all its files as its report lists them, and a model that
 loads. Exit code 1 where it is neither, or where the next conversion could not clear what was left.
@@ -21,21 +20,21 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
 import click
 import torch
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
 
 import absorb
 from absorb.checkpoint import digests
 from absorb.report import Report, from_json
 from absorb.settings import ModelRef
 from absorb.source import load
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 warm = get_context("forkserver")  # forked from a process that has imported, and done nothing else
-warm.set_forkserver_preload(["absorb.interface", "tiny", "tiny_tokenizer"])
+warm.set_forkserver_preload(
+    ["absorb.interface", "tests.helpers.tiny", "tests.helpers.tiny_tokenizer"]
+)
 
 
 @click.command()

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """A small model trained from nothing in a few minutes, and what sinks it has grown.
 
-scripts/train_small qwen3 --out DIR
+python -m scripts.trials.train_small qwen3 --out DIR
 
 DIR is then a checkpoint that `absorb convert` takes, with two texts that the model was not trained
 on beside it: held_out.jsonl to measure on, calibration.jsonl to take ranges from. Without --text it
@@ -39,6 +38,7 @@ from absorb.refusals import Refusals
 from absorb.report import Row, table
 from absorb.settings import Thresholds
 from absorb.windows import documents
+from scripts import bench
 
 LENGTH = 576  # tokens of a row, BOS among them: windows of 512 behind a prefix stay inside it
 PIECE = 5_000  # characters that documents are cut into
@@ -260,7 +260,7 @@ def make(model_type: str, paths: list[Path], out: Path, recipe: Recipe, device: 
     help="A file (plain, or .jsonl with `text`), or a folder whose Python files are read.",
 )
 @click.option("--minutes", default=Recipe().minutes, show_default=True)
-@click.option("--device", default="auto", show_default=True)
+@bench.device
 def main(model_type: str, out: Path, paths: tuple[Path, ...], minutes: float, device: str) -> None:
     """Train a small model of the architecture MODEL_TYPE, and say what sinks it has."""
     with Refusals():

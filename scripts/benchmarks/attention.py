@@ -1,10 +1,8 @@
-#!/usr/bin/env python
 """Sink attention against stock attention without sinks, eager, and a virtual token: one run, JSON.
 
-scripts/benchmark_attention --json attention.json
+python -m scripts.benchmarks.attention --json attention.json
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from absorb.modeling_absorb import eager_attention, sink_attention
 from absorb.report import table
 from absorb.timing import interleaved
+from scripts import bench
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
@@ -161,9 +160,7 @@ def timed(case: Case, device: str, repeats: int) -> dict[str, float]:
 @click.option("--length", "lengths", type=int, multiple=True, help="Instead of the usual ones.")
 @click.option("--head-dim", "head_dims", type=int, multiple=True, default=(64, 128))
 @click.option("--repeats", default=7, show_default=True)
-@click.option(
-    "--json", "out", type=click.Path(path_type=Path), help="Also write the figures there."
-)
+@bench.figures
 def main(
     device: str,
     lengths: tuple[int, ...],
@@ -187,10 +184,9 @@ def main(
         )
         click.echo(" ".join(rows[-1]), err=True)
     print(table([("time of absorb as a multiple of", *NAMES), *rows]))
-    if out is not None:
-        gpu = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-        report = {"device": gpu, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        out.write_text(json.dumps({**report, "cases": figures}, indent=1) + "\n")
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    report = {"device": gpu, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    bench.write(out, {**report, "cases": figures})
 
 
 if __name__ == "__main__":

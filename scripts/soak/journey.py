@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """From a model to a stranger's generated text, by way of a Hub on this machine.
 
-    scripts/journey                      a tiny random model
-    scripts/journey demo --steps 0       a real one, with options of `absorb convert`
+    python -m scripts.soak.journey                    a tiny random model
+    python -m scripts.soak.journey demo --steps 0     a real one, with options of `absorb convert`
 
 Converts, pushes, and then, in a process without absorb and with an empty cache, loads what was
 pushed as its model card says, generates, loads it by `pipeline`; at last verifies it. The logits
@@ -17,11 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from tests.helpers.fake_hub import TOKEN, USER, running
 
-from fake_hub import TOKEN, USER, running  # noqa: E402 - it lives with the tests
-
+ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY = f"{USER}/journey"
 ABSORB = [sys.executable, "-c", "from absorb.cli import main; main()"]
 
@@ -88,9 +85,10 @@ def main(model: str | None, *options: str) -> None:
 
 def tiny_model(place: Path) -> str:
     import torch
-    from tiny import tiny
-    from tiny_tokenizer import tiny_tokenizer
     from transformers.utils import logging
+
+    from tests.helpers.tiny import tiny
+    from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
     logging.disable_progress_bar()
     folder = place / "tiny"

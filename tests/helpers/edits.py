@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from tiny import HEAD_DIM, HEADS, HIDDEN, kv_heads, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from absorb.families import Family
+from tests.helpers.tiny import HEAD_DIM, HEADS, HIDDEN, kv_heads, tiny
 
 Edit = Callable[[PreTrainedModel, Family], None]
 Rows = Callable[[Family, int, int], Tensor]

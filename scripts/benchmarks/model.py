@@ -1,10 +1,8 @@
-#!/usr/bin/env python
 """A converted model against the one it came from under stock attention: time and memory, JSON.
 
-scripts/benchmark_model --model ORIGINAL --converted DIR
+python -m scripts.benchmarks.model --model ORIGINAL --converted DIR
 """
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from absorb.families import family_of
 from absorb.graft import twin
 from absorb.report import table
 from absorb.timing import growth, interleaved
+from scripts import bench
 
 # The shape of SmolLM2-135M: a model of this size shows what every extra kernel costs.
 SMALL = {
@@ -74,9 +73,7 @@ def training(model: PreTrainedModel) -> Callable[[PreTrainedModel, Tensor], None
 @click.option("--length", default=1024, show_default=True, help="Of the prompt, and of training.")
 @click.option("--new", default=32, show_default=True, help="Tokens to decode.")
 @click.option("--repeats", default=7, show_default=True)
-@click.option(
-    "--json", "out", type=click.Path(path_type=Path), help="Also write the figures there."
-)
+@bench.figures
 def main(
     original: str | None,
     converted: str | None,
@@ -118,10 +115,9 @@ def main(
     head = ("converted as a multiple of the original", *figures["prefill"]["ratios"])
     rows = [(work, *(f"{r:.3f}" for r in f["ratios"].values())) for work, f in figures.items()]
     print(table([head, *rows]))
-    if out is not None:
-        name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-        settings = {"device": name, "torch": torch.__version__, "dtype": dtype, "batch": batch}
-        out.write_text(json.dumps({**settings, "length": length, **figures}, indent=1) + "\n")
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    settings = {"device": name, "torch": torch.__version__, "dtype": dtype, "batch": batch}
+    bench.write(out, {**settings, "length": length, **figures})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The table of `scripts/benchmark_rivals`, from the JSON that it wrote."""
+"""The table of `scripts.benchmarks.rivals`, from the JSON that it wrote."""
 
 from typing import Any
 

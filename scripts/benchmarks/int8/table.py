@@ -1,4 +1,4 @@
-"""The table of `scripts/benchmark_int8`, from the JSON that it wrote."""
+"""The table of `scripts.benchmarks.int8`, from the JSON that it wrote."""
 
 from typing import Any
 

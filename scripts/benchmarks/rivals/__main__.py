@@ -1,11 +1,10 @@
-#!/usr/bin/env python
-"""absorb beside what one would do instead of it: one run, a table, JSON.
+r"""absorb beside what one would do instead of it: one run, a table, JSON.
 
-scripts/benchmark_rivals demo CONVERTED --text wikitext2_test.txt --calibration c4.jsonl
+python -m scripts.benchmarks.rivals demo CONVERTED \
+    --text wikitext2_test.txt --calibration c4.jsonl
 """
 
 import hashlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -13,16 +12,17 @@ from typing import Any
 
 import click
 import torch
-from rival_table import formats, rival_rows
-from rivals import RIVALS, Bench, Rival, bench_of
 from torch import Tensor
-from windows import windows
 
 from absorb.compare import interval
 from absorb.quantize import FORMATS
 from absorb.refusals import Refusals
 from absorb.report import table, versions
 from absorb.score import losses, quantised_losses
+from scripts import bench as shared
+from scripts.bench import windows
+from scripts.benchmarks.rivals.rivals import RIVALS, Bench, Rival, bench_of
+from scripts.benchmarks.rivals.table import formats, rival_rows
 
 
 def all_losses(bench: Bench, rival: Rival, rows: Tensor) -> dict[str, Tensor]:
@@ -63,22 +63,13 @@ def measure(bench: Bench, rows: Tensor) -> dict[str, Any]:
 @click.command()
 @click.argument("original")
 @click.argument("converted", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--text", "path", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--windows", "count", default=32, show_default=True)
-@click.option(
-    "--calibration",
-    required=True,
-    type=click.Path(exists=True, path_type=Path),
-    help="Text that fixed ranges are taken from.",
-)
-@click.option("--device", default="auto", show_default=True)
-@click.option(
-    "--json", "out", type=click.Path(path_type=Path), help="Also write the figures there."
-)
+@shared.texts(32)
+@shared.device
+@shared.figures
 def main(
     original: str,
     converted: Path,
-    path: Path,
+    text: Path,
     count: int,
     calibration: Path,
     device: str,
@@ -88,7 +79,7 @@ def main(
     start = time.perf_counter()
     with Refusals():
         bench = bench_of(original, converted, calibration, device)
-        rows = windows(bench.source, path, count)
+        rows = windows(bench.source, text, count)
         rivals = measure(bench, rows)
     on_gpu = bench.model.device.type == "cuda"
     run = {
@@ -97,7 +88,7 @@ def main(
         "trained_on": bench.texts.origin,
         # A GPU of another kind samples other text.
         "trained_on_the_same": bench.texts.fingerprint == bench.report.inspection.text_sha256,
-        "text": path.name,
+        "text": text.name,
         "text_sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
         "calibration": calibration.name,
         "windows": len(rows),
@@ -108,8 +99,7 @@ def main(
     }
     print(table(rival_rows(run)))
     print(f"{run['seconds']:.0f} seconds", file=sys.stderr)
-    if out is not None:
-        out.write_text(json.dumps(run, indent=1) + "\n")
+    shared.write(out, run)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prefixquant import prefix_tokens
-from quarot import turn, turn_inputs
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from windows import windows
 
 from absorb.checkpoint import REPORT
 from absorb.device import device_of, sketch_of
@@ -40,8 +37,10 @@ from absorb.text import Texts, gather
 from absorb.watch import layers_of, led, watching
 from absorb.weights import is_norm
 from absorb.write import as_stored
+from scripts.bench import SEEN, windows
+from scripts.benchmarks.rivals.prefixquant import prefix_tokens
+from scripts.benchmarks.rivals.quarot import turn, turn_inputs
 
-SEEN = 8  # windows that fixed ranges are taken from, and settings chosen by
 SEARCHED = 64  # windows that outlier tokens are looked for in, as many as PrefixQuant has
 ALPHAS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 SHARES = [0.99, 0.999, 0.9999, 0.99999]
@@ -60,7 +59,7 @@ class Bench:
 
     @property
     def seen(self) -> Tensor:
-        """What fixed ranges are taken from: (rows, length)."""
+        """What fixed ranges are taken from, and settings chosen by: (rows, length)."""
         return self.known[:SEEN]
 
     @property

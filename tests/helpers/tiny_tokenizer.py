@@ -3,10 +3,11 @@
 from string import ascii_lowercase
 
 import torch
-from tiny import VOCABULARY
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
+
+from tests.helpers.tiny import VOCABULARY
 
 SPECIAL = ["<unk>", "<s>", "</s>"]  # the ids that the tiny models give to padding, BOS and EOS
 SPACE = "Ġ"  # how byte-level BPE spells a space

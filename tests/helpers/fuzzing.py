@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from click.testing import CliRunner
 from hypothesis import strategies as st
-from tiny import tiny
-from tiny_tokenizer import tiny_tokenizer
 
 from absorb.card import card
 from absorb.cli import main
 from absorb.errors import AbsorbError
 from absorb.report import Report, from_json
 from absorb.tasks import questions_in
+from tests.helpers.tiny import tiny
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 FAMILIES = ("llama", "gpt2", "gemma2", "mixtral")
 # One case in so many is converted to the end where nothing is wrong with it; the others are stopped

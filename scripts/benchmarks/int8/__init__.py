@@ -1,0 +1,1 @@
+"""Real INT8 arithmetic on a CPU."""

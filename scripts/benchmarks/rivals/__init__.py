@@ -1,0 +1,1 @@
+"""What one would do about outliers instead of absorbing them."""

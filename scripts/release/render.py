@@ -1,0 +1,131 @@
+"""Write README.md, EVIDENCE.md, the model card and their pictures from the JSON in model_cards/.
+
+python -m scripts.release.render          rewrite them
+python -m scripts.release.render --check  fail if that would change anything
+
+What they say is in templates/, every figure in the JSON.
+"""
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import click
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from absorb.card import card, markdown
+from absorb.charts import Section, digest
+from absorb.draw import png
+from absorb.exhibit import Exhibit
+from absorb.families import FAMILIES
+from absorb.report import Report, from_json, score_rows
+from absorb.views import sections
+from scripts.benchmarks.int8.table import int8_rows
+from scripts.benchmarks.rivals.table import rival_rows
+from scripts.release import tables
+
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = ROOT / "model_cards" / "smollm2-135m-absorbed"
+SMALL_MODELS = ROOT / "model_cards" / "small-models"
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def pages() -> dict[Path, str]:
+    """Every page as it should be, by where it stands."""
+    found = figures()
+    report = from_json(Report, (FIGURES / "absorb.json").read_text())
+    shown = {"tables": drawn(found, report), "families": list(FAMILIES), **found}
+    return {
+        ROOT / "README.md": page("README.md", pictures=gallery(FIGURES.relative_to(ROOT)), **shown),
+        FIGURES / "EVIDENCE.md": page("EVIDENCE.md", **shown),
+        FIGURES / "README.md": page("card.md", card=card(report), pictures=gallery(Path())),
+    }
+
+
+def figures() -> dict[str, Any]:
+    """What each JSON file holds, by its name as an identifier; that of all small models."""
+    found = {path.stem.replace("-", "_"): _read(path) for path in FIGURES.glob("*.json")}
+    small = {path.stem: _read(path) for path in sorted(SMALL_MODELS.glob("*.json"))}
+    return {**found, "small_models": small}
+
+
+def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
+    """Every table in Markdown, by its name."""
+    models = {"two CPU cores": found["model_cpu"], "H200": found["model_h200"]}
+    rows = {
+        "demo": score_rows(report.original, report.converted),
+        "wikitext": tables.wikitext(found["wikitext"], found["ablation"]),
+        "rivals": rival_rows(found["rivals"]),
+        "int8": int8_rows(found["int8"]),
+        "ablation": tables.ablation(found["ablation"]),
+        "sinks": tables.sinks(found["sinks"]),
+        "early_sink": tables.early_sink(found["early_sink"]),
+        "small_models": tables.small_models(found["small_models"]),
+        "attention_cpu": tables.attention(found["attention_cpu"]),
+        "attention_h200": tables.attention(found["attention_h200"]),
+        "model": tables.model(models),
+    }
+    return {name: markdown(table) for name, table in rows.items()}
+
+
+def page(template: str, **shown: Any) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,  # a figure without a source is an error
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**shown)
+
+
+def pictures() -> list[Section]:
+    """Those that are shown, of what `absorb inspect demo --png FOLDER` wrote."""
+    exhibit = from_json(Exhibit, (FIGURES / "figures.json").read_text())
+    return [section for section in sections(exhibit) if section.name in ("sinks", "channels")]
+
+
+def gallery(folder: Path) -> str:
+    """The pictures side by side, with their words for those who do not see them."""
+    return "\n".join(
+        f'<img src="{folder / section.name}.png" width="49%" alt="{escape(section.words)}">'
+        for section in pictures()
+    )
+
+
+def stale(section: Section) -> bool:
+    """Whether a picture is missing or shows other figures. Its bytes depend on the library."""
+    path = _file(section)
+    if not path.exists():
+        return True
+    with Image.open(path) as picture:
+        return picture.text.get("Figures") != digest(section.chart)
+
+
+def _file(section: Section) -> Path:
+    return FIGURES / f"{section.name}.png"
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Write nothing; fail if anything would change.")
+def main(check: bool) -> None:
+    """Write pages and pictures from the figures in model_cards/."""
+    texts = {p: text for p, text in pages().items() if not p.exists() or p.read_text() != text}
+    wrong = [section for section in pictures() if stale(section)]
+    if check and (texts or wrong):
+        names = ", ".join(str(path.relative_to(ROOT)) for path in [*texts, *map(_file, wrong)])
+        raise click.ClickException(f"not what templates and figures say: {names}; drop --check")
+    for path, text in texts.items():
+        path.write_text(text)
+    for section in wrong:
+        _file(section).write_bytes(png(section.chart))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Rows of the tables in README.md and EVIDENCE.md, from what JSON files in model_cards/ hold."""
+
+from typing import Any
+
+from absorb.report import Row
+
+Run = dict[str, Any]
+
+
+def wikitext(cpu: Run, gpu: dict[str, Run]) -> list[Row]:
+    """WikiText-2 of the original and of conversions, each beside the original on its machine."""
+    cpu, ours, given = (
+        compared(cpu),
+        gpu["100 steps of all"],
+        gpu["100 steps of all, given text, for INT8"],
+    )
+    return [
+        ("", "perplexity", "W8A8 static", "clipped", "largest |x|", "massive tokens"),
+        ("original, on two CPU cores", *score_row(cpu["original"])),
+        ("converted there", *score_row(cpu["converted"])),
+        ("original, on an H200", *score_row(ours["original"])),
+        ("converted there", *score_row(ours["converted"])),
+        ("converted there, `--text` C4 `--for int8`", *score_row(given["converted"])),
+    ]
+
+
+def compared(run: Run) -> Run:
+    """The original and the converted model of what `absorb eval --json` printed.
+
+    Files from before it took --calibration have the two under their names.
+    """
+    if "models" not in run:
+        return run
+    return {"converted" if m["converted"] else "original": m for m in run["models"]}
+
+
+def score_row(score: Run) -> Row:
+    formats = score["formats" if "formats" in score else "quantised"]
+    return (
+        f"{score['perplexity']:.2f}",
+        f"{formats['w8a8-static']:.2f}",
+        f"{formats['w8a8-clipped']:.2f}",
+        f"{score['stream_peak']:,.0f}",
+        f"{score['massive_tokens']}",
+    )
+
+
+def attention(run: Run) -> list[Row]:
+    """Time of sink attention as a multiple of the best stock attention without sinks / of eager."""
+    lengths = sorted({case["length"] for case in run["cases"]})
+    ratios: dict[str, dict[int, str]] = {}
+    for case in run["cases"]:
+        heads = f"{case['heads']}/{case['kv_heads']} heads of {case['head_dim']}"
+        others = (case["ratios"].get(other) for other in ("best stock", "eager"))
+        both = " / ".join("–" if ratio is None else f"{ratio:.2f}" for ratio in others)
+        row = ratios.setdefault(f"{case['work']}, {case['dtype']}, {heads}", {})
+        row[case["length"]] = both
+    head = ("", *(f"{length}" for length in lengths))
+    return [head, *((row, *(by[n] for n in lengths)) for row, by in ratios.items())]
+
+
+def model(runs: dict[str, Run]) -> list[Row]:
+    """Time of a converted model as a multiple of the original's, by the name of the machine."""
+    shapes = [
+        f"{device}, {run['dtype']}, {run['batch']} x {run['length']}"
+        for device, run in runs.items()
+    ]
+    rows = [
+        (work, *(f"{run[work]['ratios']['seconds']:.2f}" for run in runs.values()))
+        for work in ("prefill", "decode", "training step")
+    ]
+    return [("", *shapes), *rows]
+
+
+def sinks(run: Run) -> list[Row]:
+    """What each form of a sink makes of the model, untrained."""
+    names = ("original", "mean logits", "first fit", "sequential fit", "auto", "key")
+    rows = [
+        (name, f"{run[name]['perplexity']:.3f}", f"{run[name]['divergence']:.4f}") for name in names
+    ]
+    return [("", "perplexity", "KL from the teacher"), *rows]
+
+
+def early_sink(run: Run) -> list[Row]:
+    """What became of the early sink, and what that cost."""
+    rows = [
+        (name, f"{found['ratio']:.3f}", f"{found['kl']:.3f}", f"{found['token_ratio']:.1f}")
+        for name, found in run.items()
+        if name != "original"
+    ]
+    return [("", "perplexity", "KL", "largest token / median"), *rows]
+
+
+def ablation(runs: dict[str, Run]) -> list[Row]:
+    """What each choice of a conversion costs and brings, as multiples of the original."""
+    names = ("perplexity", "w8a8-static", "w8a8-clipped", "w8a8-token", "nvfp4", "w4a4-hadamard")
+    rows = [
+        (
+            name,
+            f"{run['seconds']:.0f}",
+            f"{run['converted']['divergence']:.4f}",
+            *_ratios(run["ratios"], names),
+            " ".join(map(str, run["prefix"])),
+        )
+        for name, run in runs.items()
+    ]
+    head = ("", "seconds", "KL", "perplexity", "W8A8 static", "clipped", "per token")
+    return [(*head, "NVFP4", "W4A4 rotated", "prefix"), *rows]
+
+
+def small_models(models: dict[str, dict[str, Run]]) -> list[Row]:
+    """What conversions make of small models, by name: multiples of the original in float."""
+    head = ("", "perplexity", "after a BOS", "W8A8 static", "clipped", "per token")
+    rows: list[Row] = [(*head, "largest |x| / median", "massive tokens", "weight on the first")]
+    for name, runs in models.items():
+        before = runs["untrained"]["original"]
+        perplexities = {"perplexity": before["perplexity"], **before["quantised"]}
+        ratios = {column: value / before["perplexity"] for column, value in perplexities.items()}
+        rows.append((f"{name}, original", *_small(ratios, before)))
+        for choice, run in runs.items():
+            rows.append((f"{name}, {choice}", *_small(run["ratios"], run["converted"])))
+    return rows
+
+
+def _small(ratios: dict[str, float], score: Run) -> Row:
+    names = ("perplexity", "perplexity after a BOS", "w8a8-static", "w8a8-clipped", "w8a8-token")
+    return (
+        *_ratios(ratios, names),
+        f"{score['stream_ratio']:,.0f} x",
+        f"{score['massive_tokens']}",
+        f"{score['first_weight']:.3f}",
+    )
+
+
+def _ratios(ratios: dict[str, float], names: tuple[str, ...]) -> Row:
+    return tuple(f"{ratios[name]:.4f}" if name in ratios else "" for name in names)

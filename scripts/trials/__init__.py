@@ -1,0 +1,1 @@
+"""Conversions of many kinds, and small models to convert."""
