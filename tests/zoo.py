@@ -4,8 +4,8 @@ The stream of each has channels with a part to play, which random weights neithe
 channels with a code that tells tokens apart, and channels for all else.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from math import cos, sin, sqrt
 from typing import Any
 
@@ -16,10 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb.families import family_of
+from absorb.fit import KeySink, LogitSink
+from absorb.modeling_absorb import NEUTRAL
+from absorb.scene import Scene, scene_of
+from absorb.sinks import prefix_of
+from absorb.watch import attending
 
 HIDDEN, NEURONS, LAYERS, HEADS, WIDTH, VOCABULARY = 64, 96, 4, 4, 16, 64
 ROWS, LENGTH = 16, 96
-BOS, SPECIAL = 1, (0, 1, 2)
+BOS, POINT, SPECIAL = 1, 3, (0, 1, 2, 3)
 
 # Channels of the stream. STEADY is large, and the same on every token.
 MARK, MASSIVE, SECOND, STEADY, CROWD, CLASS = range(6)
@@ -27,6 +32,7 @@ CODE = slice(6, 22)  # one of 64 codes, by which tokens are told apart
 SEEN = slice(22, 38)  # the mean of the codes that a head of layer 0 attends to
 ROLES = [*range(6), *range(22, 38)]
 LEVEL = 8.0  # of STEADY
+OF_CLASS = 4.0  # at CLASS, of tokens of the class
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,9 @@ def beast(model_type: str, **settings: Any) -> PreTrainedModel:
         parts.output[ROLES], parts.down[ROLES] = 0, 0
         parts.query.mul_(1.5)
         parts.key.mul_(1.5)
-        parts.value.mul_(3)
+        parts.value.mul_(2)
+        parts.output.mul_(0.5)
+        parts.down.mul_(0.5)
     model.get_output_embeddings().weight[:, ROLES] = 0
     return model
 
@@ -201,18 +209,18 @@ def detect_first(
         for sign in (1.0, -1.0):
             neuron = NEURONS - 1 - 2 * index - int(sign > 0)
             spike(model, 0, {channel: 4 * sign}, {CROWD: 0.1}, neuron)
-    level = alone(model)
+    tokens = firsts(model, of_class)
+    level = float(stream_of(model, tokens, 0)[..., CROWD].mean())
     for neuron in range(neurons):
         reads = {CROWD: 20.0, STEADY: -20.0 * 0.75 * level / LEVEL}
         spike(model, 1, reads, {MASSIVE: 1.0}, neuron)
         second.up[neuron] = 0
         second.up[neuron, STEADY] = 1.0
         if of_class:
-            second.gate[neuron, CLASS] = 20.0
+            second.gate[neuron, CLASS] = 20.0 * LEVEL / OF_CLASS
             second.gate[neuron, STEADY] -= 20.0
-    first_size = peak_of_first(model)
-    for neuron in range(neurons):
-        second.down[MASSIVE, neuron] = 4000 / first_size
+    unscaled = float(stream_of(model, tokens, 1)[..., MASSIVE].mean())
+    second.down[MASSIVE, :neurons] = 4000 / unscaled
 
 
 @torch.no_grad()
@@ -221,18 +229,17 @@ def stream_of(model: PreTrainedModel, tokens: Tensor, layer: int) -> Tensor:
     return model(tokens, output_hidden_states=True).hidden_states[layer + 1]
 
 
-def alone(model: PreTrainedModel) -> float:
-    """What layer 0 writes to CROWD on a text's first token, on average."""
-    return float(stream_of(model, torch.arange(3, VOCABULARY)[:, None], 0)[..., CROWD].mean())
-
-
-def peak_of_first(model: PreTrainedModel) -> float:
-    tokens = torch.arange(3, VOCABULARY)[:, None]
-    return float(stream_of(model, tokens, 1)[..., MASSIVE].abs().max())
+def firsts(model: PreTrainedModel, of_class: bool) -> Tensor:
+    """Texts of one token each: (rows, 1)."""
+    size = model.get_input_embeddings().weight[:, CLASS]
+    chosen = size > 0 if of_class else torch.arange(VOCABULARY) >= len(SPECIAL)
+    return chosen.nonzero()
 
 
 @torch.no_grad()
-def biased(model: PreTrainedModel, layers: range, distances: tuple[float, ...], size: float) -> None:
+def biased(
+    model: PreTrainedModel, layers: range, distances: tuple[float, ...], size: float
+) -> None:
     """q and k biases by which each head looks back so far: two of RoPE's frequencies agree there.
 
     Logits of the biases alone reach from -size² / 2 to size² / 2.
@@ -254,7 +261,7 @@ def peaked(model: PreTrainedModel, prefix: tuple[int, ...], nats: float = 2.0) -
     """The same model with a head that leaves `nats` of entropy on average, as real ones do."""
     head = model.get_output_embeddings().weight
     draw = torch.Generator().manual_seed(5)
-    tokens = torch.randint(3, VOCABULARY, (4, LENGTH), generator=draw)
+    tokens = torch.randint(len(SPECIAL), VOCABULARY, (4, LENGTH), generator=draw)
     logits = model(torch.cat([torch.tensor([prefix] * 4), tokens], 1)).logits[:, len(prefix) :]
     least, most = 0.01, 100.0
     for _ in range(30):
@@ -285,7 +292,7 @@ def own_text(model: PreTrainedModel, prefix: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def classify(model: PreTrainedModel, tokens: range, size: float = 4.0) -> None:
+def classify(model: PreTrainedModel, tokens: range, size: float = OF_CLASS) -> None:
     """Tokens that CLASS tells from others."""
     model.get_input_embeddings().weight[list(tokens), CLASS] = size
 
@@ -300,11 +307,84 @@ def stand_first(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def tell(model: PreTrainedModel, size: float) -> None:
-    """An outlier channel that is so large on one half of the tokens, and as far below on others."""
-    last = HIDDEN - 1
-    sign = model.get_input_embeddings().weight[:, last].sign()
-    model.get_input_embeddings().weight[:, last] = size * sign
+def outlie(model: PreTrainedModel, size: float) -> None:
+    """Two outlier channels: of one size on all tokens, and with the sign of a token's own."""
+    embedding, constant, telling = model.get_input_embeddings().weight, HIDDEN - 2, HIDDEN - 1
+    embedding[:, constant] = size
+    embedding[:, telling] = size * embedding[:, telling].sign()
     for parts in parts_of(model):
         for reads in (parts.query, parts.key, parts.value, parts.gate, parts.up):
-            reads[:, last] /= size
+            reads[:, [constant, telling]] /= size
+    model.get_output_embeddings().weight[:, [constant, telling]] /= size
+
+
+@torch.no_grad()
+def stretch(model: PreTrainedModel, size: float) -> None:
+    """Norms of queries and keys that favour the channels by which a sink is known."""
+    for parts in parts_of(model):
+        for norm in (parts.layer.self_attn.q_norm, parts.layer.self_attn.k_norm):
+            norm.weight[slow(range(1))] = size
+
+
+Choose = Callable[[Scene, KeySink], LogitSink]
+
+
+@torch.no_grad()
+def by_hand(
+    model: PreTrainedModel, prefix: tuple[int, ...], text: Tensor, choose: Choose
+) -> tuple[LogitSink, ...]:
+    """The sinks that `choose` makes of each layer, on what the layers before give with theirs."""
+    known, sinks = prefix_of(model, torch.tensor(prefix)), []
+
+    def attend(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        scene = scene_of(module, None, *args, **kwargs)
+        sinks.append(choose(scene, known.layers[len(sinks)]))
+        out = scene.with_sink(sinks[-1].logits, sinks[-1].value, sinks[-1].key_bias)
+        return out.transpose(1, 2).contiguous(), None
+
+    with attending(model, attend):
+        model.base_model(text, position_ids=known.positions(text.shape[1]), use_cache=False)
+    return tuple(sinks)
+
+
+def no_sink(scene: Scene, prefix: KeySink) -> LogitSink:
+    heads, value = scene.query.shape[1], torch.zeros_like(prefix.values[:, 0])
+    logits = torch.full((heads,), NEUTRAL["sink"])
+    return LogitSink(logits=logits, value=value, key_bias=value, error=torch.ones(()))
+
+
+def best_constant(scene: Scene, prefix: KeySink) -> LogitSink:
+    """The logit of each head, out of many, with the least squared error of its output.
+
+    The value is the prefix's own, weighted by what the teacher's heads give it.
+    """
+    scores, text = scene.scores(prefix.keys[None]), scene.text_scores()
+    lse = text.logsumexp(-1)
+    share = torch.sigmoid(scores.logsumexp(-1) - lse)[..., None]
+    alone = scene.mix(text.softmax(-1), scene.value)
+    weighted = share * scene.mix(scores.softmax(-1), prefix.values)
+    value = by_kv_head(scene, weighted) / by_kv_head(scene, share)
+    step = scene.spread(value[:, None]) - alone
+    miss = alone - scene.with_prefix(prefix.keys, prefix.values)
+    linear, square = 2 * (miss * step).sum(-1), step.square().sum(-1)
+    grid = torch.linspace(float(lse.min()) - 5, float(lse.max()) + 5, 160).tolist()
+    grid.append(NEUTRAL["sink"])
+    taken = [torch.sigmoid(logit - lse) for logit in grid]
+    errors = torch.stack([(p * linear + p.square() * square).sum((0, 2)) for p in taken])
+    logits = torch.tensor(grid)[errors.argmin(0)]
+    return replace(no_sink(scene, prefix), logits=logits, value=value)
+
+
+def by_kv_head(scene: Scene, values: Tensor) -> Tensor:
+    """Sums of (rows, heads, length, n) over all but heads that do not share keys: (kv_heads, n)."""
+    return values.unflatten(1, (-1, scene.groups)).sum((0, 2, 3))
+
+
+def best_value(scene: Scene, prefix: KeySink) -> LogitSink:
+    """The same with the value that gives the least squared error for these logits."""
+    sink = best_constant(scene, prefix)
+    target = scene.with_prefix(prefix.keys, prefix.values)
+    share, weights = scene.weights(sink.logits, scene.text_scores())
+    missing = share * (target - scene.mix(weights, scene.value))
+    value = by_kv_head(scene, missing) / by_kv_head(scene, share.square()).clamp_min(1e-30)
+    return replace(sink, value=value)
