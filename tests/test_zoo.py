@@ -77,7 +77,7 @@ def biased() -> Animal:
     for a first token again, and no neuron can be removed: many small ones write the activation.
     """
     model = zoo.beast("qwen2")
-    zoo.detect_first(model, neurons=48)
+    zoo.detect_first(model, neurons=48, share=0.68)
     zoo.biased(model, range(2), (0, 1, 3, 5), 10)
     zoo.sink(model, range(2, LAYERS))
     return Animal(model=model, lead=())

@@ -181,7 +181,7 @@ def sink(
 
 @torch.no_grad()
 def detect_first(
-    model: PreTrainedModel, of_class: bool = False, neurons: int = 1, heads: range = range(HEADS)
+    model: PreTrainedModel, of_class: bool = False, neurons: int = 1, heads: range = range(HEADS), share: float = 0.75
 ) -> None:
     """A massive activation on the first token of a text, or on the first one of a class.
 
@@ -212,7 +212,7 @@ def detect_first(
     tokens = firsts(model, of_class)
     level = float(stream_of(model, tokens, 0)[..., CROWD].mean())
     for neuron in range(neurons):
-        reads = {CROWD: 20.0, STEADY: -20.0 * 0.75 * level / LEVEL}
+        reads = {CROWD: 20.0, STEADY: -20.0 * share * level / LEVEL}
         spike(model, 1, reads, {MASSIVE: 1.0}, neuron)
         second.up[neuron] = 0
         second.up[neuron, STEADY] = 1.0
