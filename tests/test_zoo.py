@@ -7,15 +7,10 @@ judged on the other.
 from dataclasses import dataclass, replace
 from functools import cache
 
-import anatomy
-import by_hand
 import pytest
 import torch
-import zoo
-from anatomy import CLASS, MASSIVE, SECOND
 from torch import Tensor
 from transformers import PreTrainedModel
-from zoo import BOS, DELIMITERS, WINDOW, Make
 
 from absorb.divergence import divergence
 from absorb.families import Family, family_of
@@ -27,6 +22,9 @@ from absorb.score import Score, Subject, evaluate
 from absorb.settings import Sink, Thresholds
 from absorb.sinks import prefix_of
 from absorb.smoothing import searched_scales
+from tests.helpers import anatomy, by_hand, zoo
+from tests.helpers.anatomy import CLASS, MASSIVE, SECOND
+from tests.helpers.zoo import BOS, DELIMITERS, WINDOW, Make
 
 EVERY = pytest.mark.parametrize("make", zoo.ANIMALS, ids=lambda make: make.__name__)
 FORMS = pytest.mark.parametrize("form", ["logit", "auto", "key"])

@@ -10,12 +10,12 @@ from math import cos, sin, sqrt
 from typing import Any
 
 import torch
-from edits import weight_of
-from tiny import tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb.families import family_of
+from tests.helpers.edits import weight_of
+from tests.helpers.tiny import tiny
 
 HIDDEN, NEURONS, LAYERS, HEADS, WIDTH, VOCABULARY, POSITIONS = 64, 96, 4, 4, 16, 64, 192
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from math import sqrt
 
-import anatomy
 import torch
-from anatomy import CLASS, HEADS, LAYERS, LEVEL, MARK, MASSIVE, SECOND, VOCABULARY
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from tests.helpers import anatomy
+from tests.helpers.anatomy import CLASS, HEADS, LAYERS, LEVEL, MARK, MASSIVE, SECOND, VOCABULARY
 
 BOS, POINT, SPECIAL = 1, 3, (0, 1, 2, 3)  # none of the special ones is written
 DELIMITERS, WORDS = range(POINT, 19), range(4, 8)
