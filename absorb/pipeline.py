@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from absorb.checkpoint import staged
+from absorb.decide import Decision, decide, judged
 from absorb.device import device_of, sketch_of
 from absorb.distill import Losses, distill
-from absorb.divergence import divergence
 from absorb.exhibit import Exhibit, exhibit_of
 from absorb.files import promised
 from absorb.findings import find
 from absorb.graft import graft, smooth
 from absorb.measure import Measurement, measure
-from absorb.plan import Plan, make_plan, removable_after, residual_scales
+from absorb.plan import Plan, residual_scales
 from absorb.plan_file import PLAN, read_plan, write_plan
 from absorb.prefix import Trial, encoded, find_prefix, lead_of
 from absorb.progress import Progress, forget
@@ -209,40 +208,22 @@ def planned(
     measurement = None
     if made is None:
         measurement = measure(model, family, texts.calibration, lead_of(source.tokenizer))
-        plan, inspection = survey(job, source, measurement, texts, trials)
+        decision, inspection = survey(job, source, measurement, texts, trials)
     else:
         plan, found = made
-        inspection = recalled(job, source, texts, found)
         say(f"plan: read from {job.plan}, so nothing is measured or fitted")
-    student = graft(model, family, plan)
-    if made is None:
-        plan, student = without_outlier_tokens(job, source, texts, plan, student)
-        inspection = replace(inspection, removals=plan.removals)
-    inspection = compared(source, plan, student, texts, inspection)
+        decision = judged(model, family, plan, graft(model, family, plan), texts.validation)
+        inspection = recalled(job, source, texts, found, decision)
     warn_of_misfits(inspection)
     say(f"KL from the teacher after the graft, untrained: {_nats(inspection)}")
     return Draft(
         source=source,
         texts=texts,
-        plan=plan,
-        student=student,
+        plan=decision.plan,
+        student=decision.student,
         inspection=inspection,
         measurement=measurement,
     )
-
-
-def compared(
-    source: Source, plan: Plan, student: PreTrainedModel, texts: Texts, inspection: Inspection
-) -> Inspection:
-    """The inspection with the divergence of the untrained student, and of one with logits alone."""
-
-    def gap(student: PreTrainedModel) -> float:
-        return divergence(source.model, student, torch.tensor(plan.prefix), texts.validation)
-
-    logits = plan.as_logits
-    mixed = plan.keyed_layers != logits.keyed_layers
-    only = gap(graft(source.model, source.family, logits)) if mixed else None
-    return replace(inspection, divergence=gap(student), logit_divergence=only)
 
 
 def _nats(inspection: Inspection) -> str:
@@ -263,19 +244,6 @@ def warn_of_misfits(inspection: Inspection) -> None:
         )
 
 
-def without_outlier_tokens(
-    job: Job, source: Source, texts: Texts, plan: Plan, student: PreTrainedModel
-) -> tuple[Plan, PreTrainedModel]:
-    """The plan and its student without the neurons that make outlier tokens of this student."""
-    model, family, budget = source.model, source.family, job.thresholds.divergence
-    prefix = torch.tensor(plan.prefix)
-    more = removable_after(model, student, family, prefix, texts.calibration, budget)
-    if not more:
-        return plan, student
-    plan = replace(plan, removals=(*plan.removals, *more))
-    return plan, graft(model, family, plan)
-
-
 def read(job: Job, source: Source, training_rows: int | None) -> tuple[Texts, list[Trial]]:
     """The text, and the prefixes that were tried on it: none where a plan has the prefix."""
     text = job.calibration.prefix
@@ -289,23 +257,28 @@ def read(job: Job, source: Source, training_rows: int | None) -> tuple[Texts, li
 
 def survey(
     job: Job, source: Source, measurement: Measurement, texts: Texts, trials: list[Trial]
-) -> tuple[Plan, Inspection]:
-    """What a measurement shows, and the plan by it, for the last of the prefixes that were tried.
-
-    The inspection lacks the divergence, which needs the grafted model.
-    """
-    model, family, text = source.model, source.family, texts.calibration
+) -> tuple[Decision, Inspection]:
+    """What a measurement shows, and the plan by it: for the last prefix that was tried."""
     findings = find(measurement, job.thresholds)
-    residual = residual_scales(measurement, findings, job.residual_target)
-    prefix, budget = trials[-1].prefix, job.thresholds.divergence
-    plan = make_plan(model, family, findings, residual, prefix, text, budget, job.sink)
+    decision = decide(
+        source.model,
+        source.family,
+        findings,
+        residual_scales(measurement, findings, job.residual_target),
+        trials[-1].prefix,
+        texts.calibration,
+        texts.validation,
+        job.thresholds.divergence,
+        job.sink,
+    )
+    plan = decision.plan
     decode: Callable[[list[int]], Any] = source.tokenizer.decode
     inspection = Inspection(
         model=source.name,
         commit=source.commit,
         license=source.license,
         fingerprint=source.fingerprint,
-        family=family.model_type,
+        family=source.family.model_type,
         dtype=str(source.dtype).removeprefix("torch."),
         layers=layer_figures(measurement, plan),
         text_origin=texts.origin,
@@ -318,15 +291,17 @@ def survey(
         removals=plan.removals,
         keyed_layers=plan.keyed_layers,
         residual_scales={i: s for i, s in enumerate(plan.residual.tolist()) if s != 1},
-        divergence=nan,
-        logit_divergence=None,
+        divergence=decision.divergence,
+        logit_divergence=decision.logit_divergence,
         versions=versions(),
         job=recorded(job, source),
     )
-    return plan, inspection
+    return decision, inspection
 
 
-def recalled(job: Job, source: Source, texts: Texts, made: Inspection) -> Inspection:
+def recalled(
+    job: Job, source: Source, texts: Texts, made: Inspection, decision: Decision
+) -> Inspection:
     """What was found when a plan was drawn up, in a report on this conversion by it."""
     assert job.plan is not None
     decided = {n: getattr(made.job, n) for n in ("sink", "residual_target", "thresholds")}
@@ -338,6 +313,8 @@ def recalled(job: Job, source: Source, texts: Texts, made: Inspection) -> Inspec
         dtype=str(source.dtype).removeprefix("torch."),
         text_origin=texts.origin,
         text_sha256=texts.fingerprint,
+        divergence=decision.divergence,
+        logit_divergence=decision.logit_divergence,
         versions=versions(),
         job=replace(recorded(job, source), **decided, plan=Path(job.plan.resolve().name)),
     )

@@ -24,9 +24,6 @@ from absorb.weights import column, weight_at
 _ROWS, _BEGINNING = 4, 128
 # Half of the largest number in float16: other text may reach further than that of the calibration.
 _FLOAT16 = 2.0**15
-# The share of the prefix's effect beyond which the form `auto` keeps a layer's keys. It says how
-# exact is exact enough, and is no property of a model: the errors that are reported are.
-_MOST_LEFT_OUT = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,13 +76,18 @@ def make_plan(
     tokens: Tensor,
     budget: float,
     form: Sink = "logit",
+    most: float = 0.05,
 ) -> Plan:
-    """All of a plan but its smoothing, which needs the grafted model, from text (rows, length)."""
+    """All of a plan but its smoothing, which needs the grafted model, from text (rows, length).
+
+    In the form `auto` a layer whose logits leave out more than the share `most` of the prefix's
+    effect keeps the keys.
+    """
     prefix = prefix_of(model, torch.tensor(prefix_tokens))
     removals = removable(model, family, prefix, findings, tokens, budget)
     return Plan(
         prefix=prefix_tokens,
-        sinks=sinks_for(model, family, prefix, removals, tokens, form),
+        sinks=sinks_for(model, family, prefix, removals, tokens, form, most),
         removals=removals,
         residual=residual,
         smoothing={},
@@ -99,6 +101,7 @@ def sinks_for(
     removals: tuple[Removal, ...],
     tokens: Tensor,
     form: Sink,
+    most: float,
 ) -> tuple[LayerSink, ...]:
     """Each layer's sink in the form that is asked for, from text (rows, length).
 
@@ -110,9 +113,8 @@ def sinks_for(
     kept = prefix_of(model, prefix.tokens, start).layers
     if form == "key":
         return kept
-    most = _MOST_LEFT_OUT if form == "auto" else inf
     with without(model, family, tuple(removal.spike for removal in removals)):
-        fits = fit_sinks(model, family, prefix, tokens, most)
+        fits = fit_sinks(model, family, prefix, tokens, most if form == "auto" else inf)
     return tuple(
         fit if isinstance(fit, LogitSink) else replace(fit, keys=keys.keys)
         for keys, fit in zip(kept, fits, strict=True)

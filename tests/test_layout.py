@@ -49,6 +49,7 @@ ORDER = (
     "graft",
     "state",
     "divergence",
+    "decide",
     "recipe",
     "distill",
     "rehearse",

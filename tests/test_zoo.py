@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from absorb.decide import decide
 from absorb.divergence import divergence
 from absorb.families import Family, family_of
 from absorb.findings import Findings, find
 from absorb.graft import graft, smooth
 from absorb.measure import Measurement, measure
-from absorb.plan import Plan, make_plan, residual_scales
+from absorb.plan import Plan, residual_scales
 from absorb.score import Score, Subject, evaluate
 from absorb.settings import Sink, Thresholds
 from absorb.sinks import prefix_of
@@ -81,16 +82,17 @@ def planned(make: Make, form: Sink) -> Plan:
 
 
 def plan_of(catch: Catch, form: Sink) -> Plan:
-    return make_plan(
+    return decide(
         catch.animal.model,
         catch.family,
         catch.findings,
         residual_scales(catch.measurement, catch.findings, target=1),
         catch.animal.prefix,
         catch.calibration,
+        catch.calibration,
         budget=Thresholds().divergence,
         form=form,
-    )
+    ).plan
 
 
 @cache
