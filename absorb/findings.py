@@ -9,10 +9,8 @@ from absorb.measure import Measurement
 from absorb.settings import Thresholds
 from absorb.tally import is_massive, outlier_tokens
 
-# A converted model has outlier tokens left where a peak is this many times the median token's, and
-# a neuron is behind it that adds this share of the peak.
+# A converted model has outlier tokens left where a peak is this many times the median token's.
 _STANDS_OUT = 20.0
-_GOOD_PART = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,16 +168,15 @@ def _spike_neurons(measurement: Measurement, thresholds: Thresholds) -> tuple[Sp
 
 
 def neurons_behind_outliers(measurement: Measurement) -> tuple[SpikeNeuron, ...]:
-    """Neurons that add a good part of a token's peak where that stands out, largest first.
+    """Neurons that alone add more than the median token's peak where another stands out.
 
-    Alone they may be too small for spike neurons, and so may the peak for a massive activation.
+    Largest first. Each may be too small for a spike neuron: dozens together are not.
     """
     peaks = measurement.token_peak.flatten(1)
-    largest, usual = peaks.amax(1), peaks.median(1).values
-    stands_out = largest > _STANDS_OUT * usual
-    share = measurement.neuron_peak / largest[:, None]
-    found = (stands_out[:, None] & (share > _GOOD_PART)).nonzero().tolist()
-    return _neurons(measurement.neuron_peak, found)
+    usual = peaks.median(1).values
+    stands_out = peaks.amax(1) > _STANDS_OUT * usual
+    found = stands_out[:, None] & (measurement.neuron_peak > usual[:, None])
+    return _neurons(measurement.neuron_peak, found.nonzero().tolist())
 
 
 def _neurons(peak: Tensor, places: list[list[int]]) -> tuple[SpikeNeuron, ...]:

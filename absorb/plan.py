@@ -28,7 +28,7 @@ _FLOAT16 = 2.0**15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removal:
-    """A spike neuron, and the divergence in nats per token once it and those before it are gone."""
+    """A spike neuron, and the KL in nats per token once it, and those gone with it, are gone."""
 
     spike: SpikeNeuron
     divergence: float
@@ -209,14 +209,24 @@ def _removed(
     logits: Callable[[], Tensor],
     budget: float,
 ) -> tuple[Removal, ...]:
-    """Those of `spikes` without which `logits` stay within `budget` of the teacher's."""
+    """Those of `spikes` without which `logits` stay within `budget` of the teacher's.
+
+    All of them if they can go together: some cancel each other, and are missed one by one.
+    """
+
+    def divergence(removed: tuple[SpikeNeuron, ...]) -> float:
+        with without(model, family, removed):
+            return float(mean_kl(teacher, logits()))
+
+    if not spikes:
+        return ()
+    if (together := divergence(spikes)) <= budget:
+        return tuple(Removal(spike=spike, divergence=together) for spike in spikes)
     removals: tuple[Removal, ...] = ()
     for spike in tqdm(spikes, desc="removing spike neurons", unit="neuron"):
-        candidates = (*(removal.spike for removal in removals), spike)
-        with without(model, family, candidates):
-            divergence = float(mean_kl(teacher, logits()))
-        if divergence <= budget:
-            removals = (*removals, Removal(spike=spike, divergence=divergence))
+        found = divergence((*(removal.spike for removal in removals), spike))
+        if found <= budget:
+            removals = (*removals, Removal(spike=spike, divergence=found))
     return removals
 
 
