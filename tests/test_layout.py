@@ -27,6 +27,7 @@ ORDER = (
     "vetting",
     "gguf_file",
     "source",
+    "samples",
     "text",
     "grids",
     "rotation",
