@@ -171,9 +171,8 @@ def _field(path: Path, number: int, line: str) -> str:
 def _sampled(source: Source, sizes: list[int], seed: int) -> tuple[list[Tensor], str]:
     """The model's own text in parts of `sizes` rows, and what to say of its origin."""
     made = sampled(source, sum(sizes), LENGTH, seed)
-    parts, origin = list(made.rows.split(sizes)), f"sampled from the model with seed {seed}"
-    if not made.loops:
-        return parts, origin
-    left_out = f"loops left out: {made.loops} of {made.drawn} rows"
-    logging.getLogger("absorb").warning(f"text {origin}; {left_out}; --text FILE has none")
-    return parts, f"{origin}, {left_out}"
+    origin = f"sampled from the model with seed {seed}"
+    if made.loops:
+        origin += f", loops left out: {made.loops} of {made.drawn} rows"
+        logging.getLogger("absorb").warning(f"text {origin}; text of your own may serve better")
+    return list(made.rows.split(sizes)), origin
