@@ -57,31 +57,33 @@ def sampled(source: Source, count: int, length: int, seed: int) -> Samples:
     steps, at_once = length + LATEST_START, _AT_ONCE[source.model.device.type]
     generator = torch.Generator().manual_seed(seed)
     opening, known = opening_of(source), source.model.config.vocab_size
-    rows, drawn = torch.empty(0, length, dtype=torch.long), 0
+    rows, drawn, needed = torch.empty(0, length, dtype=torch.long), 0, count
     with tqdm(desc="sampling text", unit="token", unit_scale=True) as bar:
-        while len(rows) < count:
-            # As many as will do if no greater share of them are loops than so far.
-            needed = -(-(count - len(rows)) * max(drawn, 1) // max(len(rows), 1))
-            needed = needed if drawn else count
+        while needed > 0:
             numbers = torch.arange(drawn, drawn + min(needed, at_once))
             draws = torch.rand(len(numbers), steps, generator=generator)
             bar.total = bar.n + needed * steps
             new = _sample(source, opening, draws, numbers % at_once, bar)
             rows, drawn = torch.cat([rows, new[~loops(new, known)]]), drawn + len(new)
-            if 2 * len(rows) < drawn:
-                raise AbsorbError(
-                    f"{drawn - len(rows)} of {drawn} rows that {source.name} sampled repeat "
-                    "themselves, and what is fitted to loops is worth nothing on other text; "
-                    "name a file of text with --text FILE"
-                )
+            _refuse_loops(source, drawn - len(rows), drawn)
+            # As many as will do if no greater share of them are loops than so far.
+            needed = -(-(count - len(rows)) * drawn // len(rows))
     return Samples(rows=rows[:count], drawn=drawn, loops=drawn - len(rows))
+
+
+def _refuse_loops(source: Source, looped: int, drawn: int) -> None:
+    if 2 * looped > drawn:
+        raise AbsorbError(
+            f"{looped} of {drawn} rows that {source.name} sampled repeat themselves, and what is "
+            "fitted to loops is worth nothing on other text; name a file of text with --text FILE"
+        )
 
 
 def loops(rows: Tensor, vocabulary: int) -> Tensor:
     """Which rows of tokens (rows, length) are loops: (rows,) of bool.
 
-    A token that a loop repeats becomes a sink each time. Massive activations are not looked for:
-    natural text has some on delimiters, and where a row is full of them tokens repeat.
+    Sinks are fitted to what tokens attend to, and in a loop that is the loop. Massive activations
+    would not tell: of 16 rows of a 0.5B coder the 7 loops had one or two each, as the others did.
     """
     length = rows.shape[1]
     different = rows.sort(1).values.diff(dim=1).ne(0).sum(1) + 1
