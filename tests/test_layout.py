@@ -29,6 +29,7 @@ ORDER = (
     "gguf_file",
     "source",
     "windows",
+    "samples",
     "text",
     "grids",
     "rotation",
