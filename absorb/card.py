@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from absorb.declared import changed
 from absorb.families import family_of
 from absorb.quantize import FORMATS
-from absorb.report import Inspection, Report, Row, finding_rows, score_rows
+from absorb.report import Inspection, Report, Row, finding_rows, score_rows, verdict
 from absorb.settings import Job
 
 _CARD = """\
@@ -38,7 +38,7 @@ of absorb, and the files those that were written. After `import absorb` neither 
 ## Before and after
 
 {scores}
-
+{verdict}
 Held-out text: {text}. The teacher is the original model with the prefix {prefix}. W8A8 is
 symmetric INT8, per tensor with fixed ranges for activations and per channel for weights.
 
@@ -95,6 +95,7 @@ def card(report: Report) -> str:
         form=_FORMS[inspection.job.sink],
         prefix=_prefix(inspection),
         scores=markdown(score_rows(report.original, report.converted)),
+        verdict=_verdict(report),
         text=inspection.text_origin,
         findings=markdown([("", ""), *finding_rows(inspection)]),
         recipe=report.recipe,
@@ -105,6 +106,11 @@ def card(report: Report) -> str:
         command=command(inspection.job),
         versions=", ".join(f"{name} {version}" for name, version in inspection.versions.items()),
     )
+
+
+def _verdict(report: Report) -> str:
+    worse = verdict(report)
+    return "" if worse is None else f"\n{worse[0].upper()}{worse[1:]}.\n"
 
 
 def _title(inspection: Inspection) -> str:

@@ -90,6 +90,8 @@ def convert(
         result = pipeline.convert(job, _say, resume)
         written = f"written to {out}; load it with from_pretrained(..., trust_remote_code=True)"
         _print(report.to_json(result).rstrip() if as_json else f"{_story(result)}\n\n{written}")
+        if (worse := report.verdict(result)) is not None:
+            _say(worse)
     if push_to_hub is not None:
         with _uploading():
             uploaded = _uploaded(hub.push(out, Destination(repository=push_to_hub), _say))

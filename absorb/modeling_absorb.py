@@ -64,28 +64,36 @@ _ADDED = NEUTRAL.keys() - {"bias"}  # what no stock module has
 # --- what a sink does to attention ---------------------------------------------------------------
 
 
-def _sinks(
-    module: Any, query: Tensor, scaling: float, softcap: float | None
+Sinks = tuple[Tensor, ...]  # logits (heads,), or keys (kv_heads, n, head_dim) and their values
+
+
+def sinks_of(module: Any) -> Sinks:
+    """The sinks of an attention layer."""
+    names = ("sink",) if hasattr(module, "sink") else ("sink_key", "sink_value")
+    return tuple(getattr(module, name) for name in names)
+
+
+def _logits_and_values(
+    sinks: Sinks, query: Tensor, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Logits (batch or 1, heads, queries or 1, n), and values (1, heads, n, head_dim) if any.
 
-    query is (batch, heads, queries, head_dim), or all query heads of a KV head laid out as queries.
+    query is (batch, heads, queries, head_dim).
     """
-    if hasattr(module, "sink"):
-        return module.sink.view(1, query.shape[1], -1, 1), None
-    groups = query.shape[1] // len(module.sink_key)
-    key, value = (
-        part.repeat_interleave(groups, 0)[None] for part in (module.sink_key, module.sink_value)
-    )
+    if len(sinks) == 1:
+        return sinks[0].view(1, -1, 1, 1), None
+    groups = query.shape[1] // len(sinks[0])
+    key, value = (part.repeat_interleave(groups, 0)[None] for part in sinks)
     wide = torch.promote_types(query.dtype, key.dtype)
-    with torch.autocast(query.device.type, enabled=False):  # stock operators sum in float32 as well
+    with _without_autocast(query.device.type):
         logits = query.to(wide) @ key.to(wide).mT * scaling
     return (logits if softcap is None else softcap * (logits / softcap).tanh()), value
 
 
-def _together(logits: Tensor) -> Tensor:
-    """One logit (batch or 1, heads, queries or 1) as heavy as all n sinks."""
-    return logits[..., 0] if logits.shape[-1] == 1 else logits.logsumexp(-1)
+def _without_autocast(device: str) -> Any:
+    """Products in the dtype of what is multiplied. Stock operators sum in float32 as well."""
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def eager_attention(
@@ -116,7 +124,7 @@ def eager_attention(
         attention_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
     if attention_mask is not None:
         scores = scores + _additive(attention_mask, scores.dtype)
-    logits, sink_value = _sinks(module, query, scaling, softcap)
+    logits, sink_value = _logits_and_values(sinks_of(module), query, scaling, softcap)
     logits = logits.to(scores.dtype).expand(*scores.shape[:-1], -1)
     weights = torch.cat([scores, logits], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
     sink_weights, weights = weights[..., key.shape[2] :], weights[..., : key.shape[2]]
@@ -250,6 +258,7 @@ _CPU = _Operator(_cpu, _cpu_backward, grouped=True, rereads=True)
 _CUDNN = _Operator(_cudnn, _cudnn_backward, grouped=True, rereads=False)
 _FLASH = _Operator(_flash, _flash_backward, grouped=True, rereads=False)
 _EFFICIENT = _Operator(_efficient, _efficient_backward, grouped=False, rereads=True)
+OPERATORS = {"cpu": _CPU, "cudnn": _CUDNN, "flash": _FLASH, "efficient": _EFFICIENT}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -291,113 +300,7 @@ def _choose(query: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -
     return _cuda_operator(query, mask, dropout) if query.device.type == "cuda" else None
 
 
-# --- two passes over the output, each one kernel on a GPU ----------------------------------------
-
-
-# Launching a kernel of ours takes as long as six of torch's: it pays where there is much to read.
-_MUCH = 2**18
-
-
-def _fusible(out: Tensor) -> bool:
-    """Whether a kernel of ours may read a tensor, and should. A compiler makes its own kernels."""
-    here = triton is not None and out.device.type == "cuda" and out.stride(-1) == 1
-    return here and out.numel() > _MUCH and not torch.compiler.is_compiling()
-
-
-def _rescale(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """out (batch, heads, queries, width) times sigmoid(lse - sinks), which may overwrite out.
-
-    lse is (batch, heads, queries), and sinks broadcast against it.
-    """
-    if _fusible(out):
-        _launch(_rescale_rows, out, out, lse, sinks.expand_as(lse))
-        return out
-    factor = torch.sigmoid(lse - sinks)[..., None]
-    if not torch.compiler.is_compiling():
-        # In place, so that in half precision a factor in float32 costs nothing more.
-        return out.mul_(factor)
-    # A tensor of its own: to one that was overwritten, or cast to the dtype it had, the compiler of
-    # torch 2.11 gives no gradient, and says nothing.
-    rescaled = out * factor
-    return rescaled if rescaled.dtype == out.dtype else rescaled.to(out.dtype)
-
-
-def _row_products(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of left * right over the last dimension, in dtype."""
-    if _fusible(left) and _fusible(right):
-        sums = left.new_empty(left.shape[:-1], dtype=dtype)
-        _launch(_multiply_rows, left, right, sums, sums)
-        return sums
-    # A product of bfloat16 is as exact as its factors, but one of float16 may underflow.
-    product = left * (right.to(dtype) if right.dtype == torch.float16 else right)
-    return product.sum(-1, dtype=dtype)
-
-
-def _launch(kernel: Any, *tensors: Tensor) -> None:
-    """Run a kernel over two wide tensors (batch, heads, rows, width) and two of their rows."""
-    batch, heads, rows, width = tensors[0].shape
-    here = tensors[0].get_device()
-    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
-    block = 64 if rows >= 64 else 16
-    grid = ((rows + block - 1) // block, batch * heads)
-    # Entering the device takes as long as the launch, and it is nearly always the current one.
-    with torch.cuda.device(here) if here != torch.cuda.current_device() else nullcontext():
-        kernel[grid](*tensors, *strides, heads, rows, width, block, triton.next_power_of_2(width))
-
-
-if triton is not None:
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def _tile(pointer, sb, sh, sr, heads, block: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Pointers to the rows of this program: (block,)."""
-        both = tl.program_id(1).to(tl.int64)
-        rows = tl.program_id(0) * block + tl.arange(0, block)
-        return pointer + (both // heads) * sb + (both % heads) * sh + rows * sr
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def _rescale_rows(  # type: ignore[no-untyped-def]
-        _, out, lse, sinks, ab, ah, ar, bb, bh, br, lb, lh, lr, sb, sh, sr,
-        heads, rows, width: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
-    ):  # fmt: skip
-        mine = tl.program_id(0) * block + tl.arange(0, block) < rows
-        total = tl.load(_tile(lse, lb, lh, lr, heads, block), mask=mine, other=0.0)
-        sink = tl.load(_tile(sinks, sb, sh, sr, heads, block), mask=mine, other=0.0)
-        factor = 1 / (1 + tl.exp((sink - total).to(tl.float32)))
-        column = tl.arange(0, wide)
-        inside = mine[:, None] & (column < width)[None]
-        place = _tile(out, bb, bh, br, heads, block)[:, None] + column
-        row = tl.load(place, mask=inside)
-        tl.store(place, (row.to(tl.float32) * factor[:, None]).to(row.dtype), mask=inside)
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def _multiply_rows(  # type: ignore[no-untyped-def]
-        left, right, sums, _, ab, ah, ar, bb, bh, br, lb, lh, lr, sb, sh, sr,
-        heads, rows, width: tl.constexpr, block: tl.constexpr, wide: tl.constexpr,
-    ):  # fmt: skip
-        mine = tl.program_id(0) * block + tl.arange(0, block) < rows
-        column = tl.arange(0, wide)
-        inside = mine[:, None] & (column < width)[None]
-        first = tl.load(
-            _tile(left, ab, ah, ar, heads, block)[:, None] + column, mask=inside, other=0.0
-        )
-        second = tl.load(
-            _tile(right, bb, bh, br, heads, block)[:, None] + column, mask=inside, other=0.0
-        )
-        product = tl.sum(first.to(tl.float32) * second.to(tl.float32), 1)
-        tl.store(_tile(sums, lb, lh, lr, heads, block), product, mask=mine)
-
-
 # --- sinks beside a stock operator ---------------------------------------------------------------
-
-
-def _with_sinks(given: _Given, query: Tensor, logits: Tensor, values: Tensor | None) -> Tensor:
-    """The output of an operator, as it is with the sinks; the operator's own may be overwritten."""
-    lse, sinks = _rows(given.lse, query), _together(logits)
-    out = _rescale(given.out, lse, sinks)
-    if values is not None:
-        weights = torch.exp(logits - torch.logaddexp(lse, sinks)[..., None])
-        out = out + weights.to(out.dtype) @ values.to(out.dtype)
-    return out
 
 
 def _rows(lse: Tensor, query: Tensor) -> Tensor:
@@ -405,47 +308,290 @@ def _rows(lse: Tensor, query: Tensor) -> Tensor:
     return lse.flatten(2)[..., : query.shape[2]]
 
 
+def _heads_first(tensor: Tensor) -> Tensor:
+    """(heads, batch * rows, ..) of (batch, heads, rows, ..): no copy, as models lay them out."""
+    return tensor.transpose(0, 1).flatten(1, 2)
+
+
+def _batch_first(tensor: Tensor, like: Tensor) -> Tensor:
+    apart: Tensor = tensor.unflatten(1, (like.shape[0], like.shape[2]))
+    return apart.transpose(0, 1)
+
+
+def _of_each_head(sinks: Sinks, query: Tensor) -> list[Tensor]:
+    """Keys and values of every query head: (heads, n, head_dim)."""
+    groups = query.shape[1] // len(sinks[0])
+    return [part[:, None].expand(-1, groups, -1, -1).flatten(0, 1) for part in sinks]
+
+
+def _rowwise(logits: Tensor, query: Tensor) -> Tensor:
+    """Sink logits beside the rows of all heads: (1, heads, 1), or (1, kv_heads, queries)."""
+    return logits.view(1, query.shape[1], -1)
+
+
+def _joined(given: _Given, query: Tensor, sinks: Sinks, scale: float, trained: bool) -> Tensor:
+    """The output with the sinks; that of the operator may be overwritten.
+
+    Its log-sum-exp becomes that with the sinks, where `trained` says that somebody needs it.
+    """
+    lse, out = _rows(given.lse, query), given.out
+    if fusible(sinks, query, out):
+        _launch(_join_rows, sinks, scale, lse, query, out)
+        return out
+    if len(sinks) == 1:
+        other = _rowwise(sinks[0], query)
+        joined = _rescaled(out, torch.sigmoid(lse - other)[..., None])
+    else:
+        alone, other = _to_sinks_alone(query, sinks, scale, lse.dtype)
+        joined = torch.lerp(alone, out.to(alone.dtype), torch.sigmoid(lse - other)[..., None])
+        joined = _cast(joined, out.dtype)
+    if trained:
+        # In place, so that padding stays: only the operator and these functions ever see it.
+        lse.copy_(torch.logaddexp(lse, other))
+    return joined
+
+
+def _to_sinks_alone(
+    query: Tensor, sinks: Sinks, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of attention to the keys of sinks and nothing else, in `dtype`."""
+    if query.device.type == "cpu":
+        few = [part.to(dtype).expand(len(query), -1, -1, -1) for part in sinks]
+        return _cpu(query.to(dtype), few[0], few[1], None, _How(0.0, False, scale))[:2]
+    key, value = (part.to(dtype) for part in _of_each_head(sinks, query))
+    with _without_autocast(query.device.type):
+        logits = query.to(dtype) @ (key.mT * scale)
+        return logits.softmax(-1) @ value, logits.logsumexp(-1)
+
+
+def _rescaled(out: Tensor, factor: Tensor) -> Tensor:
+    """out * factor in the dtype of out, which may be overwritten."""
+    if torch.compiler.is_compiling():
+        # To a tensor that was overwritten the compiler of torch 2.11 gives no gradient.
+        return _cast(out * factor, out.dtype)
+    # In place, so that in half precision a factor in float32 costs nothing more.
+    return out.mul_(factor)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Cast to the dtype it has, a tensor gets no gradient from that compiler, which says nothing.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 class _WithSinks(torch.autograd.Function):
     """Sink attention over the stock operators, with exact gradients.
 
-    A sink only rescales a row: out_sink = out * sigmoid(lse - sink). All gradients are what the
-    stock backward gives for lse' = logaddexp(lse, sink) and out' = out_sink. Autograd through the
-    lse of the stock operators would be silently wrong: it carries no gradient.
+    The softmax over the text and that over the sinks join by their log-sum-exp. The gradients of
+    the text are what the stock backward gives for the output and the log-sum-exp of both together.
+    Autograd through the lse of the stock operators would be silently wrong: it carries no gradient.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        operator: _Operator,
-        how: _How,
-        logits: Tensor,
-        values: Tensor | None,
-        *inputs: Any,
-    ) -> Tensor:
+    def forward(ctx: Any, operator: _Operator, how: _How, *tensors: Any) -> Tensor:
+        inputs, sinks = tensors[:4], tensors[4:]
         given = operator.forward(*inputs, how)
-        out = _with_sinks(given, inputs[0], logits, values)
-        # In place, so that padding stays: only the operator and this function ever see it.
-        rows = _rows(given.lse, inputs[0])
-        rows.copy_(torch.logaddexp(rows, _together(logits)))
-        ctx.save_for_backward(logits, values, *inputs, out, *given[1:])
+        out = _joined(given, inputs[0], sinks, how.scale, trained=True)
+        ctx.save_for_backward(out, *given[1:], *tensors)
         ctx.operator, ctx.how = operator, how
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        logits, values, *saved = ctx.saved_tensors
-        inputs, given = saved[:4], _Given(*saved[4:])
-        total = _rows(given.lse, inputs[0])
-        grads = ctx.operator.backward(gradient, inputs, given, ctx.how)
-        weights = torch.exp(logits - total[..., None])
-        effect = -_row_products(gradient, given.out, total.dtype)[..., None]
-        grad_values = None
-        if values is not None:
-            wide = gradient.to(total.dtype)
-            effect = effect + wide @ values.to(total.dtype).mT
-            grad_values = (weights.mT @ wide).sum(0, keepdim=True).to(values.dtype)
-        grad_logits = (weights * effect).sum_to_size(logits.shape).to(logits.dtype)
-        return None, None, grad_logits, grad_values, *grads, None
+        saved = ctx.saved_tensors
+        given, inputs, sinks = _Given(*saved[:4]), saved[4:8], saved[8:]
+        of_query, *others = ctx.operator.backward(gradient, inputs, given, ctx.how)
+        of_query, *of_sinks = _sink_gradients(
+            gradient, of_query, given.out, _rows(given.lse, inputs[0]), inputs[0], sinks,
+            ctx.how.scale,
+        )  # fmt: skip
+        of_sinks = [found.to(sink.dtype) for found, sink in zip(of_sinks, sinks, strict=True)]
+        return None, None, of_query, *others, None, *of_sinks
+
+
+def _sink_gradients(
+    gradient: Tensor,
+    of_query: Tensor,
+    out: Tensor,
+    total: Tensor,
+    query: Tensor,
+    sinks: Sinks,
+    scale: float,
+) -> Sequence[Tensor]:
+    """The gradient of the query, to which keys of sinks add theirs, and the gradients of sinks.
+
+    out and total, the log-sum-exp (batch, heads, queries), are those with the sinks.
+    """
+    if fusible(sinks, query, out, gradient, of_query):
+        found = _launch(_part_rows, sinks, scale, total, query, out, gradient, of_query)
+    else:
+        # A product of bfloat16 is as exact as its factors, but one of float16 may underflow.
+        product = gradient * (out.to(total.dtype) if out.dtype == torch.float16 else out)
+        product = product.sum(-1, dtype=total.dtype)
+        if len(sinks) == 2:
+            return _key_gradients(gradient, of_query, product, total, query, sinks, scale)
+        found = -torch.exp(_rowwise(sinks[0], query) - total) * product
+    if len(sinks) == 1:
+        return of_query, found.sum_to_size(_rowwise(sinks[0], query).shape).view_as(sinks[0])
+    kv_heads, count, width = sinks[0].shape
+    return of_query, *found.view(2, found.shape[1], kv_heads, -1, count, width).sum((1, 3))
+
+
+def _key_gradients(
+    gradient: Tensor,
+    of_query: Tensor,
+    product: Tensor,
+    total: Tensor,
+    query: Tensor,
+    sinks: Sinks,
+    scale: float,
+) -> Sequence[Tensor]:
+    wide = total.dtype
+    key, value = (part.to(wide) for part in _of_each_head(sinks, query))
+    with _without_autocast(query.device.type):
+        asked, slope = _heads_first(query.to(wide)), _heads_first(gradient.to(wide))
+        logits = torch.baddbmm(-_heads_first(total)[..., None], asked, key.mT, alpha=scale)
+        weights = logits.exp()
+        effect = torch.baddbmm(-_heads_first(product)[..., None], slope, value.mT)
+        of_logits = weights * effect
+        more = torch.baddbmm(_heads_first(of_query.to(wide)), of_logits, key, alpha=scale)
+        parts = of_logits.mT @ asked * scale, weights.mT @ slope
+    of_sinks = (part.unflatten(0, (len(sinks[0]), -1)).sum(1) for part in parts)
+    return _batch_first(more, query).to(query.dtype), *of_sinks
+
+
+# --- the same in one kernel on a GPU -------------------------------------------------------------
+
+
+# From how many numbers on, by how many tensors sinks are. Launching a kernel of ours takes as long
+# as six of torch's: it pays where it stands for more of them, or where there is much to read.
+FUSED_FROM = {1: 2**18, 2: 1}
+
+
+def fusible(sinks: Sinks, *wide: Tensor) -> bool:
+    """Whether a kernel of ours may read tensors, and should. A compiler makes its own kernels."""
+    if triton is None or wide[0].device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return wide[0].numel() >= FUSED_FROM[len(sinks)] and all(t.stride(-1) == 1 for t in wide)
+
+
+def _launch(kernel: Any, sinks: Sinks, scale: float, lse: Tensor, *wide: Tensor) -> Tensor:
+    """Run a kernel over tensors (batch, heads, rows, width), a block of rows of a head at a time.
+
+    Gives what it finds about sinks: a number for every row where they are logits, else for every
+    block the sums over its rows, (keys and values, blocks * batch, heads, n, width).
+    """
+    batch, heads, rows, width = wide[0].shape
+    columns = triton.next_power_of_2(width)
+    block = max(16, 4096 // columns) if rows >= 64 else 16
+    blocks = -(-rows // block)
+    keyed = len(sinks) == 2
+    count = sinks[0].shape[1] if keyed else 0
+    # Query heads of a KV head, or sinks of a head: there it stands for several query heads.
+    each = heads // len(sinks[0]) if keyed else len(sinks[0]) // heads
+    size = (2, blocks * batch, heads, count, width) if keyed else lse.shape
+    found = lse.new_empty(size if kernel is _part_rows else 0)
+    strides = [stride for tensor in (lse, *wide) for stride in tensor.stride()[:3]]
+    here = wide[0].get_device()
+    # Entering the device takes as long as the launch, and it is nearly always the current one.
+    elsewhere = here >= 0 and here != torch.cuda.current_device()
+    with torch.cuda.device(here) if elsewhere else nullcontext():
+        kernel[batch * heads, blocks](
+            sinks[0].contiguous(), sinks[-1].contiguous(), found, lse, *wide, *strides,
+            scale, heads, rows, each, count, width, block, columns,
+        )  # fmt: skip
+    return found
+
+
+if triton is not None:
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _tile(pointer, sb, sh, sr, heads, block: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Pointers to the rows of this program: (block,)."""
+        both = tl.program_id(0).to(tl.int64)
+        rows = tl.program_id(1) * block + tl.arange(0, block)
+        return pointer + (both // heads) * sb + (both % heads) * sh + rows * sr
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _sink(  # type: ignore[no-untyped-def]
+        pointer, index, heads, each, count: tl.constexpr, width: tl.constexpr, column
+    ):  # fmt: skip
+        """A key or value of the KV head of this program: (1, columns)."""
+        place = ((tl.program_id(0) % heads) // each * count + index) * width + column
+        return tl.load(pointer + place, mask=column < width, other=0.0).to(tl.float32)[None]
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _logit(pointer, heads, each, mine, block: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The sink of this program's head, or of each of its rows: (block,)."""
+        rows = tl.program_id(1) * block + tl.arange(0, block)
+        place = (tl.program_id(0) % heads) * each + rows % each
+        return tl.load(pointer + place, mask=mine, other=0.0).to(tl.float32)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _join_rows(  # type: ignore[no-untyped-def]
+        keys, values, _, lse, query, out, lb, lh, lr, qb, qh, qr, ob, oh, orow, scale, heads,
+        rows, each, count: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
+        columns: tl.constexpr,
+    ):  # fmt: skip
+        """One sink after the other takes its share: it is as if the text had one key more."""
+        mine = tl.program_id(1) * block + tl.arange(0, block) < rows
+        column = tl.arange(0, columns)
+        inside = mine[:, None] & (column < width)[None]
+        place = _tile(out, ob, oh, orow, heads, block)[:, None] + column[None]
+        row = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        line = _tile(lse, lb, lh, lr, heads, block)
+        total = tl.load(line, mask=mine, other=0.0)
+        if count == 0:
+            logit = _logit(keys, heads, each, mine, block)
+            row = row * tl.sigmoid(total - logit)[:, None]
+            total = tl.maximum(total, logit) + tl.log(1 + tl.exp(-tl.abs(total - logit)))
+        else:
+            asked = _tile(query, qb, qh, qr, heads, block)[:, None] + column[None]
+            ask = tl.load(asked, mask=inside, other=0.0).to(tl.float32) * scale
+            for index in range(count):
+                key = _sink(keys, index, heads, each, count, width, column)
+                value = _sink(values, index, heads, each, count, width, column)
+                logit = tl.sum(ask * key, 1)
+                row = row * tl.sigmoid(total - logit)[:, None]
+                row += value * tl.sigmoid(logit - total)[:, None]
+                total = tl.maximum(total, logit) + tl.log(1 + tl.exp(-tl.abs(total - logit)))
+        tl.store(place, row.to(out.dtype.element_ty), mask=inside)
+        tl.store(line, total, mask=mine)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _part_rows(  # type: ignore[no-untyped-def]
+        keys, values, found, lse, query, out, gradient, of_query, lb, lh, lr, qb, qh, qr, ob, oh,
+        orow, gb, gh, gr, db, dh, dr, scale, heads, rows, each, count: tl.constexpr,
+        width: tl.constexpr, block: tl.constexpr, columns: tl.constexpr,
+    ):  # fmt: skip
+        """The part of every row, or of these rows together, in the gradients of sinks."""
+        mine = tl.program_id(1) * block + tl.arange(0, block) < rows
+        column = tl.arange(0, columns)
+        inside = mine[:, None] & (column < width)[None]
+        place = _tile(gradient, gb, gh, gr, heads, block)[:, None] + column[None]
+        slope = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        place = _tile(out, ob, oh, orow, heads, block)[:, None] + column[None]
+        product = tl.sum(slope * tl.load(place, mask=inside, other=0.0).to(tl.float32), 1)
+        total = tl.load(_tile(lse, lb, lh, lr, heads, block), mask=mine, other=0.0)
+        if count == 0:
+            part = -product * tl.exp(_logit(keys, heads, each, mine, block) - total)
+            tl.store(_tile(found, heads * rows, rows, 1, heads, block), part, mask=mine)
+        else:
+            place = _tile(query, qb, qh, qr, heads, block)[:, None] + column[None]
+            ask = tl.load(place, mask=inside, other=0.0).to(tl.float32) * scale
+            place = _tile(of_query, db, dh, dr, heads, block)[:, None] + column[None]
+            row = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+            half = count * width * tl.num_programs(1) * tl.num_programs(0).to(tl.int64)
+            for index in range(count):
+                key = _sink(keys, index, heads, each, count, width, column)
+                value = _sink(values, index, heads, each, count, width, column)
+                weight = tl.exp(tl.sum(ask * key, 1) - total)
+                pull = weight * (tl.sum(slope * value, 1) - product)
+                row += pull[:, None] * key * scale
+                part = found + (program * count + index) * width + column
+                tl.store(part, tl.sum(pull[:, None] * ask, 0), mask=column < width)
+                tl.store(part + half, tl.sum(weight[:, None] * slope, 0), mask=column < width)
+            tl.store(place, row.to(of_query.dtype.element_ty), mask=inside)
 
 
 def sink_attention(
@@ -476,13 +622,12 @@ def sink_attention(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if mask is not None and not operator.grouped:
         mask = mask.expand(*query.shape[:3], -1)
-    logits, values = _sinks(module, query, scaling, None)
-    inputs, how = (query, key, value, mask), _How(dropout, causal, scaling)
-    trained = (query, key, value, logits, values)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
-        out = _WithSinks.apply(operator, how, logits, values, *inputs)  # type: ignore[no-untyped-call]
+    inputs, sinks = (query, key, value, mask), sinks_of(module)
+    how = _How(dropout, causal, scaling)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *sinks)):
+        out = _WithSinks.apply(operator, how, *inputs, *sinks)  # type: ignore[no-untyped-call]
     else:
-        out = _with_sinks(operator.forward(*inputs, how), query, logits, values)
+        out = _joined(operator.forward(*inputs, how), query, sinks, scaling, trained=False)
     return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
@@ -542,8 +687,8 @@ def flex_attention(
         return_aux=AuxRequest(lse=True),
     )
     lse: Tensor = aux.lse  # type: ignore[union-attr]
-    logits, values = _sinks(module, query, scaling, softcap)
-    sinks = _together(logits)
+    logits, values = _logits_and_values(sinks_of(module), query, scaling, softcap)
+    sinks = logits.logsumexp(-1)
     out = out * torch.sigmoid(lse - sinks)[..., None]
     if values is not None:
         out = out + torch.exp(logits - torch.logaddexp(lse, sinks)[..., None]) @ values

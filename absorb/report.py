@@ -166,8 +166,36 @@ def listing(rows: list[Row]) -> str:
     )
 
 
+_WORSE = 0.01  # what a conversion may cost in float, as a share of the perplexity
+
+
+def loss_of(original: Score, converted: Score) -> float:
+    """What the conversion costs in float on held-out text, as a share of the perplexity."""
+    return converted.perplexity / original.perplexity - 1
+
+
+def verdict(report: Report) -> str | None:
+    """Where the converted model is worse than the original in float: that, and what helps."""
+    loss, job = loss_of(report.original, report.converted), report.inspection.job
+    if loss <= _WORSE:
+        return None
+    ways = {
+        "--sink auto": job.sink == "logit",
+        "--text FILE with text like what it will read": job.calibration.text is None,
+        "a longer fine-tune (--steps)": job.distillation.purpose == "none",
+        "a fine-tune without --for": job.distillation.purpose != "none",
+    }
+    helps = ", or ".join(way for way, possible in ways.items() if possible)
+    return (
+        f"in float the converted model is {loss:.1%} worse than the original on held-out text; "
+        f"convert with {helps}"
+    )
+
+
 def score_rows(original: Score, converted: Score) -> list[Row]:
     """The before/after table."""
+    loss = loss_of(original, converted)
+    mark = f" ({loss:+.1%})" if loss > _WORSE else ""
     figures = (
         ("perplexity", "perplexity", "{:.3f}"),
         ("KL from the teacher, nats", "divergence", "{:.4f}"),
@@ -188,7 +216,13 @@ def score_rows(original: Score, converted: Score) -> list[Row]:
         )
         for name, before in original.quantised.items()
     ]
-    return [("", "original", "converted"), *rows, *quantised]
+    [(label, before, after), *others] = rows
+    return [
+        ("", "original", "converted"),
+        (label, before, f"{after}{mark}"),
+        *others,
+        *quantised,
+    ]
 
 
 def finding_rows(inspection: Inspection) -> list[Row]:

@@ -115,8 +115,8 @@ class Survey(Checked):
     model: ModelRef
     calibration: Calibration = field(default_factory=Calibration)
     sink: Sink = option(
-        "logit",
-        "Logits, which fast kernels know; keys of the prefix, exact; or auto: keys where no logit "
+        "auto",
+        "Logits, which other engines know; keys of the prefix, exact; or auto: keys where no logit "
         "fits.",
     )
     residual_target: float = option(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -20,7 +21,13 @@ from transformers.integrations import flash_attention
 from absorb import modeling_absorb
 from absorb.families import family_of
 from absorb.graft import twin
-from absorb.modeling_absorb import NEUTRAL, eager_attention, flex_attention, sink_attention
+from absorb.modeling_absorb import (
+    NEUTRAL,
+    OPERATORS,
+    eager_attention,
+    flex_attention,
+    sink_attention,
+)
 from absorb.sinks import prefix_of
 from absorb.watch import led
 from tests.helpers.tiny import HEAD_DIM, HEADS, KV_HEADS, LAYERS, VOCABULARY, tiny
@@ -335,26 +342,26 @@ def test_an_evaluated_model_drops_nothing() -> None:
     assert not torch.equal(dropping.train()(texts()).logits, dropping(texts()).logits)
 
 
-@pytest.mark.parametrize("name", ["_CPU", "_CUDNN", "_FLASH", "_EFFICIENT"])
+@pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("form", ["logit", "key"])
-def test_every_operator_finds_its_arguments(name: str, form: str) -> None:
+def test_every_operator_finds_its_arguments(
+    name: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without the device: only names, shapes and order, which torch checks on `meta` tensors."""
+    # On which there is no autocast.
+    monkeypatch.setattr(modeling_absorb, "_without_autocast", lambda _: nullcontext())
     inputs = [
         torch.empty(2, 40, 4, 64, device="meta", dtype=torch.bfloat16).transpose(1, 2)
         for _ in range(3)
     ]
     module = layer_with_sinks(form, 4, 4, 64)
     sinks = [getattr(module, sink).to("meta") for sink in vars(module) if "sink" in sink]
-    operator = getattr(modeling_absorb, name)
-    logits = torch.empty((1, 4, 1, 1) if form == "logit" else (2, 4, 40, N), device="meta")
-    values = None if form == "logit" else sinks[1][None]
-    tensors = [t if t is None else t.requires_grad_() for t in (*inputs, logits, values)]
-    *inputs, logits, values = tensors
+    tensors = [tensor.requires_grad_() for tensor in (*inputs, *sinks)]
     how = modeling_absorb._How(dropout=0.0, causal=True, scale=0.125)
-    out = modeling_absorb._WithSinks.apply(operator, how, logits, values, *inputs, None)
+    out = modeling_absorb._WithSinks.apply(OPERATORS[name], how, *inputs, None, *sinks)
     assert out.shape == inputs[0].shape
     out.backward(torch.empty_like(out))
-    assert all(t.grad.shape == t.shape for t in tensors if t is not None)
+    assert all(t.grad.shape == t.shape for t in tensors)
 
 
 @EVERY

@@ -1,5 +1,10 @@
-"""Sinks beside every CUDA operator, on the GPU: python -m pytest tests/test_attention_cuda.py"""
+"""Sinks beside every CUDA operator, on the GPU: python -m pytest tests/test_attention_cuda.py
 
+With TRITON_INTERPRET=1 what is said of our own kernels alone can be tested without one.
+"""
+
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from absorb import modeling_absorb
-from absorb.modeling_absorb import eager_attention, flex_attention, sink_attention
+from absorb.modeling_absorb import OPERATORS, eager_attention, flex_attention, sink_attention
 from tests.test_attention import (
     ALLOWED,
     attended,
@@ -24,12 +29,16 @@ from tests.test_attention import (
     texts,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+HERE = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and modeling_absorb.triton is not None
+cuda = pytest.mark.skipif(not HERE, reason="needs a CUDA GPU")
+pytestmark = pytest.mark.skipif(not HERE and not INTERPRETED, reason="needs a CUDA GPU")
+DEVICE = "cuda" if HERE else "cpu"
 
-OPERATORS = {
-    "cudnn": (modeling_absorb._CUDNN, SDPBackend.CUDNN_ATTENTION),
-    "flash": (modeling_absorb._FLASH, SDPBackend.FLASH_ATTENTION),
-    "efficient": (modeling_absorb._EFFICIENT, SDPBackend.EFFICIENT_ATTENTION),
+STOCK = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 LENGTH = 131  # not a multiple of anything: some operators pad their log-sum-exp
 FORMS = pytest.mark.parametrize("form", ["logit", "key"])
@@ -48,7 +57,7 @@ def masks(length: int) -> dict[str, Tensor]:
 def rounded(heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     """Query, key and value as models give them: heads beside head_dim in memory."""
     return [
-        draw(BATCH, LENGTH, count, width, seed=seed).to("cuda", dtype).transpose(1, 2)
+        draw(BATCH, LENGTH, count, width, seed=seed).to(DEVICE, dtype).transpose(1, 2)
         for seed, count in enumerate((heads, kv_heads, kv_heads))
     ]
 
@@ -57,7 +66,7 @@ def on_cuda(form: str, heads: int, kv_heads: int, width: int) -> tuple[Any, dict
     """A layer, and its sinks in float32."""
     module = layer_with_sinks(form, heads, kv_heads, width)
     sinks = {
-        name: tensor.to("cuda", torch.float32).requires_grad_()
+        name: tensor.to(DEVICE, torch.float32).requires_grad_()
         for name, tensor in vars(module).items()
         if name.startswith("sink")
     }
@@ -66,9 +75,10 @@ def on_cuda(form: str, heads: int, kv_heads: int, width: int) -> tuple[Any, dict
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modeling_absorb, "_cuda_operator", lambda *_: OPERATORS[name][0])
+    monkeypatch.setattr(modeling_absorb, "_cuda_operator", lambda *_: OPERATORS[name])
 
 
+@cuda
 @pytest.mark.parametrize(
     ("name", "dtype", "mask"),
     [
@@ -99,14 +109,14 @@ def test_errors_are_no_worse_than_those_of_the_same_operator_without_sinks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     use(name, monkeypatch)
-    monkeypatch.setattr(modeling_absorb, "_MUCH", much)
+    monkeypatch.setattr(modeling_absorb, "FUSED_FROM", {1: much, 2: much})
     given = rounded(heads, kv_heads, width, dtype)
     hidden = None if mask is None else masks(LENGTH)[mask]
     allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device="cuda").tril()
     allowed = allowed if hidden is None else hidden
     inputs, exact = leaves(*given, dtype=dtype), leaves(*given)
     repeated = [inputs[0], *(t.repeat_interleave(heads // kv_heads, 1) for t in inputs[1:])]
-    with sdpa_kernel(OPERATORS[name][1]):
+    with sdpa_kernel(STOCK[name]):
         stock = torch.nn.functional.scaled_dot_product_attention(
             *repeated, attn_mask=hidden, is_causal=hidden is None
         )
@@ -121,22 +131,24 @@ def test_errors_are_no_worse_than_those_of_the_same_operator_without_sinks(
     assert [(e, limit) for e, limit in zip(found, limits, strict=True) if e > ALLOWED * limit] == []
 
 
+@cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_fastest_operator_that_fits_is_chosen(dtype: torch.dtype) -> None:
     query = rounded(4, 4, 64, dtype)[0]
     choose, mask = modeling_absorb._cuda_operator, masks(LENGTH)["padding"]
     if dtype == torch.float32:
-        assert choose(query, None, 0.0) is modeling_absorb._EFFICIENT
+        assert choose(query, None, 0.0) is OPERATORS["efficient"]
         return
     hopper = torch.cuda.get_device_capability()[0] in (9, 10)
-    first = modeling_absorb._CUDNN if hopper else None
-    assert choose(query, None, 0.0) is (first or modeling_absorb._FLASH)
-    assert choose(query, mask, 0.0) is (first or modeling_absorb._EFFICIENT)
-    assert choose(query, mask, 0.1) is modeling_absorb._EFFICIENT
-    assert choose(query[:, :, :1], None, 0.0) is modeling_absorb._FLASH
+    first = OPERATORS["cudnn"] if hopper else None
+    assert choose(query, None, 0.0) is (first or OPERATORS["flash"])
+    assert choose(query, mask, 0.0) is (first or OPERATORS["efficient"])
+    assert choose(query, mask, 0.1) is OPERATORS["efficient"]
+    assert choose(query[:, :, :1], None, 0.0) is OPERATORS["flash"]
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@cuda
+@pytest.mark.parametrize("name", STOCK)
 @FORMS
 def test_one_query_reads_a_cache(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(name, monkeypatch)
@@ -149,6 +161,7 @@ def test_one_query_reads_a_cache(name: str, form: str, monkeypatch: pytest.Monke
     assert drift(out.double(), formula(*exact, wide, everything)) < 0.01
 
 
+@cuda
 @pytest.mark.parametrize("name", ["cudnn", "efficient"])
 def test_a_row_without_keys_has_only_its_sinks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(name, monkeypatch)
@@ -161,6 +174,7 @@ def test_a_row_without_keys_has_only_its_sinks(name: str, monkeypatch: pytest.Mo
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), inputs))
 
 
+@cuda
 def test_the_first_read_into_a_static_cache_sees_no_empty_keys() -> None:
     query, key, value = rounded(4, 4, 64, torch.bfloat16)
     module, _ = on_cuda("logit", 4, 4, 64)
@@ -170,6 +184,7 @@ def test_the_first_read_into_a_static_cache_sees_no_empty_keys() -> None:
     assert torch.equal(cached, alone)
 
 
+@cuda
 @pytest.mark.parametrize("name", ["flash", "efficient"])
 @FORMS
 def test_gradients_are_those_of_what_dropout_left(
@@ -206,6 +221,7 @@ def test_gradients_are_those_of_what_dropout_left(
         assert ends[0] - ends[1] == pytest.approx(slope, rel=0.1)
 
 
+@cuda
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @FORMS
 def test_flex_attention_equals_eager(form: str, softcap: float | None) -> None:
@@ -224,6 +240,7 @@ def test_flex_attention_equals_eager(form: str, softcap: float | None) -> None:
     assert max(drift(a, b) for a, b in pairs) < 1e-2
 
 
+@cuda
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "qwen3"])
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
 @FORMS
@@ -241,6 +258,7 @@ def test_models_agree_with_eager(family: str, implementation: str, form: str) ->
         assert drift(model(**inputs).logits[real], expected) < 5e-3
 
 
+@cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @FORMS
 def test_models_compile_without_a_break(dtype: torch.dtype, form: str) -> None:
@@ -261,6 +279,7 @@ def test_models_compile_without_a_break(dtype: torch.dtype, form: str) -> None:
     )
 
 
+@cuda
 @torch.no_grad()
 def test_a_compiled_static_cache_generates_the_same() -> None:
     model = sinked("llama").to("cuda")
@@ -268,3 +287,66 @@ def test_a_compiled_static_cache_generates_the_same() -> None:
     tokens = texts().cuda()
     plain = model.generate(tokens, **settings)
     assert torch.equal(model.generate(tokens, cache_implementation="static", **settings), plain)
+
+
+# --- our own kernels -----------------------------------------------------------------------------
+
+
+def attended_by(
+    fused: bool, inputs: list[Tensor], module: Any, sinks: list[Tensor], patch: Any
+) -> list[Tensor]:
+    """Output and all gradients, by our kernels or by torch's."""
+    patch.setattr(modeling_absorb, "fusible", lambda *_: fused)
+    out = attended(sink_attention, module, inputs, None)
+    weight = draw(*out.shape, seed=9).to(out)
+    return [out, *torch.autograd.grad(out, [*inputs, *sinks], weight)]
+
+
+def laid_out(
+    dense: bool, dtype: torch.dtype, heads: int, rows: int, width: int, seed: int
+) -> Tensor:
+    """As models lay tensors out, or cut from a larger one."""
+    if dense:
+        return draw(BATCH, rows, heads, width, seed=seed).to(DEVICE, dtype).transpose(1, 2)
+    larger = draw(BATCH, heads, rows + 3, width + 8, seed=seed).to(DEVICE, dtype)
+    return larger[:, :, 1 : rows + 1, :width]
+
+
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("count", [0, 1, 2, 3])  # keys of sinks in every KV head; 0: logits
+@pytest.mark.parametrize("width", [64, 80, 128] if HERE else [24])
+@pytest.mark.parametrize("rows", [1, 19, 131] if HERE else [1, 19, 70])
+@pytest.mark.parametrize("dense", [True, False])
+def test_our_kernels_give_what_torch_gives(
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    count: int,
+    width: int,
+    rows: int,
+    dense: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sinks = {"sink": draw(heads, seed=5)}
+    if count:
+        names = ("sink_key", "sink_value")
+        sinks = {n: draw(kv_heads, count, width, seed=len(n)) for n in names}
+    sinks = {n: t.to(DEVICE, torch.float32).requires_grad_() for n, t in sinks.items()}
+    module = SimpleNamespace(is_causal=True, training=True, **sinks)
+    read = max(rows, 19)
+    shapes = ((heads, rows, width), (kv_heads, read, width), (kv_heads, read, width))
+    given = [laid_out(dense, dtype, *shape, seed=seed) for seed, shape in enumerate(shapes)]
+    inputs = [tensor.requires_grad_() for tensor in given]
+    ours, torchs = (
+        attended_by(fused, inputs, module, list(sinks.values()), monkeypatch)
+        for fused in (True, False)
+    )
+    far = [
+        float((a - b).double().norm() / b.double().norm())
+        for a, b in zip(ours, torchs, strict=True)
+    ]
+    assert max(far) < NEAR[dtype]

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from absorb import plan as plan_module
 from absorb.families import FAMILIES, Family
 from absorb.findings import SpikeNeuron
-from absorb.fit import LogitSink
+from absorb.forms import LogitSink
 from absorb.graft import graft, smooth, twin
+from absorb.modeling_absorb import NEUTRAL
 from absorb.plan import Plan, Removal, make_plan
 from absorb.settings import Sink
 from absorb.sinks import fit_sinks, prefix_of, prefixed
@@ -41,7 +42,10 @@ def drift(after: Tensor, before: Tensor) -> float:
 def neutral_plan(family: Family, **changes: object) -> Plan:
     nothing = torch.zeros(kv_heads(family.model_type), HEAD_DIM, dtype=torch.float64)
     sink = LogitSink(
-        logits=torch.full((HEADS,), -100.0), value=nothing, key_bias=nothing, error=torch.zeros(())
+        logits=torch.full((HEADS,), NEUTRAL["sink"]),
+        value=nothing,
+        key_bias=nothing,
+        error=torch.zeros(()),
     )
     plan = Plan(
         prefix=(), sinks=(sink,) * LAYERS, removals=(), residual=torch.ones(HIDDEN), smoothing={}

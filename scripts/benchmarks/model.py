@@ -1,8 +1,9 @@
-"""A converted model against the one it came from under stock attention: time and memory, JSON.
+"""Converted models against the one they came from under stock attention: time and memory, JSON.
 
-python -m scripts.benchmarks.model --model ORIGINAL --converted DIR
+python -m scripts.benchmarks.model --model ORIGINAL --converted DIR --converted OTHER_DIR
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from absorb.families import family_of
+from absorb.forms import KeySink
 from absorb.graft import twin
 from absorb.report import table
 from absorb.timing import growth, interleaved
@@ -32,15 +34,28 @@ SMALL = {
 }
 
 
-def random_pair(dtype: torch.dtype) -> dict[str, PreTrainedModel]:
-    """A random model and its absorbed twin, with sinks that take weight."""
+# Which layers have keys: with `auto` the few whose sinks no logit stands for.
+KEYED = {"logit": (), "auto": range(0, 30, 6), "key": range(30)}
+PREFIX = 2  # tokens
+
+
+def random_models(dtype: torch.dtype) -> dict[str, PreTrainedModel]:
+    """A random model and its absorbed twins, with sinks that take weight."""
     torch.manual_seed(0)
     original = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL), dtype=dtype)
-    converted = twin(original, family_of("llama"))
+    return {"original": original, **{form: with_sinks(original, form) for form in KEYED}}
+
+
+def with_sinks(original: PreTrainedModel, form: str) -> PreTrainedModel:
+    config = original.config
+    room = torch.zeros(config.num_key_value_heads, PREFIX, config.head_dim)
+    keys = KeySink(keys=room, values=room)
+    layers = [keys if i in KEYED[form] else None for i in range(config.num_hidden_layers)]
+    converted = twin(original, family_of("llama"), layers)
     for name, parameter in converted.named_parameters():
-        if name.endswith(".sink"):
+        if "sink" in name:
             parameter.data.normal_()
-    return {"original": original, "converted": converted}
+    return converted
 
 
 def prefill(model: PreTrainedModel, tokens: Tensor) -> None:
@@ -64,34 +79,58 @@ def training(model: PreTrainedModel) -> Callable[[PreTrainedModel, Tensor], None
     return partial(train, torch.optim.AdamW(model.parameters(), lr=0.0))
 
 
+def without_kernels(model: PreTrainedModel, run: Callable[[], object]) -> None:
+    """The same by torch's operators alone."""
+    code: Any = sys.modules[type(model).__module__]
+    before = code.FUSED_FROM
+    code.FUSED_FROM = dict.fromkeys(before, sys.maxsize)
+    try:
+        run()
+    finally:
+        code.FUSED_FROM = before
+
+
+def rows_of(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (f"{work}, {unit}", *(f"{ratio:.3f}" for ratio in ratios.values()))
+        for work, found in figures.items()
+        for unit, ratios in found["ratios"].items()
+    ]
+
+
 @click.command()
 @click.option("--model", "original", help="A folder or Hub id; random weights if left out.")
-@click.option("--converted", help="The folder that absorb wrote for it.")
+@click.option("--converted", multiple=True, help="A folder that absorb wrote for it.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16")
 @click.option("--batch", default=1, show_default=True)
 @click.option("--length", default=1024, show_default=True, help="Of the prompt, and of training.")
 @click.option("--new", default=32, show_default=True, help="Tokens to decode.")
+@click.option("--kernels", is_flag=True, help="Also compare with what our kernels stand for.")
 @click.option("--repeats", default=7, show_default=True)
 @bench.figures
 def main(
     original: str | None,
-    converted: str | None,
+    converted: tuple[str, ...],
     device: str,
     dtype: str,
     batch: int,
     length: int,
     new: int,
+    kernels: bool,
     repeats: int,
     out: Path | None,
 ) -> None:
-    """Prefill, decode and training step of a converted model, as multiples of the original's."""
-    if (original is None) != (converted is None):
+    """Prefill, decode and training step of converted models, as multiples of the original's.
+
+    With random weights: of one with logits, one with keys in every sixth layer, one with keys.
+    """
+    if (original is None) != (not converted):
         raise click.UsageError("give both --model and --converted, or neither")
     if original is None:
-        models = random_pair(getattr(torch, dtype))
+        models = random_models(getattr(torch, dtype))
     else:
-        paths = {"original": original, "converted": converted}
+        paths = {"original": original, **{Path(folder).name: folder for folder in converted}}
         options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": True}
         load = AutoModelForCausalLM.from_pretrained
         models = {name: load(path, **options) for name, path in paths.items()}
@@ -103,6 +142,10 @@ def main(
         "decode": {n: partial(decode, m, tokens[:, : length // 2], new) for n, m in models.items()},
         "training step": {n: partial(training(m), m, tokens) for n, m in models.items()},
     }
+    if kernels:
+        for runs in steps.values():
+            plain = {n: partial(without_kernels, models[n], run) for n, run in runs.items()}
+            runs |= {f"{name}, no kernels": plain[name] for name in models if name != "original"}
     figures: dict[str, Any] = {}
     for work, runs in steps.items():
         figures[work] = {"seconds": interleaved(runs, device, repeats)}
@@ -110,11 +153,11 @@ def main(
             figures[work]["bytes"] = {n: growth(run, device) for n, run in runs.items()}
     for work in figures.values():
         work["ratios"] = {
-            unit: values["converted"] / values["original"] for unit, values in work.items()
+            unit: {name: value / values["original"] for name, value in values.items()}
+            for unit, values in work.items()
         }
-    head = ("converted as a multiple of the original", *figures["prefill"]["ratios"])
-    rows = [(work, *(f"{r:.3f}" for r in f["ratios"].values())) for work, f in figures.items()]
-    print(table([head, *rows]))
+    head = ("as a multiple of the original", *figures["prefill"]["seconds"])
+    print(table([head, *rows_of(figures)]))
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     settings = {"device": name, "torch": torch.__version__, "dtype": dtype, "batch": batch}
     bench.write(out, {**settings, "length": length, **figures})

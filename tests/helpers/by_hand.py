@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.fit import KeySink, LogitSink
+from absorb.forms import KeySink, LogitSink
 from absorb.modeling_absorb import NEUTRAL
 from absorb.scene import Scene, scene_of
 from absorb.sinks import prefix_of
