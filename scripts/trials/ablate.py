@@ -51,7 +51,7 @@ class Choice:
     train: Train = "all"
     purpose: Purpose = "none"
     rate: float | None = None  # of weights, in place of what the purpose has
-    sink: Sink = "logit"
+    sink: Sink = "auto"
     seed: int = 0
     given: int | None = None  # which of the texts, in place of the model's own samples
     rows: int = TRAINING_ROWS  # of text to train on
@@ -85,7 +85,12 @@ CHOICES = {
     "untrained, given a second text": Choice(given=1),
     "untrained, seed 1": Choice(seed=1),
     "untrained, seed 2": Choice(seed=2),
-    "untrained, keys where they are needed": Choice(sink="auto"),
+    "untrained, logits": Choice(sink="logit"),
+    "untrained, logits, given text": Choice(sink="logit", given=0),
+    "100 steps of all, logits": Choice(sink="logit", steps=100),
+    "100 steps of all, logits, given text, for INT8": Choice(
+        sink="logit", steps=100, purpose="int8", given=0
+    ),
     "untrained, keys": Choice(sink="key"),
 }
 
