@@ -343,7 +343,8 @@ def _joined(given: _Given, query: Tensor, sinks: Sinks, scale: float, trained: b
         joined = _rescaled(out, torch.sigmoid(lse - other)[..., None])
     else:
         alone, other = _to_sinks_alone(query, sinks, scale, lse.dtype)
-        joined = torch.lerp(alone, out.to(alone.dtype), torch.sigmoid(lse - other)[..., None])
+        # `out` comes first, so that the result is laid out like it: stock backwards count on that.
+        joined = torch.lerp(out.to(alone.dtype), alone, torch.sigmoid(other - lse)[..., None])
         joined = _cast(joined, out.dtype)
     if trained:
         # In place, so that padding stays: only the operator and these functions ever see it.
