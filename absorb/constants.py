@@ -75,10 +75,10 @@ def errors_of(scene: Scene, target: Tensor, parameters: Tensor) -> tuple[Tensor,
     return by_query.sum((0, 2)), by_query
 
 
-def constants(scene: Scene, effect: Effect) -> tuple[Tensor, Tensor]:
-    """Parameters without a key bias, and the error (heads,) that no head may exceed.
+def constants(scene: Scene, effect: Effect) -> tuple[Tensor, Tensor, Tensor]:
+    """Parameters without a key bias, their error (heads,), and the one that no head may exceed.
 
-    That is the one of the best constant logit with the mean value of the prefix, or of no sink.
+    That is the error of the best constant logit with the mean value of the prefix, or of no sink.
     """
     value = mean_value(scene, effect)
     logits, _ = best_logits(effect, scene.spread(value[:, None]), _around(effect.lse))
@@ -93,7 +93,8 @@ def constants(scene: Scene, effect: Effect) -> tuple[Tensor, Tensor]:
         logits, error = torch.where(won, closer, logits), torch.where(won, less, error)
     unused = (logits == NEUTRAL["sink"]).view(len(value), -1).all(1)
     value = value.masked_fill(unused[:, None], 0)
-    return torch.cat([logits.view(len(value), -1), value, torch.zeros_like(value)], 1), most
+    parts = logits.view(len(value), -1), value, torch.zeros_like(value)
+    return torch.cat(parts, 1), error, most
 
 
 def mean_value(scene: Scene, effect: Effect) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from absorb.constants import Effect, constants, effect_of, left_out, split
 from absorb.forms import KeySink, LayerSink, LogitSink
-from absorb.key_bias import shifted, with_key_bias
+from absorb.key_bias import descended, shifted, where_it_pays
 from absorb.scene import Scene
 
 
@@ -36,10 +36,11 @@ def _fit(
         # Less its key, the prefix has the logit zero for every query.
         zero = prefix.keys.new_zeros(len(prefix.keys) * scene.groups)
         return zero, prefix.values[:, 0], -prefix.keys[:, 0]
-    parameters, most = constants(scene, effect)
+    parameters, error, most = constants(scene, effect)
     if biased:
-        start = shifted(scene, effect, prefix, parameters, most)
-        parameters = with_key_bias(scene, effect.target, start, parameters, most)
+        start = shifted(scene, effect, prefix, parameters, error, most)
+        better, less = descended(scene, effect.target, start, most)
+        parameters = where_it_pays(scene, parameters, error, better, less)
     return split(parameters, scene.groups)
 
 

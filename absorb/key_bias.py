@@ -18,11 +18,12 @@ from absorb.forms import KeySink
 from absorb.scene import Scene, at
 
 # Channels that count as slow: the cosine of the widest angle that they turn by in the text.
-_SLOW = (0.98, 0.5, -1.0)
+_SLOW = (0.98, 0.5)
 # Queries of every row in a Gauss-Newton step, and the share of them that is drawn by error.
 _QUERIES = 16
 _BY_ERROR = 0.5
 _STEPS = 3
+_GOES_ON = 0.95  # what a step must leave of the error at most, or it was the last
 _DAMPING = 1e-2
 _FLOOR = 1e-4  # of the damping, as a share of the steepest direction: some lead nowhere
 # What a key bias must take off the error of its heads. Less is what chance finds in any text.
@@ -30,40 +31,39 @@ _PAYS = 0.01
 _SEED = 0
 
 
-def shifted(scene: Scene, effect: Effect, prefix: KeySink, start: Tensor, most: Tensor) -> Tensor:
+def shifted(
+    scene: Scene, effect: Effect, prefix: KeySink, start: Tensor, error: Tensor, most: Tensor
+) -> Tensor:
     """A better start where a bias takes from all keys what the prefix has in slow channels.
 
     Less a key that does not turn, the prefix has the logit zero for every query. RoPE turns all
-    channels, some by a hundredth in a text: of these it is nearly true.
+    channels, some by a hundredth in a text: of these it is nearly true. `error` is that of the
+    parameters `start`, and `most` what no head may exceed: (heads,).
     """
     width = scene.key.shape[-1]
     key = by_key_head(scene, effect.share * (effect.within @ scene.spread(prefix.keys)))
     key = key / by_key_head(scene, effect.share).clamp_min(1e-12)
     turned = scene.rotate(torch.eye(width).to(key))[0].diagonal(dim1=0, dim2=2).amin(0)
-    error = errors_of(scene, effect.target, start)[0]
     for least in _SLOW:
         bias = -key * (turned >= least)
         scores = scene.text_scores(bias)
         lse, alone = scores.logsumexp(-1, keepdim=True), scene.mix(scores.softmax(-1), scene.value)
-        tried, _ = constants(scene, replace(effect, lse=lse, alone=alone))
+        tried, less, _ = constants(scene, replace(effect, lse=lse, alone=alone))
         tried[:, -width:] = bias
-        less = errors_of(scene, effect.target, tried)[0]
         won = is_better(less, error, most, scene.groups)
         start = torch.where(won[:, None], tried, start)
         error = torch.where(won.repeat_interleave(scene.groups), less, error)
     return start
 
 
-def with_key_bias(
-    scene: Scene, target: Tensor, start: Tensor, without: Tensor, most: Tensor
-) -> Tensor:
-    """Parameters after the steps that made the output better; those without where none pays."""
+def descended(scene: Scene, target: Tensor, start: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Parameters after the steps that made the output better, and their error: (heads,)."""
     draw = torch.Generator().manual_seed(_SEED)
     parameters = start
-    before = errors_of(scene, target, without)[0]
     error, by_query = errors_of(scene, target, start)
     damping = error.new_full((len(start),), _DAMPING)
     for _ in range(_STEPS):
+        before = error
         curvature, slope = _normal(*_drawn(scene, target, by_query, draw), parameters)
         for _ in range(2):
             better = parameters - _step(curvature, slope, damping)
@@ -76,8 +76,17 @@ def with_key_bias(
             damping = torch.where(won, damping / 5, damping * 10)
             if won.all():
                 break
-    left, had = (part.view(-1, scene.groups).sum(1) for part in (error, before))
-    return torch.where((left < (1 - _PAYS) * had)[:, None], parameters, without)
+        if error.sum() > _GOES_ON * before.sum():
+            break
+    return parameters, error
+
+
+def where_it_pays(
+    scene: Scene, without: Tensor, error: Tensor, biased: Tensor, less: Tensor
+) -> Tensor:
+    """Of two sets of parameters, by their errors (heads,), the one with key biases if better."""
+    had, left = (part.view(-1, scene.groups).sum(1) for part in (error, less))
+    return torch.where((left < (1 - _PAYS) * had)[:, None], biased, without)
 
 
 def _drawn(

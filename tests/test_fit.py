@@ -60,7 +60,7 @@ def test_the_derivatives_are_those_of_autograd(softcap: float | None) -> None:
 def descend(made: Scene, target: Tensor, start: Tensor) -> Tensor:
     """Steps from `start`, free to leave any head worse off than a constant would."""
     free = torch.full((HEADS,), torch.inf, dtype=torch.float64)
-    return key_bias.with_key_bias(made, target, start, start, free)
+    return key_bias.descended(made, target, start, free)[0]
 
 
 def test_steps_find_the_sink_that_was_put_there() -> None:
@@ -89,7 +89,7 @@ def test_constants_find_the_logits_and_the_value_that_were_put_there() -> None:
         absorbed=absorbed,
         target=target,
     )
-    found, _ = constants.constants(made, effect)
+    found, _, _ = constants.constants(made, effect)
     # The last grid of logits has steps of 0.05.
     torch.testing.assert_close(found[:, :GROUPS], truth[:, :GROUPS], atol=0.05, rtol=0)
     torch.testing.assert_close(found[:, GROUPS:], truth[:, GROUPS:], atol=0.05, rtol=0.05)
