@@ -24,7 +24,8 @@ def sink_of(
         return fit, out
     # No window hides a student's sink.
     kept = replace(scene, window=None).with_prefix(prefix.keys, prefix.values)
-    error = fit.error.new_zeros(()) if scene.window is None else left_out(effect, kept)
+    leaves = scene.leaves(prefix.keys.shape[1])
+    error = left_out(effect, kept) if leaves else fit.error.new_zeros(())
     return (replace(prefix, error=error, fit=fit), kept) if error < fit.error else (fit, out)
 
 

@@ -14,7 +14,7 @@ from absorb import pipeline
 from absorb.compare import compare
 from absorb.declared import Option, filled, options_of
 from absorb.errors import MisuseError
-from absorb.report import Inspection, Report
+from absorb.report import Inspection, Report, verdict
 from absorb.settings import (
     Dtype,
     Evaluation,
@@ -116,11 +116,14 @@ def convert(
 
     `model` is a Hub id, a folder, a .gguf file or "demo". With `resume` what is found is kept in
     OUT.progress, and gone on from. The report is what absorb.json holds. Raises an AbsorbError for
-    what cannot be converted.
+    what cannot be converted, and warns where the result is worse in float.
     """
     given = asked(Job, options)
     job = filled(Job, {"name": str(model), "out": Path(out), **given})
-    return pipeline.convert(job, _say, resume)
+    report = pipeline.convert(job, _say, resume)
+    if (worse := verdict(report)) is not None:
+        logging.getLogger("absorb").warning(worse)
+    return report
 
 
 @taking_options_of(Survey)

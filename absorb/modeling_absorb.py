@@ -633,9 +633,9 @@ def sink_attention(
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """Under autocast, tensors in its dtype: stock attention does this for itself."""
+    """Under autocast, tensors in its dtype, doubles aside: as stock attention does for itself."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return list(tensors)
     return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 

@@ -116,7 +116,7 @@ def sinks_for(
     with without(model, family, tuple(removal.spike for removal in removals)):
         fits = fit_sinks(model, family, prefix, tokens, most if form == "auto" else inf)
     return tuple(
-        fit if isinstance(fit, LogitSink) else replace(fit, keys=keys.keys)
+        fit if isinstance(fit, LogitSink) else replace(keys, error=fit.error, fit=fit.fit)
         for keys, fit in zip(kept, fits, strict=True)
     )
 

@@ -60,7 +60,8 @@ class Inspection:
     keyed_layers: tuple[int, ...]  # whose sinks are the prefix's keys and values, not logits
     residual_scales: dict[int, float]
     divergence: float  # of the untrained student, in nats per token
-    logit_divergence: float | None  # of one with logits in the keyed layers too, if any are fitted
+    # Of one with logits in the keyed layers too, if any were fitted there.
+    logit_divergence: float | None = None
     versions: dict[str, str]
     job: Job  # what the user asked for, and what a plan that was read had decided
 

@@ -72,10 +72,14 @@ class Scene:
         capped = scores.clamp_min(-self.softcap) / self.softcap
         return self.scaling * (1 - capped.square())
 
+    def leaves(self, count: int) -> bool:
+        """Whether a prefix of so many tokens is outside the window of any query."""
+        return self.window is not None and self.query.shape[2] + count > self.window
+
     def prefix_scores(self, keys: Tensor) -> Tensor:
         """Logits (rows, heads, length, keys) of a prefix, -inf where it has left the window."""
         scores = self.scores(keys[None])
-        if self.window is None:
+        if self.window is None or not self.leaves(scores.shape[3]):
             return scores
         query, key = (torch.arange(n, device=scores.device) for n in scores.shape[2:])
         distance = query[:, None] + len(key) - key

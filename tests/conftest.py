@@ -77,3 +77,9 @@ def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
         return logits_after(model.eval(), tokens)
 
     monkeypatch.setattr("absorb.verify._said_to_a_stranger", said)
+
+
+@pytest.fixture
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product is hastened, whatever the processor: what is compared here is compared closely."""
+    monkeypatch.setattr("absorb.device._bfloat16_is_fast", lambda device: False)

@@ -11,7 +11,7 @@ import absorb
 from absorb import cli
 from absorb.card import card, command
 from absorb.options import settled
-from absorb.report import Report, from_json
+from absorb.report import Report, from_json, score_rows, verdict
 from absorb.settings import Job
 
 RECORD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-absorbed" / "absorb.json"
@@ -40,6 +40,28 @@ def test_the_hub_reads_the_metadata(record: Report) -> None:
     assert results["perplexity in W8A8, static per tensor"] == round(
         record.converted.quantised["w8a8-static"], 3
     )
+
+
+def test_a_conversion_that_is_worse_in_float_says_so_and_what_helps(record: Report) -> None:
+    assert verdict(record) is None
+    worse = replace(record.original, perplexity=1.034 * record.original.perplexity)
+    bad = replace(record, converted=worse)
+    said = verdict(bad)
+    assert said is not None
+    assert "3.4% worse" in said
+    assert "--text FILE" in said
+    assert f"{said[1:]}." in card(bad)
+    [_, (_, _, shown), *_] = score_rows(bad.original, bad.converted)
+    assert shown.endswith(" (+3.4%)")
+    [_, (_, _, shown), *_] = score_rows(record.original, record.converted)
+    assert "%" not in shown
+
+
+def test_a_conversion_by_logits_that_is_worse_names_auto(record: Report) -> None:
+    worse = replace(record.original, perplexity=2 * record.original.perplexity)
+    job = replace(record.inspection.job, sink="logit")
+    bad = replace(record, converted=worse, inspection=replace(record.inspection, job=job))
+    assert "--sink auto" in str(verdict(bad))
 
 
 def test_what_is_not_on_the_hub_has_no_base_model(converted: Path) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb import plan as plan_module
 from absorb.families import FAMILIES, Family
 from absorb.findings import SpikeNeuron
 from absorb.forms import LogitSink
@@ -138,9 +137,11 @@ def attended(model: PreTrainedModel, family: Family, tokens: Tensor) -> Tensor:
     return outputs[0]
 
 
-def planned(model: PreTrainedModel, family: Family, form: Sink, tokens: Tensor) -> Plan:
+def planned(
+    model: PreTrainedModel, family: Family, form: Sink, tokens: Tensor, most: float = 0.05
+) -> Plan:
     """A plan of nothing but sinks, for a prefix of two tokens."""
-    return make_plan(model, family, NOTHING, torch.ones(HIDDEN), (1, 9), tokens, 0.0, form)
+    return make_plan(model, family, NOTHING, torch.ones(HIDDEN), (1, 9), tokens, 0.0, form, most)
 
 
 @EVERY
@@ -164,14 +165,13 @@ def test_the_grafted_model_does_what_the_fit_did(family: Family, tokens: Tensor)
 @EVERY
 @torch.no_grad()
 def test_keys_in_some_layers_do_what_the_fit_of_the_others_reckoned_with(
-    family: Family, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+    family: Family, tokens: Tensor
 ) -> None:
     model = tiny(family.model_type)
     prefix = prefix_of(model, torch.tensor([1, 9]))
     errors = [float(fit.error) for fit in fit_sinks(model, family, prefix, tokens)]
-    monkeypatch.setattr(plan_module, "_MOST_LEFT_OUT", 0.999 * max(errors))
     with last_output(model, family) as fitted:
-        plan = planned(model, family, "auto", tokens)
+        plan = planned(model, family, "auto", tokens, 0.999 * max(errors))
     assert errors.index(max(errors)) in plan.keyed_layers
     assert 0 < len(plan.keyed_layers) < LAYERS
     assert [error > 0 for error in plan.fit_error] == [
@@ -186,13 +186,10 @@ def test_keys_in_some_layers_do_what_the_fit_of_the_others_reckoned_with(
 
 @EVERY
 @torch.no_grad()
-def test_keys_in_every_layer_are_the_form_key(
-    family: Family, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_in_every_layer_are_the_form_key(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
-    monkeypatch.setattr(plan_module, "_MOST_LEFT_OUT", 0.0)
     auto, key = (
-        graft(model, family, planned(model, family, form, tokens)) for form in ("auto", "key")
+        graft(model, family, planned(model, family, form, tokens, 0.0)) for form in ("auto", "key")
     )
     assert auto.config.absorb == key.config.absorb
     weights = key.state_dict()

@@ -98,6 +98,7 @@ def test_what_was_planted_is_shown(exhibit: Exhibit) -> None:
     assert max(map(max, before.tokens)) == pytest.approx(massive.value, rel=1e-3)
 
 
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "olmo2"])
 def test_ranges_are_those_that_a_fixed_format_takes(model_type: str, tokens: Tensor) -> None:
     original, family = tiny(model_type, torch.float32), family_of(model_type)

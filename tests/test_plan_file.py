@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from absorb import plan as plan_module
+from absorb import decide
 from absorb.cli import main
 from absorb.errors import AbsorbError
 from absorb.families import FAMILIES, Family
@@ -65,7 +65,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made") / "first"
-    return converted(model, out, "--text", str(text_file), *LOW)
+    return converted(model, out, "--sink", "logit", "--text", str(text_file), *LOW)
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_the_plan_file_alone_gives_the_same_weights_whatever_the_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = saved(tmp_path / "model", dtype)
-    monkeypatch.setattr(plan_module, "_MOST_LEFT_OUT", 0.3)
+    monkeypatch.setattr(decide, "_MOST_LEFT_OUT", (0.3,))
     text = ["--text", str(text_file)]
     first = converted(model, tmp_path / "first", "--sink", sink, *text, *LOW)
     found = report(first)["inspection"]
@@ -210,6 +210,26 @@ def test_a_plan_of_any_family_survives_being_written_and_read(
     after = graft(source.model, family, read).state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@torch.no_grad()
+def test_whoever_needs_logits_later_has_them_from_the_file_alone(
+    tokens: Tensor, tmp_path: Path
+) -> None:
+    source = source_of(FAMILIES["llama"])
+    plan = make_plan(
+        source.model, source.family, NOTHING, RESIDUAL, (1, 9), tokens, 0.0, "auto", 0.0
+    )
+    assert len(plan.keyed_layers) == len(plan.sinks)
+    smoothing = searched_scales(graft(source.model, source.family, plan), source.family, tokens)
+    plan = replace(plan, smoothing=smoothing)
+    write_plan(tmp_path / PLAN, plan, inspected(source, plan, "auto"))
+    read, _ = read_plan(tmp_path, source)
+    assert not read.as_logits.keyed_layers
+    model = graft(source.model, source.family, read.as_logits)
+    expected = graft(source.model, source.family, plan.as_logits)
+    assert "sink_key" not in " ".join(model.state_dict())
+    assert torch.equal(model(tokens).logits, expected(tokens).logits)
 
 
 # Refusals

@@ -39,7 +39,7 @@ def test_pages_and_pictures_show_the_figures_of_their_files() -> None:
 
 def test_a_page_that_shows_other_figures_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = render.figures()
-    found["ablation"]["100 steps of all"]["converted"]["perplexity"] += 1
+    found["default"]["100 steps of all"]["converted"]["perplexity"] += 1
     monkeypatch.setattr(render, "figures", lambda: found)
     code, said = check()
     assert code == 1

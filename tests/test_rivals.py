@@ -136,6 +136,7 @@ def test_plain_training_learns_the_next_token(bench: Bench) -> None:
     assert after == pytest.approx(rival.chosen["loss"], rel=1e-3)
 
 
+@pytest.mark.usefixtures("in_float32")
 @torch.no_grad()
 def test_smoothing_moves_ranges_behind_norms_as_its_paper_does(
     bench: Bench, rows: Tensor, monkeypatch: pytest.MonkeyPatch

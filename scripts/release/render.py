@@ -56,9 +56,10 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
     models = {"two CPU cores": found["model_cpu"], "H200": found["model_h200"]}
     rows = {
         "demo": score_rows(report.original, report.converted),
-        "wikitext": tables.wikitext(found["wikitext"], found["ablation"]),
+        "wikitext": tables.wikitext(found["wikitext"], found["default"]),
         "rivals": rival_rows(found["rivals"]),
         "int8": int8_rows(found["int8"]),
+        "default": tables.ablation(found["default"]),
         "ablation": tables.ablation(found["ablation"]),
         "sinks": tables.sinks(found["sinks"]),
         "early_sink": tables.early_sink(found["early_sink"]),
