@@ -4,7 +4,6 @@ import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
 from absorb.memory import release_freed_memory
-from absorb.modeling_absorb import NEUTRAL, sink_attention
+from absorb.modeling_absorb import NEUTRAL, How, fast
 from absorb.plain import parsed
 from absorb.settings import Calibration
 from absorb.source import Source
@@ -219,14 +218,22 @@ def _sample(source: Source, draws: Tensor, bar: tqdm) -> Tensor:
     return torch.cat(text, 1).cpu().gather(1, first[:, None] + torch.arange(LENGTH))
 
 
-def _attend(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _attend(
+    _: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    **__: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Stock attention in half the time: ours, with sinks that take nothing.
 
     For a single query the stock one reads keys and values once for every query head.
     """
     sink = torch.full((query.shape[1],), NEUTRAL["sink"], device=query.device)
-    neutral = SimpleNamespace(sink=sink, is_causal=True, training=False)
-    return sink_attention(neutral, query, *args, **kwargs)
+    return fast(query, key, value, mask, (sink,), How(scaling, softcap=softcap))
 
 
 def _ends(model: PreTrainedModel) -> list[int]:
