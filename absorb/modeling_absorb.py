@@ -77,13 +77,12 @@ class Absorbed(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         config.auto_map = auto_map(config)
         heads, hidden = config.num_attention_heads, config.hidden_size
-        keyed = list(self._sites("sink_key"))
         for module in self._sites("sink"):
             _add(module, "sink", heads)
-        for module in keyed:
+            _change(module, _attention)
+        for module in self._sites("sink_key"):
             _add(module, "sink_key", *config.absorb["sink_shape"])
             _add(module, "sink_value", *config.absorb["sink_shape"])
-        for module in (*self._sites("sink"), *keyed):
             _change(module, _attention)
         scaled = [(name, m) for name in ("input_scale", "output_scale") for m in self._sites(name)]
         for name, module in scaled:
@@ -135,7 +134,6 @@ class Absorbed(PreTrainedModel):
 
 
 def _add(module: nn.Module, name: str, *size: int) -> None:
-    # Heads of some architectures hold a model that has them already.
     if name not in module._parameters:
         # float32 whatever the dtype of the model: a few numbers that everything else depends on.
         value = torch.full(size, NEUTRAL[name], dtype=torch.float32)
@@ -167,12 +165,13 @@ def absorbed(base: Any) -> type[PreTrainedModel]:
     name = PREFIX + base.__name__
     if name not in twins:
         strict = [*(base._keep_in_fp32_modules_strict or ()), *_ADDED]
+        inner: Any = transformers.MODEL_MAPPING[base.config_class]
         body = {
             "__module__": __name__,
             "config_class": _absorbed_config(base.config_class),
             "_keep_in_fp32_modules_strict": strict,
             # Some heads call the model inside otherwise, and leave the weights of a causal one.
-            "base_model_prefix": transformers.MODEL_MAPPING[base.config_class].base_model_prefix,
+            "base_model_prefix": inner.base_model_prefix,
         }
         twin: Any = type(name, (Absorbed, base), body)
         autos = [auto for auto, cls in stock_classes(base.config_class).items() if cls is base]
@@ -264,9 +263,8 @@ def _blank(stock: Any, forward: Any) -> Any:
 
 def _change(module: Any, forward: Any) -> None:
     stock: Any = type(module)
-    if not stock.__name__.endswith(
-        "Absorbed"
-    ):  # as in heads around a model that is changed already
+    # Heads of some architectures hold a model that is changed already.
+    if not stock.__name__.endswith("Absorbed"):
         module.__class__ = _with_forward(stock, forward)
 
 
