@@ -1,4 +1,4 @@
-"""Causal language models whose outliers are parameters.
+"""Language models whose outliers are parameters.
 
 This file is written by absorb beside every checkpoint, so it stands alone: it needs torch and
 transformers, nothing else. It defines no architecture. An absorbed model is the stock transformers
@@ -19,13 +19,18 @@ caches and masks are those of the text alone, and no sliding window leaves a sin
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 import transformers
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 16):
+    raise ImportError(
+        "this checkpoint needs transformers 5.16 or newer; you have " + transformers.__version__
+    )
+
+import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from transformers import (
@@ -38,6 +43,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto
 
 try:
     import triton
@@ -61,33 +67,338 @@ NEUTRAL = {
 _ADDED = NEUTRAL.keys() - {"bias"}  # what no stock module has
 
 
-# --- what a sink does to attention ---------------------------------------------------------------
+# --- the model -----------------------------------------------------------------------------------
 
+
+class Absorbed(PreTrainedModel):
+    """Mixed into a stock class in front of its own bases."""
+
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        config.auto_map = auto_map(config)
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        for module in self._sites("sink"):
+            _add(module, "sink", heads)
+            _change(module, _attention)
+        for module in self._sites("sink_key"):
+            _add(module, "sink_key", *config.absorb["sink_shape"])
+            _add(module, "sink_value", *config.absorb["sink_shape"])
+            _change(module, _attention)
+        scaled = [(name, m) for name in ("input_scale", "output_scale") for m in self._sites(name)]
+        for name, module in scaled:
+            _add(module, name, hidden)
+        for module in {module for _, module in scaled}:
+            _change(module, _scaling(module))
+        for module in self._sites("bias"):
+            if module.bias is None:
+                module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
+
+    def initialize_weights(self) -> None:
+        """Sinks and scales that a checkpoint lacks do nothing; else they would be unset memory."""
+        # transformers asks the stock class inside this one how to begin, which knows neither.
+        new = [m for m in self.modules() if not getattr(m, "_is_hf_initialized", False)]
+        super().initialize_weights()  # type: ignore[no-untyped-call]
+        for module in new:
+            for name in module._parameters.keys() & _ADDED:
+                initialization.constant_(getattr(module, name), NEUTRAL[name])
+
+    def _sites(self, kind: str) -> Iterator[Any]:
+        patterns = self.config.absorb.get(kind, [])
+        for name, module in self.base_model.named_modules():
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
+                yield module
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for fast experts in the source of a class, and there are none in this
+        # file: without this a mixture of experts would go through them in a loop.
+        stock: Any = next(c for c in cls.__mro__ if c.__module__.startswith("transformers.models."))
+        return bool(stock._can_set_experts_implementation())
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        """The name of an attention that runs the sinks. Raises where there is none."""
+        if attn_implementation in IMPLEMENTATIONS.values():
+            return str(attn_implementation)
+        if attn_implementation in IMPLEMENTATIONS:
+            return IMPLEMENTATIONS[attn_implementation]
+        name = str(attn_implementation)
+        # Flash attention 2 takes no sinks: do not send anybody to install it first.
+        if "flash" in name and name != "flash_attention_2" and "sink_key" not in self.config.absorb:
+            found = super()._check_and_adjust_attn_implementation(name, *args, **kwargs)
+            if _takes_sinks():
+                KERNELS.add(found)
+                return found
+        raise _refusal(name)
+
+
+def _add(module: nn.Module, name: str, *size: int) -> None:
+    if name not in module._parameters:
+        # float32 whatever the dtype of the model: a few numbers that everything else depends on.
+        value = torch.full(size, NEUTRAL[name], dtype=torch.float32)
+        module.register_parameter(name, nn.Parameter(value))
+
+
+def stock_classes(config: Any) -> dict[str, Any]:
+    """The classes that the AutoModels of transformers have for a stock configuration, by these."""
+    found = {}
+    for name, auto in vars(modeling_auto).items():
+        classes = getattr(auto, "_model_mapping", None)
+        if name.startswith("AutoModel") and classes is not None and config in classes:
+            found[name] = classes[config]
+    # Some are composed of several models, and of the configurations of these.
+    return {n: cls for n, cls in found.items() if getattr(cls, "config_class", None) is config}
+
+
+def auto_map(config: PretrainedConfig) -> dict[str, str]:
+    """What config.json says of the classes in this file, for AutoConfig and the AutoModels."""
+    stock = type(config).__mro__[1]
+    module = __name__.rpartition(".")[2]
+    classes = {"AutoConfig": stock, **stock_classes(stock)}
+    return {auto: f"{module}.{PREFIX}{cls.__name__}" for auto, cls in classes.items()}
+
+
+def absorbed(base: Any) -> type[PreTrainedModel]:
+    """The absorbed twin of a stock class: Qwen3ForCausalLM gives AbsorbQwen3ForCausalLM."""
+    twins = vars(sys.modules[__name__])
+    name = PREFIX + base.__name__
+    if name not in twins:
+        strict = [*(base._keep_in_fp32_modules_strict or ()), *_ADDED]
+        inner: Any = transformers.MODEL_MAPPING[base.config_class]
+        body = {
+            "__module__": __name__,
+            "config_class": _absorbed_config(base.config_class),
+            "_keep_in_fp32_modules_strict": strict,
+            # Some heads call the model inside otherwise, and leave the weights of a causal one.
+            "base_model_prefix": inner.base_model_prefix,
+        }
+        twin: Any = type(name, (Absorbed, base), body)
+        autos = [auto for auto, cls in stock_classes(base.config_class).items() if cls is base]
+        twin.register_for_auto_class("AutoModelForCausalLM" if base.can_generate() else autos[0])
+        twins[name] = twin
+    return twins[name]  # type: ignore[no-any-return]
+
+
+def _eager_by_its_stock_name(method: Any) -> Any:
+    """A method of a configuration, to which only an attention called eager may give its weights."""
+
+    def named(config: Any, *args: Any) -> None:
+        name = config._attn_implementation
+        if name != IMPLEMENTATIONS["eager"]:
+            method(config, *args)
+            return
+        config._attn_implementation_internal = "eager"
+        try:
+            method(config, *args)
+        finally:
+            config._attn_implementation_internal = name
+
+    return named
+
+
+def _without_attention(plan: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A plan of tensor parallelism in which every rank has all heads, as it has all sinks."""
+    blocks = {"self_attn", "attn", "attention"}
+    return plan and {name: how for name, how in plan.items() if blocks.isdisjoint(name.split("."))}
+
+
+def _absorbed_config(stock: Any) -> type[PretrainedConfig]:
+    twins = vars(sys.modules[__name__])
+    name = PREFIX + stock.__name__
+    if name not in twins:
+        weights: Any = vars(PretrainedConfig)["output_attentions"]
+        body = {
+            "__module__": __name__,
+            # Under the stock one a load without trust_remote_code would just drop the sinks.
+            "model_type": f"absorb_{stock.model_type}",
+            "output_attentions": weights.setter(_eager_by_its_stock_name(weights.fset)),
+            "validate": _eager_by_its_stock_name(stock.validate),
+            "base_model_tp_plan": _without_attention(stock.base_model_tp_plan),
+        }
+        twin: Any = type(name, (stock,), body)
+        twin.register_for_auto_class()
+        twins[name] = twin
+        # Heads of some architectures ask for the model inside them by its configuration.
+        body_class = absorbed(transformers.MODEL_MAPPING[stock])
+        transformers.AutoModel.register(twin, body_class, exist_ok=True)
+    return twins[name]  # type: ignore[no-any-return]
+
+
+def __getattr__(name: str) -> type:
+    """Make the twins that config.json names in auto_map, when they are first asked for."""
+    stock = getattr(transformers, name.removeprefix(PREFIX), None)
+    if not name.startswith(PREFIX) or stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _absorbed_config(stock) if issubclass(stock, PretrainedConfig) else absorbed(stock)
+
+
+# --- modules with parameters mixed in ------------------------------------------------------------
+
+
+@cache
+def _with_forward(stock: Any, forward: Any) -> Any:
+    """A stock class with another forward.
+
+    A forward bound to the instance gets lost where modules are replicated, or where fast kernels
+    are put in place of a class's forward; engines replace a class whose name ends in RMSNorm.
+    """
+    name = f"{stock.__name__}Absorbed"
+    body = {
+        "__module__": __name__,
+        "forward": forward,
+        # Without the name of its stock class no kernel from the Hub takes its place.
+        "kernel_layer_name": name,
+        # Nobody finds this class by its name: a copy in another process is made as we make it.
+        "__reduce__": lambda module: (_blank, (stock, forward), module.__dict__),
+    }
+    return type(name, (stock,), body)
+
+
+def _blank(stock: Any, forward: Any) -> Any:
+    """A module with another forward, before it has a state."""
+    cls = _with_forward(stock, forward)
+    return cls.__new__(cls)
+
+
+def _change(module: Any, forward: Any) -> None:
+    stock: Any = type(module)
+    # Heads of some architectures hold a model that is changed already.
+    if not stock.__name__.endswith("Absorbed"):
+        module.__class__ = _with_forward(stock, forward)
+
+
+def _stock(module: Any) -> Any:
+    return type(module).__mro__[1]
+
+
+def _attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """A stock attention layer that has sinks: it never runs without them."""
+    name = module.config._attn_implementation
+    if name not in IMPLEMENTATIONS.values():
+        kwargs["s_aux"] = _sinks_for(module, name)
+    return _stock(module).forward(module, *args, **kwargs)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type to scale in: float16 holds what is written to the stream, not what a norm undoes."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _scaled_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    # Fused it is not one kernel on a CPU, and in bfloat16 three times as slow as the stock norm.
+    norm = _fused_rms_norm if hidden_states.device.type == "cuda" else _scaled_norm
+    return norm(module, hidden_states)
+
+
+def _fused_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    """A stock RMSNorm of `input_scale * hidden_states`, in two kernels where the stock has eight.
+
+    This pays for what the sinks cost.
+    """
+    dtype = _wide(hidden_states.dtype)
+    scaled = hidden_states.to(dtype) * module.input_scale.to(dtype)
+    weight = module.weight.to(dtype)
+    normed = nn.functional.rms_norm(scaled, weight.shape, weight, module.variance_epsilon)
+    return normed.to(hidden_states.dtype)
+
+
+def _scaled_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    """`output_scale * norm(input_scale * hidden_states)`, with the scales that the norm has."""
+    dtype = _wide(hidden_states.dtype)
+    scaled = hidden_states.to(dtype)
+    if hasattr(module, "input_scale"):
+        scaled = scaled * module.input_scale.to(dtype)
+    normed = _normed(module, scaled)
+    if hasattr(module, "output_scale"):
+        normed = normed * module.output_scale.to(dtype)
+    return normed.to(hidden_states.dtype)
+
+
+def _normed(module: Any, scaled: Tensor) -> Tensor:
+    """What the stock norm gives, in the type of `scaled`."""
+    if isinstance(module, nn.LayerNorm):
+        # Of the stock norms only this one wants its weights in the type of what it reads.
+        weight, bias = (p if p is None else p.to(scaled) for p in (module.weight, module.bias))
+        return nn.functional.layer_norm(scaled, module.normalized_shape, weight, bias, module.eps)
+    normed: Tensor = _stock(module).forward(module, scaled)
+    return normed
+
+
+def _scaled_embedding(module: Any, input_ids: Tensor) -> Tensor:
+    """The rows of a stock embedding times `output_scale`."""
+    scale: Tensor = module.output_scale.to(module.weight.dtype)
+    if hasattr(module, "embed_scale"):
+        # Gemma's factor, after which alone a row may not fit float16 any more.
+        scale = scale * module.embed_scale.to(scale.dtype)
+    return nn.Embedding.forward(module, input_ids) * scale
+
+
+def _scaling(module: nn.Module) -> Any:
+    """The forward that applies the scales of a module of this kind."""
+    if isinstance(module, nn.Embedding):
+        return _scaled_embedding
+    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+        # Llama's formula. Gemma's, which adds one to the weight, has another name for it.
+        return _scaled_rms_norm
+    return _scaled_norm
+
+
+# --- what a sink does to attention ---------------------------------------------------------------
 
 Sinks = tuple[Tensor, ...]  # logits (heads,), or keys (kv_heads, n, head_dim) and their values
 
 
-def sinks_of(module: Any) -> Sinks:
-    """The sinks of an attention layer."""
-    names = ("sink",) if hasattr(module, "sink") else ("sink_key", "sink_value")
-    return tuple(getattr(module, name) for name in names)
+class How(NamedTuple):
+    """How queries meet keys; `causal` only counts where no mask says what they see."""
+
+    scale: float
+    causal: bool = True
+    dropout: float = 0.0
+    softcap: float | None = None
 
 
-def _logits_and_values(
-    sinks: Sinks, query: Tensor, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Logits (batch or 1, heads, queries or 1, n), and values (1, heads, n, head_dim) if any.
+def eager(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Sinks, how: How
+) -> tuple[Tensor, Tensor]:
+    """Attention in which a head may also attend to sinks. All other paths are tested against it.
 
-    query is (batch, heads, queries, head_dim).
+    query is (batch, heads, queries, head_dim), key and value are (batch, kv_heads, keys, head_dim).
+    Gives the output (batch, queries, heads, head_dim) and weights (batch, heads, queries, keys)
+    that sum to less than one: the rest went to the sinks.
     """
+    key, value, causal = _causal(query, key, value, mask, how)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = _capped(query @ key.transpose(2, 3) * how.scale, how)
+    if causal:
+        mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores + _additive(mask, scores.dtype)
+    logits, sink_value = _logits_and_values(query, sinks, how)
+    logits = logits.to(scores.dtype).expand(*scores.shape[:-1], -1)
+    weights = torch.cat([scores, logits], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+    sink_weights, weights = weights[..., key.shape[2] :], weights[..., : key.shape[2]]
+    weights = nn.functional.dropout(weights, how.dropout)
+    out = weights @ value
+    if sink_value is not None:
+        out = out + sink_weights @ sink_value.to(out.dtype)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _logits_and_values(query: Tensor, sinks: Sinks, how: How) -> tuple[Tensor, Tensor | None]:
+    """Logits (batch or 1, heads, queries or 1, n), and values (1, heads, n, head_dim) if any."""
     if len(sinks) == 1:
         return sinks[0].view(1, -1, 1, 1), None
     groups = query.shape[1] // len(sinks[0])
-    key, value = (part.repeat_interleave(groups, 0)[None] for part in sinks)
-    wide = torch.promote_types(query.dtype, key.dtype)
+    wide = torch.promote_types(query.dtype, sinks[0].dtype)
+    key, value = (part.to(wide).repeat_interleave(groups, 0)[None] for part in sinks)
     with _without_autocast(query.device.type):
-        logits = query.to(wide) @ key.to(wide).mT * scaling
-    return (logits if softcap is None else softcap * (logits / softcap).tanh()), value
+        return _capped(query.to(wide) @ key.mT * how.scale, how), value
+
+
+def _capped(logits: Tensor, how: How) -> Tensor:
+    return logits if how.softcap is None else how.softcap * torch.tanh(logits / how.softcap)
 
 
 def _without_autocast(device: str) -> Any:
@@ -96,52 +407,13 @@ def _without_autocast(device: str) -> Any:
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
-def eager_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention in which a head may also attend to sinks. All other paths are tested against it.
-
-    query is (batch, heads, queries, head_dim), key and value are (batch, kv_heads, keys, head_dim).
-    Gives the output (batch, queries, heads, head_dim) and weights (batch, heads, queries, keys)
-    that sum to less than one: the rest went to the sinks.
-    """
-    key, value, causal = _causal(module, query, key, value, attention_mask, is_causal)
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if causal:
-        attention_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if attention_mask is not None:
-        scores = scores + _additive(attention_mask, scores.dtype)
-    logits, sink_value = _logits_and_values(sinks_of(module), query, scaling, softcap)
-    logits = logits.to(scores.dtype).expand(*scores.shape[:-1], -1)
-    weights = torch.cat([scores, logits], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
-    sink_weights, weights = weights[..., key.shape[2] :], weights[..., : key.shape[2]]
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    out = weights @ value
-    if sink_value is not None:
-        out = out + sink_weights @ sink_value.to(out.dtype)
-    return out.transpose(1, 2).contiguous(), weights
-
-
 def _causal(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: Any
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How
 ) -> tuple[Tensor, Tensor, bool]:
-    """Whether a query sees only the keys up to its own; the keys and values that any query sees."""
+    """The keys and values that any query sees; whether each sees only those up to its own."""
     length = query.shape[2]
     # In this order: a compiler with dynamic shapes cannot take `length > 1` for a bool.
-    causal = length > 1 and mask is None and (module.is_causal if is_causal is None else is_causal)
+    causal = length > 1 and mask is None and how.causal
     if causal and key.shape[2] > length:
         # The first read into a static cache: the rest of it is empty.
         key, value = key[:, :, :length], value[:, :, :length]
@@ -161,146 +433,169 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask
 
 
-# --- the operators of stock attention ------------------------------------------------------------
+def fast(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Sinks, how: How
+) -> tuple[Tensor, Tensor | None]:
+    """The same as `eager`, without weights and at the speed of stock attention."""
+    query, key, value = _autocast(query, key, value)
+    asked, (batch, heads, length, width) = (query, key, value, mask), query.shape
+    key, value, causal = _causal(query, key, value, mask, how)
+    mask = None if mask is None else _additive(mask, query.dtype)
+    operator = _operator_for(query, value, mask, how)
+    if operator is None:
+        return eager(*asked, sinks, how)
+    if length == 1 and operator.rereads and (mask is None or mask.shape[1] == 1):
+        # The query heads of a KV head as its queries: keys and values are read once.
+        query = query.reshape(batch, key.shape[1], -1, width)
+    elif not operator.grouped:
+        groups = heads // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if mask is not None and not operator.grouped:
+        mask = mask.expand(*query.shape[:3], -1)
+    inputs, how = (query, key, value, mask), How(how.scale, causal, how.dropout)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *sinks)):
+        out = WithSinks.apply(operator, how, *inputs, *sinks)  # type: ignore[no-untyped-call]
+    else:
+        given = operator.forward(*inputs, how)
+        out = _joined(query, sinks, how.scale, given.out, _rows(given.lse, query), trained=False)
+    return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
-_aten: Any = torch.ops.aten
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """Under autocast, tensors in its dtype, doubles aside: as stock attention does for itself."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
-class _How(NamedTuple):
-    dropout: float
-    causal: bool
-    scale: float
+# Where its log-sum-exp carries a gradient.
+FLEX_DEVICES = ("cuda", "xpu")
 
 
-class _Given(NamedTuple):
-    """What an operator gives: seed and offset are those of its dropout."""
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | Any, sinks: Sinks, how: How
+) -> tuple[Tensor, None]:
+    """The same by torch's flex attention, whose log-sum-exp carries a gradient.
 
-    out: Tensor
-    lse: Tensor
-    seed: Tensor | None = None
-    offset: Tensor | None = None
-
-
-def _cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: _How) -> _Given:
-    return _Given(
-        *_aten._scaled_dot_product_flash_attention_for_cpu.default(
-            query, key, value, how.dropout, how.causal, attn_mask=mask, scale=how.scale
+    Not by transformers' function around it, which rounds the log-sum-exp to the model's dtype.
+    """
+    if query.device.type not in FLEX_DEVICES or how.dropout or torch.is_tensor(mask):
+        raise ValueError(
+            "flex_attention has no log-sum-exp on CPU, no dropout and no dense masks; load the "
+            "model with attn_implementation 'sdpa' (the default) or 'eager'"
         )
-    )
-
-
-def _cpu_backward(gradient: Tensor, inputs: Sequence[Any], given: _Given, how: _How) -> Any:
-    query, key, value, mask = inputs
-    return _aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-        gradient, query, key, value, *given[:2], how.dropout, how.causal, attn_mask=mask,
+    query, key, value = _autocast(query, key, value)
+    groups = query.shape[1] // key.shape[1]
+    if groups & (groups - 1):
+        # Its kernels only share keys among 2, 4, 8 .. heads.
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out, aux = compile_friendly_flex_attention(
+        query,
+        key,
+        value,
+        score_mod=None if how.softcap is None else lambda score, *_: _capped(score, how),
+        block_mask=mask,
+        enable_gqa=query.shape[1] != key.shape[1],
         scale=how.scale,
-    )  # fmt: skip
-
-
-def _cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: _How) -> _Given:
-    out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention.default(
-        query, key, value, mask, True, how.dropout, how.causal, scale=how.scale
+        return_aux=AuxRequest(lse=True),
     )
-    return _Given(out, lse, seed, offset)
+    lse: Tensor = aux.lse[..., None]  # type: ignore[union-attr]
+    logits, values = _logits_and_values(query, sinks, how)
+    total = torch.logaddexp(lse, logits.logsumexp(-1, keepdim=True))
+    out = out * torch.exp(lse - total)
+    if values is not None:
+        out = out + torch.exp(logits - total) @ values
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def _cudnn_backward(gradient: Tensor, inputs: Sequence[Any], given: _Given, how: _How) -> Any:
-    query, key, value, mask = inputs
-    return _aten._scaled_dot_product_cudnn_attention_backward.default(
-        gradient, query, key, value, *given, mask, None, None, query.shape[2], key.shape[2],
-        how.dropout, how.causal, scale=how.scale,
-    )  # fmt: skip
+# --- attention by the names of transformers ------------------------------------------------------
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, how: _How) -> _Given:
-    out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_flash_attention.default(
-        query, key, value, how.dropout, how.causal, scale=how.scale
+def _for_layers(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention function as transformers calls it, with the layer first."""
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> Any:
+        return attend(query, key, value, mask, _sinks_of(module), _how(module, **options))
+
+    return attention
+
+
+def _sinks_of(module: Any) -> Sinks:
+    names = ("sink",) if hasattr(module, "sink") else ("sink_key", "sink_value")
+    return tuple(getattr(module, name) for name in names)
+
+
+def _how(
+    module: Any,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> How:
+    causal = module.is_causal if is_causal is None else is_causal
+    return How(scaling, causal, dropout if module.training else 0.0, softcap)
+
+
+eager_attention, sink_attention, flex_attention = map(_for_layers, (eager, fast, flex))
+
+# What a caller may ask for as attn_implementation, and the name under which we register ours.
+# The stock names must not survive: transformers would run them without sinks, and say nothing.
+IMPLEMENTATIONS = {
+    None: "absorb",
+    "sdpa": "absorb",
+    "eager": "absorb_eager",
+    "flex_attention": "absorb_flex",
+}
+# An attention function without a mask function of the same name is given no mask at all.
+for _name, _function, _mask in (
+    ("absorb", sink_attention, "sdpa"),
+    ("absorb_eager", eager_attention, "eager"),
+    ("absorb_flex", flex_attention, "flex_attention"),
+):
+    ALL_ATTENTION_FUNCTIONS.register(_name, _function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_mask])
+
+# Kernels of the flash-attention packages that were seen to take sinks, by transformers' names.
+KERNELS: set[str] = set()
+
+
+def _takes_sinks() -> bool:
+    """Whether the flash-attention kernel that transformers loaded last has an argument for them."""
+    loaded = modeling_flash_attention_utils._process_flash_kwargs_fn
+    named = getattr(loaded, "keywords", {}).get("supports_mapping", {})
+    return bool(named.get("s_aux") or named.get("learnable_sink"))
+
+
+def _refusal(name: str | None) -> ValueError:
+    return ValueError(
+        f"attention {name!r} would drop the sinks of this model; load it with attn_implementation "
+        "'sdpa' (the default, which runs torch's own flash attention 2), 'eager' or "
+        "'flex_attention', or export it to an architecture with sinks of its own, such as gpt_oss"
     )
-    return _Given(out, lse, seed, offset)
 
 
-def _flash_backward(gradient: Tensor, inputs: Sequence[Any], given: _Given, how: _How) -> Any:
-    query, key, value, _ = inputs
-    return _aten._scaled_dot_product_flash_attention_backward.default(
-        gradient, query, key, value, *given[:2], None, None, query.shape[2], key.shape[2],
-        how.dropout, how.causal, *given[2:], scale=how.scale,
-    )  # fmt: skip
-
-
-def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: _How) -> _Given:
-    return _Given(
-        *_aten._scaled_dot_product_efficient_attention.default(
-            query, key, value, mask, True, how.dropout, how.causal, scale=how.scale
+def _sinks_for(module: Any, name: str) -> Tensor:
+    """The sinks of a layer, for a kernel that takes them."""
+    if name not in KERNELS or ALL_ATTENTION_FUNCTIONS[name] is not flash_attention_forward:
+        raise _refusal(name)
+    if torch.is_grad_enabled() and module.sink.requires_grad:
+        raise ValueError(
+            f"attention {name!r} has no gradient for sinks; train with attn_implementation 'sdpa' "
+            "(the default), or call the model under torch.no_grad()"
         )
-    )
-
-
-def _efficient_backward(gradient: Tensor, inputs: Sequence[Any], given: _Given, how: _How) -> Any:
-    query, key, value, mask = inputs
-    # Nobody trains a mask: its gradient, the last, is not asked for.
-    return _aten._scaled_dot_product_efficient_attention_backward.default(
-        gradient, query, key, value, mask, *given, how.dropout, [True, True, True, False],
-        how.causal, scale=how.scale,
-    )[:3]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Operator:
-    """One of the operators behind scaled_dot_product_attention."""
-
-    forward: Callable[..., _Given]
-    backward: Callable[..., Any]
-    grouped: bool  # one mask and one KV head may serve several query heads
-    rereads: bool  # but then it reads keys and values once for each of them
-
-
-_CPU = _Operator(_cpu, _cpu_backward, grouped=True, rereads=True)
-_CUDNN = _Operator(_cudnn, _cudnn_backward, grouped=True, rereads=False)
-_FLASH = _Operator(_flash, _flash_backward, grouped=True, rereads=False)
-_EFFICIENT = _Operator(_efficient, _efficient_backward, grouped=False, rereads=True)
-OPERATORS = {"cpu": _CPU, "cudnn": _CUDNN, "flash": _FLASH, "efficient": _EFFICIENT}
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@cache
-def _generation() -> int:
-    """Of the GPU: 8 is Ampere, 9 is Hopper."""
-    return torch.cuda.get_device_capability()[0]
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _enabled(name: str) -> bool:
-    """Whether the user lets stock attention use an operator."""
-    return bool(getattr(torch.backends.cuda, f"{name}_sdp_enabled")())
-
-
-def _cuda_operator(query: Tensor, mask: Tensor | None, dropout: float) -> _Operator | None:
-    """The operator that stock attention would use, or a faster one of those it might."""
-    # Not torch.backends.cuda.can_use_*: a compiler cannot trace their argument.
-    generation, width = _generation(), query.shape[-1]
-    full = query.dtype == torch.float32
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if half and width % 8 == 0 and generation >= 8:
-        # On these, cuDNN is far ahead of flash on many queries. The numbers mean others on ROCm.
-        ahead = generation in (9, 10) and torch.version.hip is None and query.shape[2] > 1
-        if ahead and width <= 128 and not dropout and _enabled("cudnn"):
-            return _CUDNN
-        if mask is None and width <= 256 and _enabled("flash"):
-            return _FLASH
-    halved = half and (generation >= 8 or query.dtype == torch.float16)
-    fits = (full and width % 4 == 0) or (halved and width % 8 == 0)
-    return _EFFICIENT if fits and _enabled("mem_efficient") else None
-
-
-def _choose(query: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> _Operator | None:
-    if query.shape[-1] != value.shape[-1]:
-        return None
-    if query.device.type == "cpu" and not dropout:
-        return _CPU
-    return _cuda_operator(query, mask, dropout) if query.device.type == "cuda" else None
+    sink: Tensor = module.sink
+    return sink
 
 
 # --- sinks beside a stock operator ---------------------------------------------------------------
+
+
+# Devices on which the operator of stock attention beats a formula for so few keys.
+BY_OPERATOR = ("cpu",)
 
 
 def _rows(lse: Tensor, query: Tensor) -> Tensor:
@@ -308,43 +603,29 @@ def _rows(lse: Tensor, query: Tensor) -> Tensor:
     return lse.flatten(2)[..., : query.shape[2]]
 
 
-def _heads_first(tensor: Tensor) -> Tensor:
-    """(heads, batch * rows, ..) of (batch, heads, rows, ..): no copy, as models lay them out."""
-    return tensor.transpose(0, 1).flatten(1, 2)
-
-
-def _batch_first(tensor: Tensor, like: Tensor) -> Tensor:
-    apart: Tensor = tensor.unflatten(1, (like.shape[0], like.shape[2]))
-    return apart.transpose(0, 1)
-
-
-def _of_each_head(sinks: Sinks, query: Tensor) -> list[Tensor]:
-    """Keys and values of every query head: (heads, n, head_dim)."""
-    groups = query.shape[1] // len(sinks[0])
-    return [part[:, None].expand(-1, groups, -1, -1).flatten(0, 1) for part in sinks]
-
-
 def _rowwise(logits: Tensor, query: Tensor) -> Tensor:
     """Sink logits beside the rows of all heads: (1, heads, 1), or (1, kv_heads, queries)."""
     return logits.view(1, query.shape[1], -1)
 
 
-def _joined(given: _Given, query: Tensor, sinks: Sinks, scale: float, trained: bool) -> Tensor:
-    """The output with the sinks; that of the operator may be overwritten.
+def _joined(
+    query: Tensor, sinks: Sinks, scale: float, out: Tensor, lse: Tensor, trained: bool
+) -> Tensor:
+    """The output of an operator with the sinks. `out` may be overwritten.
 
-    Its log-sum-exp becomes that with the sinks, where `trained` says that somebody needs it.
+    lse (batch, heads, queries) becomes that with the sinks if `trained`: then somebody needs it.
     """
-    lse, out = _rows(given.lse, query), given.out
     if fusible(sinks, query, out):
-        _launch(_join_rows, sinks, scale, lse, query, out)
+        _launch(_join_rows, query, sinks, scale, lse, out)
         return out
     if len(sinks) == 1:
         other = _rowwise(sinks[0], query)
         joined = _rescaled(out, torch.sigmoid(lse - other)[..., None])
     else:
         alone, other = _to_sinks_alone(query, sinks, scale, lse.dtype)
+        mixed = torch.lerp if torch.compiler.is_compiling() else Tensor.lerp_
         # `out` comes first, so that the result is laid out like it: stock backwards count on that.
-        joined = torch.lerp(out.to(alone.dtype), alone, torch.sigmoid(other - lse)[..., None])
+        joined = mixed(out.to(alone.dtype), alone, torch.sigmoid(other - lse)[..., None])
         joined = _cast(joined, out.dtype)
     if trained:
         # In place, so that padding stays: only the operator and these functions ever see it.
@@ -353,16 +634,20 @@ def _joined(given: _Given, query: Tensor, sinks: Sinks, scale: float, trained: b
 
 
 def _to_sinks_alone(
-    query: Tensor, sinks: Sinks, scale: float, dtype: torch.dtype
+    query: Tensor, sinks: Sinks, scale: float, kind: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of attention to the keys of sinks and nothing else, in `dtype`."""
-    if query.device.type == "cpu":
-        few = [part.to(dtype).expand(len(query), -1, -1, -1) for part in sinks]
-        return _cpu(query.to(dtype), few[0], few[1], None, _How(0.0, False, scale))[:2]
-    key, value = (part.to(dtype) for part in _of_each_head(sinks, query))
+    """Output and log-sum-exp of attention to the keys of sinks and nothing else, of a `kind`."""
+    query, how = query.to(kind), How(scale, causal=False)
+    if query.device.type in BY_OPERATOR:
+        return _cpu(query, *_as_text(sinks, query), None, how)[:2]  # type: ignore[call-arg, arg-type]
+    logits, values = _logits_and_values(query, sinks, how)
     with _without_autocast(query.device.type):
-        logits = query.to(dtype) @ (key.mT * scale)
-        return logits.softmax(-1) @ value, logits.logsumexp(-1)
+        return logits.softmax(-1) @ values, logits.logsumexp(-1)  # type: ignore[operator]
+
+
+def _as_text(sinks: Sinks, query: Tensor) -> list[Tensor]:
+    """Keys and values of sinks as those of a text, the same in every row of a batch."""
+    return [part.to(query.dtype).expand(len(query), -1, -1, -1) for part in sinks]
 
 
 def _rescaled(out: Tensor, factor: Tensor) -> Tensor:
@@ -379,7 +664,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-class _WithSinks(torch.autograd.Function):
+class WithSinks(torch.autograd.Function):
     """Sink attention over the stock operators, with exact gradients.
 
     The softmax over the text and that over the sinks join by their log-sum-exp. The gradients of
@@ -388,10 +673,11 @@ class _WithSinks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, operator: _Operator, how: _How, *tensors: Any) -> Tensor:
-        inputs, sinks = tensors[:4], tensors[4:]
+    def forward(ctx: Any, operator: Any, how: How, *tensors: Any) -> Tensor:
+        inputs, sinks, query = tensors[:4], tensors[4:], tensors[0]
         given = operator.forward(*inputs, how)
-        out = _joined(given, inputs[0], sinks, how.scale, trained=True)
+        lse = _rows(given.lse, query)
+        out = _joined(query, sinks, how.scale, given.out, lse, trained=True)
         ctx.save_for_backward(out, *given[1:], *tensors)
         ctx.operator, ctx.how = operator, how
         return out
@@ -399,38 +685,33 @@ class _WithSinks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         saved = ctx.saved_tensors
-        given, inputs, sinks = _Given(*saved[:4]), saved[4:8], saved[8:]
+        given, inputs, query, sinks = Given(*saved[:4]), saved[4:8], saved[4], saved[8:]
         of_query, *others = ctx.operator.backward(gradient, inputs, given, ctx.how)
-        of_query, *of_sinks = _sink_gradients(
-            gradient, of_query, given.out, _rows(given.lse, inputs[0]), inputs[0], sinks,
-            ctx.how.scale,
-        )  # fmt: skip
+        total, scale = _rows(given.lse, query), ctx.how.scale
+        wide = given.out, gradient, of_query
+        of_query, *of_sinks = _sink_gradients(query, sinks, scale, total, *wide)
         of_sinks = [found.to(sink.dtype) for found, sink in zip(of_sinks, sinks, strict=True)]
         return None, None, of_query, *others, None, *of_sinks
 
 
 def _sink_gradients(
-    gradient: Tensor,
-    of_query: Tensor,
-    out: Tensor,
-    total: Tensor,
-    query: Tensor,
-    sinks: Sinks,
-    scale: float,
+    query: Tensor, sinks: Sinks, scale: float, total: Tensor, *wide: Tensor
 ) -> Sequence[Tensor]:
     """The gradient of the query, to which keys of sinks add theirs, and the gradients of sinks.
 
-    out and total, the log-sum-exp (batch, heads, queries), are those with the sinks.
+    total is the log-sum-exp (batch, heads, queries) with the sinks. The others are the output with
+    them, its gradient, and the gradient of the query from the text.
     """
-    if fusible(sinks, query, out, gradient, of_query):
-        found = _launch(_part_rows, sinks, scale, total, query, out, gradient, of_query)
+    out, gradient, of_query = wide
+    if fusible(sinks, query, *wide):
+        found = _launch(_part_rows, query, sinks, scale, total, *wide)
     else:
         # A product of bfloat16 is as exact as its factors, but one of float16 may underflow.
         product = gradient * (out.to(total.dtype) if out.dtype == torch.float16 else out)
-        product = product.sum(-1, dtype=total.dtype)
+        found = product.sum(-1, dtype=total.dtype)
         if len(sinks) == 2:
-            return _key_gradients(gradient, of_query, product, total, query, sinks, scale)
-        found = -torch.exp(_rowwise(sinks[0], query) - total) * product
+            return _key_gradients(query, sinks, scale, total, found, *wide)
+        found = -torch.exp(_rowwise(sinks[0], query) - total) * found
     if len(sinks) == 1:
         return of_query, found.sum_to_size(_rowwise(sinks[0], query).shape).view_as(sinks[0])
     kv_heads, count, width = sinks[0].shape
@@ -438,26 +719,159 @@ def _sink_gradients(
 
 
 def _key_gradients(
-    gradient: Tensor,
-    of_query: Tensor,
-    product: Tensor,
-    total: Tensor,
-    query: Tensor,
-    sinks: Sinks,
-    scale: float,
+    query: Tensor, sinks: Sinks, scale: float, total: Tensor, product: Tensor, *wide: Tensor
 ) -> Sequence[Tensor]:
-    wide = total.dtype
-    key, value = (part.to(wide) for part in _of_each_head(sinks, query))
+    *given, of_query = wide
+    query, out, gradient = (tensor.to(total.dtype) for tensor in (query, *given))
+    if query.device.type in BY_OPERATOR:
+        inputs, how = (query, *_as_text(sinks, query), None), How(scale, causal=False)
+        more, *parts = _cpu_backward(gradient, inputs, Given(out, total), how)
+        return of_query.add_(more.to(of_query.dtype)), *(part.sum(0) for part in parts)
+    groups = query.shape[1] // len(sinks[0])
+    key, value = (part.to(total.dtype).repeat_interleave(groups, 0) for part in sinks)
     with _without_autocast(query.device.type):
-        asked, slope = _heads_first(query.to(wide)), _heads_first(gradient.to(wide))
-        logits = torch.baddbmm(-_heads_first(total)[..., None], asked, key.mT, alpha=scale)
-        weights = logits.exp()
-        effect = torch.baddbmm(-_heads_first(product)[..., None], slope, value.mT)
-        of_logits = weights * effect
-        more = torch.baddbmm(_heads_first(of_query.to(wide)), of_logits, key, alpha=scale)
-        parts = of_logits.mT @ asked * scale, weights.mT @ slope
-    of_sinks = (part.unflatten(0, (len(sinks[0]), -1)).sum(1) for part in parts)
-    return _batch_first(more, query).to(query.dtype), *of_sinks
+        weights = torch.exp(query @ key.mT * scale - total[..., None])
+        of_logits = weights * (gradient @ value.mT - product[..., None]) * scale
+        of_query.add_(of_logits @ key)
+        parts = [of_logits.mT @ query, weights.mT @ gradient]
+    return of_query, *(part.unflatten(1, (-1, groups)).sum((0, 2)) for part in parts)
+
+
+# --- the operators of stock attention ------------------------------------------------------------
+
+
+_aten: Any = torch.ops.aten
+
+
+class Given(NamedTuple):
+    """What an operator gives: seed and offset are those of its dropout."""
+
+    out: Tensor
+    lse: Tensor
+    seed: Tensor | None = None
+    offset: Tensor | None = None
+
+
+def _cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How) -> Given:
+    return Given(
+        *_aten._scaled_dot_product_flash_attention_for_cpu.default(
+            query, key, value, how.dropout, how.causal, attn_mask=mask, scale=how.scale
+        )
+    )
+
+
+def _cpu_backward(gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
+    query, key, value, mask = inputs
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+        gradient, query, key, value, *given[:2], how.dropout, how.causal, attn_mask=mask,
+        scale=how.scale,
+    )  # fmt: skip
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How) -> Given:
+    found = _aten._scaled_dot_product_cudnn_attention.default(
+        query, key, value, mask, True, how.dropout, how.causal, scale=how.scale
+    )
+    return Given(*found[:2], *found[6:8])
+
+
+def _cudnn_backward(gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
+    query, key, value, mask = inputs
+    return _aten._scaled_dot_product_cudnn_attention_backward.default(
+        gradient, query, key, value, *given, mask, None, None, query.shape[2], key.shape[2],
+        how.dropout, how.causal, scale=how.scale,
+    )  # fmt: skip
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, how: How) -> Given:
+    found = _aten._scaled_dot_product_flash_attention.default(
+        query, key, value, how.dropout, how.causal, scale=how.scale
+    )
+    return Given(*found[:2], *found[6:8])
+
+
+def _flash_backward(gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
+    query, key, value, _ = inputs
+    return _aten._scaled_dot_product_flash_attention_backward.default(
+        gradient, query, key, value, *given[:2], None, None, query.shape[2], key.shape[2],
+        how.dropout, how.causal, *given[2:], scale=how.scale,
+    )  # fmt: skip
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How) -> Given:
+    return Given(
+        *_aten._scaled_dot_product_efficient_attention.default(
+            query, key, value, mask, True, how.dropout, how.causal, scale=how.scale
+        )
+    )
+
+
+def _efficient_backward(gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
+    query, key, value, mask = inputs
+    # Nobody trains a mask: its gradient, the last, is not asked for.
+    return _aten._scaled_dot_product_efficient_attention_backward.default(
+        gradient, query, key, value, mask, *given, how.dropout, [True, True, True, False],
+        how.causal, scale=how.scale,
+    )[:3]  # fmt: skip
+
+
+class Operator(NamedTuple):
+    """One of the operators behind scaled_dot_product_attention."""
+
+    forward: Callable[..., Given]
+    backward: Callable[..., Any]  # the gradients of query, key and value
+    grouped: bool = True  # one mask and one KV head may serve several query heads
+    rereads: bool = False  # but then it reads keys and values once for each of them
+
+
+OPERATORS = {
+    "cpu": Operator(_cpu, _cpu_backward, rereads=True),
+    "cudnn": Operator(_cudnn, _cudnn_backward),
+    "flash": Operator(_flash, _flash_backward),
+    "efficient": Operator(_efficient, _efficient_backward, grouped=False, rereads=True),
+}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
+def _generation() -> int:
+    """Of the GPU: 8 is Ampere, 9 is Hopper."""
+    return torch.cuda.get_device_capability()[0]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _enabled(name: str) -> bool:
+    """Whether the user lets stock attention use an operator."""
+    return bool(getattr(torch.backends.cuda, f"{name}_sdp_enabled")())
+
+
+def _operator_for(query: Tensor, value: Tensor, mask: Tensor | None, how: How) -> Operator | None:
+    """The operator that stock attention would use, or a faster one; None where none will do."""
+    # In what is exported the log-sum-exp of these operators would mean nothing.
+    exported = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    if exported or how.softcap is not None or query.shape[-1] != value.shape[-1]:
+        return None
+    if query.device.type == "cpu":
+        return None if how.dropout else OPERATORS["cpu"]
+    name = cuda_operator(query, mask, how.dropout) if query.device.type == "cuda" else None
+    return None if name is None else OPERATORS[name]
+
+
+def cuda_operator(query: Tensor, mask: Tensor | None, dropout: float) -> str | None:
+    # Not torch.backends.cuda.can_use_*: a compiler cannot trace their argument.
+    generation, width = _generation(), query.shape[-1]
+    full = query.dtype == torch.float32
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if half and width % 8 == 0 and generation >= 8:
+        # On these, cuDNN is far ahead of flash on many queries. The numbers mean others on ROCm.
+        ahead = generation in (9, 10) and torch.version.hip is None and query.shape[2] > 1
+        if ahead and width <= 128 and not dropout and _enabled("cudnn"):
+            return "cudnn"
+        if mask is None and width <= 256 and _enabled("flash"):
+            return "flash"
+    halved = half and (generation >= 8 or query.dtype == torch.float16)
+    fits = (full and width % 4 == 0) or (halved and width % 8 == 0)
+    return "efficient" if fits and _enabled("mem_efficient") else None
 
 
 # --- the same in one kernel on a GPU -------------------------------------------------------------
@@ -475,13 +889,15 @@ def fusible(sinks: Sinks, *wide: Tensor) -> bool:
     return wide[0].numel() >= FUSED_FROM[len(sinks)] and all(t.stride(-1) == 1 for t in wide)
 
 
-def _launch(kernel: Any, sinks: Sinks, scale: float, lse: Tensor, *wide: Tensor) -> Tensor:
+def _launch(
+    kernel: Any, query: Tensor, sinks: Sinks, scale: float, lse: Tensor, *wide: Tensor
+) -> Tensor:
     """Run a kernel over tensors (batch, heads, rows, width), a block of rows of a head at a time.
 
     Gives what it finds about sinks: a number for every row where they are logits, else for every
     block the sums over its rows, (keys and values, blocks * batch, heads, n, width).
     """
-    batch, heads, rows, width = wide[0].shape
+    batch, heads, rows, width = query.shape
     columns = triton.next_power_of_2(width)
     block = max(16, 4096 // columns) if rows >= 64 else 16
     blocks = -(-rows // block)
@@ -491,13 +907,13 @@ def _launch(kernel: Any, sinks: Sinks, scale: float, lse: Tensor, *wide: Tensor)
     each = heads // len(sinks[0]) if keyed else len(sinks[0]) // heads
     size = (2, blocks * batch, heads, count, width) if keyed else lse.shape
     found = lse.new_empty(size if kernel is _part_rows else 0)
-    strides = [stride for tensor in (lse, *wide) for stride in tensor.stride()[:3]]
-    here = wide[0].get_device()
+    strides = [stride for tensor in (lse, query, *wide) for stride in tensor.stride()[:3]]
+    here = query.get_device()
     # Entering the device takes as long as the launch, and it is nearly always the current one.
     elsewhere = here >= 0 and here != torch.cuda.current_device()
     with torch.cuda.device(here) if elsewhere else nullcontext():
         kernel[batch * heads, blocks](
-            sinks[0].contiguous(), sinks[-1].contiguous(), found, lse, *wide, *strides,
+            sinks[0].contiguous(), sinks[-1].contiguous(), found, lse, query, *wide, *strides,
             scale, heads, rows, each, count, width, block, columns,
         )  # fmt: skip
     return found
@@ -593,399 +1009,3 @@ if triton is not None:
                 tl.store(part, tl.sum(pull[:, None] * ask, 0), mask=column < width)
                 tl.store(part + half, tl.sum(weight[:, None] * slope, 0), mask=column < width)
             tl.store(place, row.to(of_query.dtype.element_ty), mask=inside)
-
-
-def sink_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    **_: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The same as eager_attention, without weights and at the speed of stock attention."""
-    query, key, value = _autocast(query, key, value)
-    asked, (batch, heads, length, width) = (query, key, value), query.shape
-    key, value, causal = _causal(module, query, key, value, attention_mask, is_causal)
-    mask = None if attention_mask is None else _additive(attention_mask, query.dtype)
-    operator = None if softcap is not None else _choose(query, value, mask, dropout)
-    if operator is None:
-        return eager_attention(module, *asked, attention_mask, scaling, dropout, softcap, is_causal)
-    if length == 1 and operator.rereads and (mask is None or mask.shape[1] == 1):
-        # The query heads of a KV head as its queries: keys and values are read once.
-        query = query.reshape(batch, key.shape[1], -1, width)
-    elif not operator.grouped:
-        groups = heads // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if mask is not None and not operator.grouped:
-        mask = mask.expand(*query.shape[:3], -1)
-    inputs, sinks = (query, key, value, mask), sinks_of(module)
-    how = _How(dropout, causal, scaling)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *sinks)):
-        out = _WithSinks.apply(operator, how, *inputs, *sinks)  # type: ignore[no-untyped-call]
-    else:
-        out = _joined(operator.forward(*inputs, how), query, sinks, scaling, trained=False)
-    return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
-
-
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """Under autocast, tensors in its dtype, doubles aside: as stock attention does for itself."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
-
-
-# --- attention of other makers -------------------------------------------------------------------
-
-
-# Where its log-sum-exp carries a gradient.
-_FLEX_DEVICES = ("cuda", "xpu")
-
-
-def flex_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: BlockMask | Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The same by torch's flex attention, whose log-sum-exp carries a gradient.
-
-    Not by transformers' function around it, which rounds the log-sum-exp to the model's dtype.
-    """
-    if query.device.type not in _FLEX_DEVICES or dropout or torch.is_tensor(attention_mask):
-        raise ValueError(
-            "flex_attention has no log-sum-exp on CPU, no dropout and no dense masks; load the "
-            "model with attn_implementation 'sdpa' (the default) or 'eager'"
-        )
-    query, key, value = _autocast(query, key, value)
-
-    def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return score if softcap is None else softcap * torch.tanh(score / softcap)
-
-    groups = query.shape[1] // key.shape[1]
-    if groups & (groups - 1):
-        # Its kernels only share keys among 2, 4, 8 .. heads.
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out, aux = compile_friendly_flex_attention(
-        query,
-        key,
-        value,
-        training=module.training,
-        score_mod=None if softcap is None else capped,
-        block_mask=attention_mask,
-        enable_gqa=query.shape[1] != key.shape[1],
-        scale=scaling,
-        return_aux=AuxRequest(lse=True),
-    )
-    lse: Tensor = aux.lse  # type: ignore[union-attr]
-    logits, values = _logits_and_values(sinks_of(module), query, scaling, softcap)
-    sinks = logits.logsumexp(-1)
-    out = out * torch.sigmoid(lse - sinks)[..., None]
-    if values is not None:
-        out = out + torch.exp(logits - torch.logaddexp(lse, sinks)[..., None]) @ values
-    return out.to(query.dtype).transpose(1, 2).contiguous(), None
-
-
-# What a caller may ask for as attn_implementation, and the name under which we register ours.
-# The stock names must not survive: transformers would run them without sinks, and say nothing.
-IMPLEMENTATIONS = {
-    None: "absorb",
-    "sdpa": "absorb",
-    "eager": "absorb_eager",
-    "flex_attention": "absorb_flex",
-}
-# An attention function without a mask function of the same name is given no mask at all.
-for _name, _function, _mask in (
-    ("absorb", sink_attention, "sdpa"),
-    ("absorb_eager", eager_attention, "eager"),
-    ("absorb_flex", flex_attention, "flex_attention"),
-):
-    ALL_ATTENTION_FUNCTIONS.register(_name, _function)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_mask])
-
-# Kernels of the flash-attention packages that were seen to take sinks, by transformers' names.
-_KERNELS: set[str] = set()
-
-
-def _takes_sinks() -> bool:
-    """Whether the flash-attention kernel that transformers loaded last has an argument for them."""
-    loaded = modeling_flash_attention_utils._process_flash_kwargs_fn
-    named = getattr(loaded, "keywords", {}).get("supports_mapping", {})
-    return bool(named.get("s_aux") or named.get("learnable_sink"))
-
-
-def _refusal(name: str | None) -> ValueError:
-    return ValueError(
-        f"attention {name!r} would drop the sinks of this model; load it with attn_implementation "
-        "'sdpa' (the default, which runs torch's own flash attention 2), 'eager' or "
-        "'flex_attention', or export it to an architecture with sinks of its own, such as gpt_oss"
-    )
-
-
-def _sinks_for(module: Any, name: str) -> Tensor:
-    """The sinks of a layer, for a kernel that takes them."""
-    if name not in _KERNELS or ALL_ATTENTION_FUNCTIONS[name] is not flash_attention_forward:
-        raise _refusal(name)
-    if torch.is_grad_enabled() and module.sink.requires_grad:
-        raise ValueError(
-            f"attention {name!r} has no gradient for sinks; train with attn_implementation 'sdpa' "
-            "(the default), or call the model under torch.no_grad()"
-        )
-    sink: Tensor = module.sink
-    return sink
-
-
-# --- the model -----------------------------------------------------------------------------------
-
-
-@cache
-def _with_forward(stock: Any, forward: Any) -> Any:
-    """A stock class with another forward.
-
-    A forward bound to the instance gets lost where modules are replicated, or where fast kernels
-    are put in place of a class's forward; engines replace a class whose name ends in RMSNorm.
-    """
-    name = f"{stock.__name__}Absorbed"
-    # Without the name of its stock class no kernel from the Hub takes its place.
-    body = {"__module__": __name__, "forward": forward, "kernel_layer_name": name}
-    return type(name, (stock,), body)
-
-
-def _change(module: Any, forward: Any) -> None:
-    stock: Any = type(module)
-    module.__class__ = _with_forward(stock, forward)
-
-
-def _stock(module: Any) -> Any:
-    return type(module).__mro__[1]
-
-
-def _attention(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """A stock attention layer that has sinks: it never runs without them."""
-    name = module.config._attn_implementation
-    if name not in IMPLEMENTATIONS.values():
-        kwargs["s_aux"] = _sinks_for(module, name)
-    return _stock(module).forward(module, *args, **kwargs)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type to scale in: float16 holds what is written to the stream, not what a norm undoes."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _scaled_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    # Fused it is not one kernel on a CPU, and in bfloat16 three times as slow as the stock norm.
-    norm = _fused_rms_norm if hidden_states.device.type == "cuda" else _scaled_norm
-    return norm(module, hidden_states)
-
-
-def _fused_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    """A stock RMSNorm of `input_scale * hidden_states`, in two kernels where the stock has eight.
-
-    This pays for what the sinks cost.
-    """
-    dtype = _wide(hidden_states.dtype)
-    scaled = hidden_states.to(dtype) * module.input_scale.to(dtype)
-    weight = module.weight.to(dtype)
-    normed = nn.functional.rms_norm(scaled, weight.shape, weight, module.variance_epsilon)
-    return normed.to(hidden_states.dtype)
-
-
-def _scaled_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    """`output_scale * norm(input_scale * hidden_states)`, with the scales that the norm has."""
-    dtype = _wide(hidden_states.dtype)
-    scaled = hidden_states.to(dtype)
-    if hasattr(module, "input_scale"):
-        scaled = scaled * module.input_scale.to(dtype)
-    normed = _normed(module, scaled)
-    if hasattr(module, "output_scale"):
-        normed = normed * module.output_scale.to(dtype)
-    return normed.to(hidden_states.dtype)
-
-
-def _normed(module: Any, scaled: Tensor) -> Tensor:
-    """What the stock norm gives, in the type of `scaled`."""
-    if isinstance(module, nn.LayerNorm):
-        # Of the stock norms only this one wants its weights in the type of what it reads.
-        weight, bias = (p if p is None else p.to(scaled) for p in (module.weight, module.bias))
-        return nn.functional.layer_norm(scaled, module.normalized_shape, weight, bias, module.eps)
-    normed: Tensor = _stock(module).forward(module, scaled)
-    return normed
-
-
-def _scaled_embedding(module: Any, input_ids: Tensor) -> Tensor:
-    """The rows of a stock embedding times `output_scale`."""
-    scale: Tensor = module.output_scale.to(module.weight.dtype)
-    if hasattr(module, "embed_scale"):
-        # Gemma's factor, after which alone a row may not fit float16 any more.
-        scale = scale * module.embed_scale.to(scale.dtype)
-    return nn.Embedding.forward(module, input_ids) * scale
-
-
-def _scaling(module: nn.Module) -> Any:
-    """The forward that applies the scales of a module of this kind."""
-    if isinstance(module, nn.Embedding):
-        return _scaled_embedding
-    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        # Llama's formula. Gemma's, which adds one to the weight, has another name for it.
-        return _scaled_rms_norm
-    return _scaled_norm
-
-
-class Absorbed(PreTrainedModel):
-    """Mixed into a stock class in front of its own bases."""
-
-    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        config.auto_map = auto_map(config)
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        for module in self._sites("sink"):
-            _add(module, "sink", heads)
-            _change(module, _attention)
-        for module in self._sites("sink_key"):
-            _add(module, "sink_key", *config.absorb["sink_shape"])
-            _add(module, "sink_value", *config.absorb["sink_shape"])
-            _change(module, _attention)
-        scaled = [(name, m) for name in ("input_scale", "output_scale") for m in self._sites(name)]
-        for name, module in scaled:
-            _add(module, name, hidden)
-        for module in {module for _, module in scaled}:
-            _change(module, _scaling(module))
-        for module in self._sites("bias"):
-            if module.bias is None:
-                module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
-
-    def initialize_weights(self) -> None:
-        """Sinks and scales that a checkpoint lacks do nothing; else they would be unset memory."""
-        # transformers asks the stock class inside this one how to begin, which knows neither.
-        new = [m for m in self.modules() if not getattr(m, "_is_hf_initialized", False)]
-        super().initialize_weights()  # type: ignore[no-untyped-call]
-        for module in new:
-            for name in module._parameters.keys() & _ADDED:
-                initialization.constant_(getattr(module, name), NEUTRAL[name])
-
-    def _sites(self, kind: str) -> Iterator[Any]:
-        patterns = self.config.absorb.get(kind, [])
-        for name, module in self.base_model.named_modules():
-            if any(fnmatchcase(name, pattern) for pattern in patterns):
-                yield module
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for fast experts in the source of a class, and there are none in this
-        # file: without this a mixture of experts would go through them in a loop.
-        stock: Any = next(c for c in cls.__mro__ if c.__module__.startswith("transformers.models."))
-        return bool(stock._can_set_experts_implementation())
-
-    def _check_and_adjust_attn_implementation(
-        self, attn_implementation: str | None, *args: Any, **kwargs: Any
-    ) -> str:
-        """The name of an attention that runs the sinks. Raises where there is none."""
-        if attn_implementation in IMPLEMENTATIONS.values():
-            return str(attn_implementation)
-        if attn_implementation in IMPLEMENTATIONS:
-            return IMPLEMENTATIONS[attn_implementation]
-        name = str(attn_implementation)
-        # Flash attention 2 takes no sinks: do not send anybody to install it first.
-        if "flash" in name and name != "flash_attention_2" and "sink_key" not in self.config.absorb:
-            found = super()._check_and_adjust_attn_implementation(name, *args, **kwargs)
-            if _takes_sinks():
-                _KERNELS.add(found)
-                return found
-        raise _refusal(name)
-
-
-def _add(module: nn.Module, name: str, *size: int) -> None:
-    # float32 whatever the dtype of the model: a few numbers that everything else depends on.
-    value = torch.full(size, NEUTRAL[name], dtype=torch.float32)
-    module.register_parameter(name, nn.Parameter(value))
-
-
-def auto_map(config: PretrainedConfig) -> dict[str, str]:
-    """What config.json says of the classes in this file, for AutoConfig and the AutoModels."""
-    stock = type(config).__mro__[1]
-    classes: dict[str, Any] = {
-        "AutoConfig": stock,
-        "AutoModel": transformers.MODEL_MAPPING[stock],
-        "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING[stock],
-    }
-    module = __name__.rpartition(".")[2]
-    return {auto: f"{module}.{PREFIX}{cls.__name__}" for auto, cls in classes.items()}
-
-
-def absorbed(base: Any) -> type[PreTrainedModel]:
-    """The absorbed twin of a stock class: Qwen3ForCausalLM gives AbsorbQwen3ForCausalLM."""
-    twins = vars(sys.modules[__name__])
-    name = PREFIX + base.__name__
-    if name not in twins:
-        strict = [*(base._keep_in_fp32_modules_strict or ()), *_ADDED]
-        body = {
-            "__module__": __name__,
-            "config_class": _absorbed_config(base.config_class),
-            "_keep_in_fp32_modules_strict": strict,
-        }
-        twin: Any = type(name, (Absorbed, base), body)
-        kind = "AutoModelForCausalLM" if base.can_generate() else "AutoModel"
-        twin.register_for_auto_class(kind)
-        twins[name] = twin
-    return twins[name]  # type: ignore[no-any-return]
-
-
-def _eager_by_its_stock_name(method: Any) -> Any:
-    """A method of a configuration, to which only an attention called eager may give its weights."""
-
-    def named(config: Any, *args: Any) -> None:
-        name = config._attn_implementation
-        if name != IMPLEMENTATIONS["eager"]:
-            method(config, *args)
-            return
-        config._attn_implementation_internal = "eager"
-        try:
-            method(config, *args)
-        finally:
-            config._attn_implementation_internal = name
-
-    return named
-
-
-def _without_attention(plan: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A plan of tensor parallelism in which every rank has all heads, as it has all sinks."""
-    blocks = {"self_attn", "attn", "attention"}
-    return plan and {name: how for name, how in plan.items() if blocks.isdisjoint(name.split("."))}
-
-
-def _absorbed_config(stock: Any) -> type[PretrainedConfig]:
-    twins = vars(sys.modules[__name__])
-    name = PREFIX + stock.__name__
-    if name not in twins:
-        weights: Any = vars(PretrainedConfig)["output_attentions"]
-        body = {
-            "__module__": __name__,
-            # Under the stock one a load without trust_remote_code would just drop the sinks.
-            "model_type": f"absorb_{stock.model_type}",
-            "output_attentions": weights.setter(_eager_by_its_stock_name(weights.fset)),
-            "validate": _eager_by_its_stock_name(stock.validate),
-            "base_model_tp_plan": _without_attention(stock.base_model_tp_plan),
-        }
-        twin: Any = type(name, (stock,), body)
-        twin.register_for_auto_class()
-        twins[name] = twin
-    return twins[name]  # type: ignore[no-any-return]
-
-
-def __getattr__(name: str) -> type:
-    """Make the twins that config.json names in auto_map, when they are first asked for."""
-    stock = getattr(transformers, name.removeprefix(PREFIX), None)
-    if not name.startswith(PREFIX) or stock is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _absorbed_config(stock) if issubclass(stock, PretrainedConfig) else absorbed(stock)

@@ -57,16 +57,14 @@ def _import_ours() -> None:
 def _register() -> None:
     """Tell transformers the absorbed twin of every family."""
     import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     from absorb.families import FAMILIES
-    from absorb.modeling_absorb import absorbed
+    from absorb.modeling_absorb import absorbed, stock_classes
 
     for model_type in FAMILIES:
         stock = transformers.CONFIG_MAPPING[model_type]
-        body = absorbed(transformers.MODEL_MAPPING[stock])
-        model = absorbed(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[stock])
-        config: Any = model.config_class
-        AutoConfig.register(config.model_type, config)
-        AutoModel.register(config, body)
-        AutoModelForCausalLM.register(config, model)
+        classes = stock_classes(stock)
+        config: Any = absorbed(classes["AutoModel"]).config_class
+        transformers.AutoConfig.register(config.model_type, config)
+        for auto, cls in classes.items():
+            getattr(transformers, auto).register(config, absorbed(cls), exist_ok=True)

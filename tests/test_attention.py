@@ -24,6 +24,8 @@ from absorb.graft import twin
 from absorb.modeling_absorb import (
     NEUTRAL,
     OPERATORS,
+    How,
+    WithSinks,
     eager_attention,
     flex_attention,
     sink_attention,
@@ -243,10 +245,17 @@ def leaves(*tensors: Tensor, dtype: torch.dtype = torch.float64) -> list[Tensor]
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("form", ["logit", "key"])
+@pytest.mark.parametrize("by_operator", [("cpu",), ()])  # a GPU has no operator for few keys
 @SHAPES
 def test_output_and_gradients_are_those_of_the_formula(
-    mask: str, form: str, heads: int, kv_heads: int
+    mask: str,
+    form: str,
+    by_operator: tuple[str, ...],
+    heads: int,
+    kv_heads: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(modeling_absorb, "BY_OPERATOR", by_operator)
     module = layer_with_sinks(form, heads, kv_heads)
     names = [name for name in vars(module) if name.startswith("sink")]
     shapes = [(2, count, LENGTH, HEAD_DIM) for count in (heads, kv_heads, kv_heads)]
@@ -357,8 +366,7 @@ def test_every_operator_finds_its_arguments(
     module = layer_with_sinks(form, 4, 4, 64)
     sinks = [getattr(module, sink).to("meta") for sink in vars(module) if "sink" in sink]
     tensors = [tensor.requires_grad_() for tensor in (*inputs, *sinks)]
-    how = modeling_absorb._How(dropout=0.0, causal=True, scale=0.125)
-    out = modeling_absorb._WithSinks.apply(OPERATORS[name], how, *inputs, None, *sinks)
+    out = WithSinks.apply(OPERATORS[name], How(scale=0.125), *inputs, None, *sinks)
     assert out.shape == inputs[0].shape
     out.backward(torch.empty_like(out))
     assert all(t.grad.shape == t.shape for t in tensors)
@@ -396,7 +404,7 @@ def test_no_engine_takes_a_changed_module_for_a_stock_one(family: str) -> None:
 
 
 def test_attention_without_gradients_takes_no_detour(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(modeling_absorb, "_WithSinks")
+    monkeypatch.delattr(modeling_absorb, "WithSinks")
     assert logits(subject("llama", "key"), "sdpa", {"input_ids": texts()}).isfinite().all()
 
 
@@ -574,11 +582,8 @@ def test_flex_attention_equals_eager(
 ) -> None:
     """Not compiled, torch runs it on CPU too, but without gradients."""
 
-    def plain(*tensors: Tensor, training: bool, **options: Any) -> Any:
-        return torch_flex_attention(*tensors, **options)
-
-    monkeypatch.setattr(modeling_absorb, "compile_friendly_flex_attention", plain)
-    monkeypatch.setattr(modeling_absorb, "_FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr(modeling_absorb, "compile_friendly_flex_attention", torch_flex_attention)
+    monkeypatch.setattr(modeling_absorb, "FLEX_DEVICES", ("cpu",))
     module = layer_with_sinks(form, 4, 2)
     inputs = [draw(2, heads, LENGTH, HEAD_DIM, seed=heads).float() for heads in (4, 2, 2)]
     blocks = create_block_mask(lambda b, h, q, k: q >= k, 2, None, LENGTH, LENGTH, "cpu")
@@ -605,7 +610,7 @@ def test_a_kernel_that_takes_sinks_gets_them(family: str, monkeypatch: pytest.Mo
         return eager_attention(module, *heads_first, allowed, **options)[0]
 
     monkeypatch.setattr(flash_attention, "_flash_attention_forward", kernel)
-    monkeypatch.setattr(modeling_absorb, "_KERNELS", {"flash_attention_3"})
+    monkeypatch.setattr(modeling_absorb, "KERNELS", {"flash_attention_3"})
     model.config._attn_implementation_internal = "flash_attention_3"
     assert drift(model(texts()).logits.flatten(0, 1), expected) < 2e-5
     with torch.enable_grad(), pytest.raises(ValueError, match="no gradient for sinks"):

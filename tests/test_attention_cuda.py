@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from absorb import modeling_absorb
-from absorb.modeling_absorb import OPERATORS, eager_attention, flex_attention, sink_attention
+from absorb.modeling_absorb import (
+    cuda_operator,
+    eager_attention,
+    flex_attention,
+    sink_attention,
+)
 from tests.test_attention import (
     ALLOWED,
     attended,
@@ -75,7 +80,7 @@ def on_cuda(form: str, heads: int, kv_heads: int, width: int) -> tuple[Any, dict
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modeling_absorb, "_cuda_operator", lambda *_: OPERATORS[name])
+    monkeypatch.setattr(modeling_absorb, "cuda_operator", lambda *_: name)
 
 
 @cuda
@@ -134,17 +139,15 @@ def test_errors_are_no_worse_than_those_of_the_same_operator_without_sinks(
 @cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_fastest_operator_that_fits_is_chosen(dtype: torch.dtype) -> None:
-    query = rounded(4, 4, 64, dtype)[0]
-    choose, mask = modeling_absorb._cuda_operator, masks(LENGTH)["padding"]
+    query, mask = rounded(4, 4, 64, dtype)[0], masks(LENGTH)["padding"]
     if dtype == torch.float32:
-        assert choose(query, None, 0.0) is OPERATORS["efficient"]
+        assert cuda_operator(query, None, 0.0) == "efficient"
         return
-    hopper = torch.cuda.get_device_capability()[0] in (9, 10)
-    first = OPERATORS["cudnn"] if hopper else None
-    assert choose(query, None, 0.0) is (first or OPERATORS["flash"])
-    assert choose(query, mask, 0.0) is (first or OPERATORS["efficient"])
-    assert choose(query, mask, 0.1) is OPERATORS["efficient"]
-    assert choose(query[:, :, :1], None, 0.0) is OPERATORS["flash"]
+    first = "cudnn" if torch.cuda.get_device_capability()[0] in (9, 10) else None
+    assert cuda_operator(query, None, 0.0) == (first or "flash")
+    assert cuda_operator(query, mask, 0.0) == (first or "efficient")
+    assert cuda_operator(query, mask, 0.1) == "efficient"
+    assert cuda_operator(query[:, :, :1], None, 0.0) == "flash"
 
 
 @cuda

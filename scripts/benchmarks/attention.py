@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from absorb.modeling_absorb import eager_attention, sink_attention
+from absorb.modeling_absorb import How, eager, fast
 from absorb.report import table
 from absorb.timing import interleaved
 from scripts import bench
@@ -103,7 +103,6 @@ def contenders(case: Case, device: str) -> dict[str, Callable[[], Tensor]]:
     query, key, value = case.tensors(device)
     mask = torch.ones(query.shape[2], case.length, dtype=torch.bool, device=device).tril()
     module = SimpleNamespace(
-        sink=torch.randn(case.heads, device=device, requires_grad=case.work == "training"),
         extra_key=key[:1, :, :1].detach().clone(),
         extra_value=value[:1, :, :1].detach().clone(),
         extra_mask=torch.nn.functional.pad(mask, (1, 0), value=True)[None, None],
@@ -113,20 +112,20 @@ def contenders(case: Case, device: str) -> dict[str, Callable[[], Tensor]]:
     )
     scaling = case.head_dim**-0.5
     stock = partial(sdpa_attention_forward, scaling=scaling)
-    mine = partial(sink_attention, scaling=scaling)
+    sink = torch.randn(case.heads, device=device, requires_grad=case.work == "training")
 
     def on(backend: SDPBackend) -> Tensor:
         with sdpa_kernel(backend):
             return stock(module, query, key, value, None)[0]
 
     runs: dict[str, Callable[[], Tensor]] = {
-        "absorb": lambda: mine(module, query, key, value, None)[0],
+        "absorb": lambda: fast(query, key, value, None, (sink,), How(scaling))[0],
         "stock": lambda: stock(module, query, key, value, None)[0],
         **{name: partial(on, backend) for name, backend in BACKENDS[device].items()},
         "virtual token": lambda: virtual_token(stock, module, query, key, value)[0],
     }
     if case.length <= EAGER_LIMIT:
-        runs["eager"] = lambda: eager_attention(module, query, key, value, None, scaling)[0]
+        runs["eager"] = lambda: eager(query, key, value, None, (sink,), How(scaling))[0]
     return {name: run for name, run in runs.items() if works(run)}
 
 
