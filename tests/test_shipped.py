@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from absorb import modeling_absorb
 from absorb.families import FAMILIES, family_of
-from absorb.fit import KeySink
+from absorb.forms import KeySink
 from absorb.graft import twin
 from absorb.modeling_absorb import NEUTRAL, stock_classes
 from tests.helpers.tiny import HEAD_DIM, LAYERS, kv_heads, tiny
