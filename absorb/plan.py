@@ -101,7 +101,7 @@ def sinks_for(
     removals: tuple[Removal, ...],
     tokens: Tensor,
     form: Sink,
-    most: float,
+    most: float = inf,
 ) -> tuple[LayerSink, ...]:
     """Each layer's sink in the form that is asked for, from text (rows, length).
 
@@ -218,15 +218,16 @@ def _removed(
         with without(model, family, removed):
             return float(mean_kl(teacher, logits()))
 
-    if not spikes:
-        return ()
-    if (together := divergence(spikes)) <= budget:
-        return tuple(Removal(spike=spike, divergence=together) for spike in spikes)
     removals: tuple[Removal, ...] = ()
-    for spike in tqdm(spikes, desc="removing spike neurons", unit="neuron"):
-        found = divergence((*(removal.spike for removal in removals), spike))
-        if found <= budget:
-            removals = (*removals, Removal(spike=spike, divergence=found))
+    with tqdm(total=len(spikes), desc="removing spike neurons", unit="neuron") as bar:
+        if spikes and (together := divergence(spikes)) <= budget:
+            bar.update(len(spikes))
+            return tuple(Removal(spike=spike, divergence=together) for spike in spikes)
+        for spike in spikes:
+            found = divergence((*(removal.spike for removal in removals), spike))
+            bar.update()
+            if found <= budget:
+                removals = (*removals, Removal(spike=spike, divergence=found))
     return removals
 
 

@@ -59,7 +59,7 @@ def converted(original: Path, text_file: Path, tmp_path_factory: pytest.TempPath
     import absorb
 
     out = tmp_path_factory.mktemp("converted") / "model"
-    absorb.convert(original, out, text=text_file, steps=0)
+    absorb.convert(original, out, text=text_file, steps=0, sink="logit")
     return out
 
 

@@ -149,16 +149,19 @@ def test_with_absorb_imported_a_model_needs_no_trust(
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("sink", "said"), [("logit", True), ("key", False)])
-def test_logits_that_do_not_fit_are_spoken_of(
+@pytest.mark.parametrize(("sink", "said"), [("logit", True), ("auto", False), ("key", False)])
+def test_layers_that_logits_do_not_fit_are_named(
     sink: Sink,
     said: bool,
     original: Path,
+    text_file: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("WARNING")
-    monkeypatch.setattr(pipeline, "_MUCH", 0.001)  # the random model has no sink, and needs none
-    found = absorb.inspect(original, sink=sink)
-    assert (found.divergence > pipeline._MUCH) == said
-    assert ("--sink key, in all layers, is exact" in caplog.text) == said
+    monkeypatch.setattr(pipeline, "_MOST_IS_LEFT_OUT", 0.05)  # a random model has no sinks
+    found = absorb.inspect(original, sink=sink, text=text_file)
+    worst = max(layer.fit_error for layer in found.layers)
+    assert (worst > 0.05) == said
+    assert ("--sink auto keeps the keys of the prefix" in caplog.text) == said
+    assert (f"({worst:.2f})" in caplog.text) == said

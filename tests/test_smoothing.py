@@ -34,6 +34,7 @@ def uneven(seed: int = 0) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.usefixtures("in_float32")
 @ORDERS
 def test_every_channel_is_read_as_large_as_its_weights_are(tokens: Tensor, order: float) -> None:
     model = uneven()
@@ -47,6 +48,7 @@ def test_every_channel_is_read_as_large_as_its_weights_are(tokens: Tensor, order
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-3, atol=0)
 
 
+@pytest.mark.usefixtures("in_float32")
 @torch.no_grad()
 def test_a_neuron_that_was_quiet_may_fire_on_other_text(tokens: Tensor) -> None:
     model = uneven()
