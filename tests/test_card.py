@@ -78,7 +78,7 @@ def test_a_card_and_its_report_keep_to_themselves_where_things_lay(
         assert str(original.parent) not in text
         assert str(converted.parent) not in text
     assert (
-        "absorb convert tiny-llama --out DIR --text text.txt --steps 0\n"
+        "absorb convert tiny-llama --out DIR --text text.txt --sink logit --steps 0\n"
         in (converted / "README.md").read_text()
     )
 
