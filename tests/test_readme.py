@@ -25,7 +25,7 @@ PAGES = [
     *sorted((ROOT / "model_cards").rglob("*.md")),
 ]
 # What templates may say themselves: settings, versions, a model's name, what papers say.
-NOT_MEASURED = {"1,024", "1,600", "0.6", "0.8", "0.1.2", "2.0", "2601.22966", "3.11"}
+NOT_MEASURED = {"5.16", "1,024", "1,600", "0.6", "0.8", "0.1.2", "2.0", "2601.22966", "3.11"}
 
 
 def check() -> tuple[int, str]:
