@@ -32,9 +32,9 @@ tokenizer = AutoTokenizer.from_pretrained(name, **safely)
 ```
 
 It needs transformers 5.16 or newer. `trust_remote_code=True` runs `modeling_absorb.py` of this
-repository, and `revision`, the id of a commit, makes sure that it is the code you read.
-`absorb verify PATH_OR_REPO` checks that it is that of absorb, and the files those that were written.
-After `import absorb` neither is needed.
+repository, and `revision`, the id of a commit, makes sure that it is the code you read. `absorb
+verify PATH_OR_REPO` checks that it is that of absorb, and the files those that were written. After
+`import absorb` neither is needed.
 
 ## Before and after
 

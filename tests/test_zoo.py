@@ -34,9 +34,9 @@ INT8 = "w8a8-static"
 # What the original's perplexity may be multiplied by, untrained: one per cent is what the mildest
 # INT8 costs. Where no constant can stand for the prefix, logits may cost five, other forms no more.
 ENOUGH, HARD = 1.01, 1.05
-# KL in nats per token. Keys are exact, and neurons cost a fifth of their budget at most; all that auto
-# leaves to logits may cost half of what the budget allows for removing neurons; logits, where
-# constants can stand for the prefix, twice the budget.
+# KL in nats per token. Keys are exact, and neurons cost a fifth of their budget at most; all that
+# auto leaves to logits may cost half of the budget; logits, where constants can stand for the
+# prefix, twice the budget.
 FAR: dict[Sink, float] = {"key": 2e-3, "auto": 5e-3, "logit": 2e-2}
 # The largest entry of the stream, in medians: none above the original's, whose median differs by
 # a little, and in no form twice what is left where all is exact.
