@@ -6,14 +6,14 @@ absorb also lets transformers load converted models without trust_remote_code.
 
 from typing import TYPE_CHECKING, Any
 
+from absorb.__version__ import __version__
 from absorb.errors import AbsorbError
-from absorb.registration import register_with_transformers
+from absorb.models.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from absorb.interface import convert, evaluate, inspect
+    from absorb.api import convert, evaluate, inspect
 
-__version__ = "0.1.0"
-__all__ = ["AbsorbError", "convert", "evaluate", "inspect"]
+__all__ = ["AbsorbError", "__version__", "convert", "evaluate", "inspect"]
 
 register_with_transformers()
 
@@ -22,6 +22,6 @@ def __getattr__(name: str) -> Any:
     """The interface, which imports torch, when it is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from absorb import interface
+    from absorb import api
 
-    return getattr(interface, name)
+    return getattr(api, name)

@@ -1,5 +1,5 @@
 """`python -m absorb` is the command."""
 
-from absorb.cli import main
+from absorb.cli.main import main
 
 main()

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+Say = Callable[[str], None]  # told in a sentence what is being done
+
 
 class AbsorbError(ValueError):
     """One sentence for people: what was refused, which one it was, and what to do."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from absorb.compare import LENGTH
-from absorb.windows import windows as cut
+from absorb.pipelines.compare import LENGTH
+from absorb.text.windows import windows as cut
 
 SEEN = 8  # windows that fixed ranges are taken from: more text has more extremes
 

@@ -69,17 +69,17 @@ def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from absorb.stranger import logits_after
+    from absorb.ship.isolated import logits_after
 
     def said(folder: Path, tokens: tuple[int, ...]) -> list[list[float]]:
         kind = AutoModelForCausalLM
         model = kind.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
         return logits_after(model.eval(), tokens)
 
-    monkeypatch.setattr("absorb.verify._said_to_a_stranger", said)
+    monkeypatch.setattr("absorb.ship.verify._said_to_a_stranger", said)
 
 
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """No product is hastened, whatever the processor: what is compared here is compared closely."""
-    monkeypatch.setattr("absorb.device._bfloat16_is_fast", lambda device: False)
+    monkeypatch.setattr("absorb.runtime.precision._bfloat16_is_fast", lambda device: False)

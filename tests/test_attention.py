@@ -18,10 +18,11 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 from transformers import PreTrainedModel, StaticCache
 from transformers.integrations import flash_attention
 
-from absorb import modeling_absorb
-from absorb.families import family_of
-from absorb.graft import twin
-from absorb.modeling_absorb import (
+from absorb.fold.graft import twin
+from absorb.fold.sinks.prefix_cache import prefix_of
+from absorb.models import modeling_absorb
+from absorb.models.families import family_of
+from absorb.models.modeling_absorb import (
     NEUTRAL,
     OPERATORS,
     How,
@@ -30,8 +31,7 @@ from absorb.modeling_absorb import (
     flex_attention,
     sink_attention,
 )
-from absorb.sinks import prefix_of
-from absorb.watch import led
+from absorb.runtime.reading import led
 from tests.helpers.tiny import HEAD_DIM, HEADS, KV_HEADS, LAYERS, VOCABULARY, tiny
 
 WINDOW = 5  # shorter than the texts, so that it hides something

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from absorb import modeling_absorb
-from absorb.modeling_absorb import (
+from absorb.models import modeling_absorb
+from absorb.models.modeling_absorb import (
     cuda_operator,
     eager_attention,
     flex_attention,

@@ -8,11 +8,13 @@ import pytest
 from huggingface_hub import ModelCard
 
 import absorb
-from absorb import cli
-from absorb.card import card, command
-from absorb.options import settled
-from absorb.report import Report, from_json, score_rows, verdict
-from absorb.settings import Job
+from absorb.cli import main as cli
+from absorb.cli.options import settled
+from absorb.schema.codec import from_json
+from absorb.schema.report import Report, verdict
+from absorb.schema.settings import Job
+from absorb.show.card import card, command
+from absorb.show.rows import score_rows
 
 RECORD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-absorbed" / "absorb.json"
 

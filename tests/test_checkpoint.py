@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from absorb import checkpoint
-from absorb.checkpoint import staged
 from absorb.errors import AbsorbError
+from absorb.ship import staging as checkpoint
+from absorb.ship.staging import staged
 
 HOLD = """
 import sys

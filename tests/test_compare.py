@@ -13,18 +13,21 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from absorb import compare, timing
-from absorb.cli import main
-from absorb.families import FAMILIES
-from absorb.quantize import FORMATS
-from absorb.score import Subject, in_formats
-from absorb.settings import ModelRef
-from absorb.source import load
-from absorb.tally import kurtosis
-from absorb.text import HELD_OUT_ROWS
-from absorb.text import LENGTH as SAMPLED_LENGTH
-from absorb.watch import linears_of, watching
-from absorb.windows import windows
+from absorb.cli.main import main
+from absorb.load.source import load
+from absorb.measure import timing
+from absorb.measure.score import in_formats
+from absorb.measure.tally import kurtosis
+from absorb.models.decoder import linears_of
+from absorb.models.families import FAMILIES
+from absorb.pipelines import compare
+from absorb.quantize.formats import FORMATS
+from absorb.runtime.hooks import watching
+from absorb.runtime.reading import Subject
+from absorb.schema.settings import ModelRef
+from absorb.schema.training import LENGTH as SAMPLED_LENGTH
+from absorb.text.gather import HELD_OUT_ROWS
+from absorb.text.windows import windows
 from scripts.release.tables import compared, score_row
 from tests.helpers.tiny import HEAD_DIM, KV_HEADS, LAYERS, tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer

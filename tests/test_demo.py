@@ -7,13 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from absorb.divergence import divergence
-from absorb.findings import find
-from absorb.graft import graft
-from absorb.measure import measure
-from absorb.plan import make_plan, residual_scales
-from absorb.settings import ModelRef, Thresholds
-from absorb.source import DEMO, Source, load
+from absorb.fold.graft import graft
+from absorb.fold.plan import make_plan
+from absorb.fold.residual import residual_scales
+from absorb.load.source import DEMO, Source, load
+from absorb.measure.divergence import divergence
+from absorb.measure.findings import find
+from absorb.measure.outliers import measure
+from absorb.schema.settings import ModelRef, Thresholds
 from tests.test_source import same_parameters
 
 LICENSE = Path(__file__).parent.parent / "LICENSE"

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb import distill as module
-from absorb.distill import distill
-from absorb.divergence import divergence
 from absorb.errors import AbsorbError
-from absorb.families import FAMILIES
-from absorb.graft import twin
-from absorb.recipe import Recipe, recipe
-from absorb.settings import Distillation
-from absorb.text import Texts
+from absorb.fold.graft import twin
+from absorb.measure.divergence import divergence
+from absorb.models.families import FAMILIES
+from absorb.schema.settings import Distillation
+from absorb.schema.training import Recipe
+from absorb.text.gather import Texts
+from absorb.tune import distill as module
+from absorb.tune.distill import distill
+from absorb.tune.recipe import recipe
 from tests.helpers.tiny import VOCABULARY, tiny
 
 PREFIX = torch.tensor([1])

@@ -5,11 +5,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from absorb.experts import experts_of, mixed, neurons_of
-from absorb.families import FAMILIES, Family
-from absorb.graft import twin
-from absorb.measure import measure
-from absorb.quantize import FORMATS, input_peaks, quantised
+from absorb.fold.graft import twin
+from absorb.measure.outliers import measure
+from absorb.models.decoder import experts_of
+from absorb.models.families import FAMILIES
+from absorb.models.family import Family
+from absorb.quantize.formats import FORMATS
+from absorb.quantize.simulate import quantised
+from absorb.runtime.experts import mixed, neurons_of
+from absorb.runtime.inputs import input_peaks
 from tests.helpers.tiny import EXPERTS, INTERMEDIATE, tiny
 
 MIXTURES = [family for family in FAMILIES.values() if "experts" in family.down]

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from absorb.families import FAMILIES, Family
+from absorb.models.families import FAMILIES
+from absorb.models.family import Family
 from tests.helpers.edits import (
     Edit,
     by_turns,

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from absorb.errors import AbsorbError
-from absorb.families import FAMILIES, Family, UnsupportedFamilyError, family_of, suited
-from absorb.graft import twin
-from absorb.vetting import family_of_config
+from absorb.fold.graft import twin
+from absorb.load.checks import family_of_config
+from absorb.models.families import FAMILIES, family_of, suited
+from absorb.models.family import Family, UnsupportedFamilyError
 from tests.helpers.edits import (
     Edit,
     drift,

@@ -17,14 +17,14 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from absorb import source
-from absorb.checkpoint import staged
-from absorb.cli import main
-from absorb.plan_file import PLAN, read_plan
-from absorb.refusals import Refusals
-from absorb.settings import ModelRef
-from absorb.source import load
-from absorb.windows import read_ids
+from absorb.cli.main import main
+from absorb.cli.terminal import Refusals
+from absorb.load import source
+from absorb.load.source import load
+from absorb.schema.settings import ModelRef
+from absorb.ship.plan_file import PLAN, read_plan
+from absorb.ship.staging import staged
+from absorb.text.corpus import read_ids
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -326,7 +326,7 @@ def test_an_interruption_says_how_to_go_on(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("absorb.pipeline.convert", interrupted)
+    monkeypatch.setattr("absorb.pipelines.convert.convert", interrupted)
     out = tmp_path / "out"
     for options, sentence in (
         ([], "absorb: interrupted; nothing was written"),

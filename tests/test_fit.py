@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from absorb import constants, key_bias
-from absorb.families import FAMILIES
-from absorb.fit import sink_of
-from absorb.forms import KeySink, LogitSink
-from absorb.modeling_absorb import NEUTRAL
-from absorb.scene import Scene
-from absorb.sinks import fit_sinks, prefix_of
+from absorb.fold.sinks import constants, key_bias
+from absorb.fold.sinks.attention import Scene
+from absorb.fold.sinks.choose import fit_sinks
+from absorb.fold.sinks.fit import sink_of
+from absorb.fold.sinks.forms import KeySink, LogitSink
+from absorb.fold.sinks.prefix_cache import prefix_of
+from absorb.models.families import FAMILIES
+from absorb.models.modeling_absorb import NEUTRAL
 from tests.helpers.tiny import tiny
 
 HEADS, KV_HEADS, WIDTH, LENGTH = 4, 2, 6, 24

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from absorb.grids import (
+from absorb.quantize.grids import (
     E4M3_ROW,
     INT4_GROUPS,
     INT4_ROW,

@@ -13,17 +13,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.families import FAMILIES, Family
-from absorb.findings import SpikeNeuron
-from absorb.forms import LogitSink
-from absorb.graft import graft, smooth, twin
-from absorb.modeling_absorb import NEUTRAL
-from absorb.plan import Plan, Removal, make_plan
-from absorb.settings import Sink
-from absorb.sinks import fit_sinks, prefix_of, prefixed
-from absorb.smoothing import searched_scales
-from absorb.watch import attending, each_layers, led
-from absorb.write import as_stored
+from absorb.fold.graft import graft, twin
+from absorb.fold.plan import Plan, make_plan
+from absorb.fold.sinks.choose import fit_sinks
+from absorb.fold.sinks.forms import LogitSink
+from absorb.fold.sinks.prefix_cache import prefix_of, prefixed
+from absorb.fold.smoothing import searched_scales, smooth
+from absorb.models.decoder import each_layers
+from absorb.models.families import FAMILIES
+from absorb.models.family import Family
+from absorb.models.modeling_absorb import NEUTRAL
+from absorb.runtime.hooks import attending
+from absorb.runtime.precision import as_stored
+from absorb.runtime.reading import led
+from absorb.schema.findings import Removal, SpikeNeuron
+from absorb.schema.settings import Sink
 from tests.helpers.edits import decoder_layers, weight_of
 from tests.helpers.tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, NOTHING, POSITIONS, kv_heads, tiny
 

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from absorb.families import FAMILIES, Family
-from absorb.quantize import FORMATS, input_peaks, quantised
+from absorb.models.families import FAMILIES
+from absorb.models.family import Family
+from absorb.quantize.formats import FORMATS
+from absorb.quantize.simulate import quantised
+from absorb.runtime.inputs import input_peaks
 from tests.helpers.edits import decoder_layers, weight_of
 from tests.helpers.tiny import tiny
 

@@ -12,10 +12,14 @@ import pytest
 from click import Command
 
 import absorb
-from absorb import AbsorbError, cli, interface, pipeline
-from absorb.declared import options_of
-from absorb.report import Report, from_json
-from absorb.settings import Evaluation, Job, Sink, Survey, Thresholds
+from absorb import AbsorbError
+from absorb import api as interface
+from absorb.cli import main as cli
+from absorb.pipelines import prepare as pipeline
+from absorb.schema.codec import from_json
+from absorb.schema.declared import options_of
+from absorb.schema.report import Report
+from absorb.schema.settings import Evaluation, Job, Sink, Survey, Thresholds
 
 # What has no place in Python: there the result is an object, and huggingface_hub uploads a folder.
 ONLY_COMMANDS = {"as_json", "push_to_hub", "html", "png"}

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from absorb.memory import start_peak
-from absorb.timing import growth
+from absorb.measure.timing import growth
+from absorb.runtime.memory import start_peak
 
 MEGABYTE = 2**20
 

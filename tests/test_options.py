@@ -14,13 +14,14 @@ import pytest
 from click.testing import CliRunner
 
 from absorb import AbsorbError
-from absorb.card import command
-from absorb.cli import main
-from absorb.declared import Range, filled, option
-from absorb.interface import asked, taking_options_of
-from absorb.options import options_from, settled
-from absorb.report import Report, from_json, to_json
-from absorb.settings import Distillation, Job, ModelRef, Thresholds
+from absorb.api import asked, taking_options_of
+from absorb.cli.main import main
+from absorb.cli.options import options_from, settled
+from absorb.schema.codec import from_json, to_json
+from absorb.schema.declared import Range, filled, option
+from absorb.schema.report import Report
+from absorb.schema.settings import Distillation, Job, ModelRef, Thresholds
+from absorb.show.card import command
 
 RECORD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-absorbed" / "absorb.json"
 

@@ -10,9 +10,10 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from absorb.cli import main
-from absorb.families import FAMILIES, UnsupportedFamilyError
-from absorb.outline import outlined
+from absorb.cli.main import main
+from absorb.load.unlisted import outlined
+from absorb.models.families import FAMILIES
+from absorb.models.family import UnsupportedFamilyError
 from tests.helpers.tiny import COMMON, randomise, tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 

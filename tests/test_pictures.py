@@ -20,17 +20,17 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from torch import Tensor
 
-from absorb.charts import Maps, Pairs, Panel, Ranks, digest
-from absorb.cli import main
-from absorb.draw import png
-from absorb.exhibit import Exhibit, banded
-from absorb.families import family_of
-from absorb.files import promised
-from absorb.measure import measure
-from absorb.page import drawn, inspection_page
-from absorb.quantize import input_peaks
-from absorb.report import from_json, to_json
-from absorb.views import sections
+from absorb.cli.main import main
+from absorb.measure.outliers import measure
+from absorb.models.families import family_of
+from absorb.runtime.inputs import input_peaks
+from absorb.schema.codec import from_json, to_json
+from absorb.ship.files import promised
+from absorb.show.before_after import Exhibit, banded
+from absorb.show.charts import Maps, Pairs, Panel, Ranks, digest
+from absorb.show.draw import png
+from absorb.show.page import drawn, inspection_page
+from absorb.show.sections import sections
 from tests.helpers.tiny import HEADS, HIDDEN, LAYERS, tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 from tests.test_planted import MASSIVE, NEURON, OUTLIER, planted

@@ -13,18 +13,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from absorb import decide
-from absorb.cli import main
+from absorb.cli.main import main
 from absorb.errors import AbsorbError
-from absorb.families import FAMILIES, Family
-from absorb.findings import SpikeNeuron
-from absorb.graft import graft
-from absorb.plan import Plan, Removal, make_plan
-from absorb.plan_file import PLAN, read_plan, write_plan
-from absorb.report import Inspection, versions
-from absorb.settings import Job, ModelRef, Sink
-from absorb.smoothing import searched_scales
-from absorb.source import Source, load
+from absorb.fold import decide
+from absorb.fold.graft import graft
+from absorb.fold.plan import Plan, make_plan
+from absorb.fold.smoothing import searched_scales
+from absorb.load.source import Source, load
+from absorb.models.families import FAMILIES
+from absorb.models.family import Family
+from absorb.schema.findings import Removal, SpikeNeuron
+from absorb.schema.report import Inspection, versions
+from absorb.schema.settings import Job, ModelRef, Sink
+from absorb.ship.plan_file import PLAN, read_plan, write_plan
 from tests.helpers.tiny import HIDDEN, LAYERS, NOTHING, tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.divergence import divergence
-from absorb.families import family_of
-from absorb.findings import Findings, find
-from absorb.graft import graft
-from absorb.measure import measure
-from absorb.plan import make_plan, residual_scales
-from absorb.settings import Thresholds
-from absorb.watch import led
+from absorb.fold.graft import graft
+from absorb.fold.plan import make_plan
+from absorb.fold.residual import residual_scales
+from absorb.measure.divergence import divergence
+from absorb.measure.findings import find
+from absorb.measure.outliers import measure
+from absorb.models.families import family_of
+from absorb.runtime.reading import led
+from absorb.schema.findings import Findings
+from absorb.schema.settings import Thresholds
 from tests.helpers.edits import place_of, weight_of
 from tests.helpers.tiny import HEAD_DIM, HEADS, INTERMEDIATE, LAYERS, tiny
 

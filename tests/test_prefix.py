@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from absorb.families import FAMILIES
-from absorb.measure import Measurement, measure
-from absorb.prefix import strongest_sink
-from absorb.settings import Thresholds
+from absorb.measure.outliers import Measurement, measure
+from absorb.measure.prefix import strongest_sink
+from absorb.models.families import FAMILIES
+from absorb.schema.settings import Thresholds
 from tests.helpers.tiny import LAYERS, tiny
 
 BOS, RARE, USUAL, ODD = 1, 7, 9, 11

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from absorb.families import FAMILIES
-from absorb.source import Source
+from absorb.load.source import Source
+from absorb.models.families import FAMILIES
 from scripts.benchmarks.rivals.prefixquant import prefix_tokens
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 from tests.test_planted import BOS, planted

@@ -12,12 +12,12 @@ from click.testing import CliRunner, Result
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from absorb.checkpoint import digests
-from absorb.cli import main
+from absorb.cli.main import main
 from absorb.errors import AbsorbError
-from absorb.hub import admitted, upload
-from absorb.settings import Destination, ModelRef
-from absorb.verify import verify
+from absorb.schema.settings import Destination, ModelRef
+from absorb.ship.hub import admitted, upload
+from absorb.ship.staging import digests
+from absorb.ship.verify import verify
 from tests.helpers.fake_hub import TOKEN, USER, FakeHub, Trouble, serving
 
 REPOSITORY = f"{USER}/model"

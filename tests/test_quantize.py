@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from absorb import quantize
-from absorb.experts import experts_of
-from absorb.families import FAMILIES
-from absorb.graft import twin
-from absorb.grids import INT4_ROW, INT8_ROW, INT8_TENSOR, rounded
-from absorb.quantize import FORMATS, Format, clipped_ranges, input_peaks, quantised
-from absorb.settings import FormatName
-from absorb.watch import attending, linears_of
+from absorb.fold.graft import twin
+from absorb.models.decoder import experts_of, linears_of
+from absorb.models.families import FAMILIES
+from absorb.quantize import simulate as quantize
+from absorb.quantize.formats import FORMATS, Format
+from absorb.quantize.grids import INT4_ROW, INT8_ROW, INT8_TENSOR, rounded
+from absorb.quantize.ranges import clipped_ranges
+from absorb.quantize.simulate import quantised
+from absorb.runtime.hooks import attending
+from absorb.runtime.inputs import input_peaks
+from absorb.schema.settings import FormatName
 from tests.helpers.tiny import tiny
 
 LLAMA = FAMILIES["llama"]

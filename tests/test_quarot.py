@@ -5,12 +5,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.families import FAMILIES, Family
-from absorb.graft import twin
-from absorb.quantize import FORMATS, quantised, watching_inputs
-from absorb.rotation import rotated
-from absorb.watch import linears_of
-from absorb.weights import weight_at
+from absorb.fold.graft import twin
+from absorb.models.decoder import linears_of, weight_at
+from absorb.models.families import FAMILIES
+from absorb.models.family import Family
+from absorb.quantize.formats import FORMATS
+from absorb.quantize.rotation import rotated
+from absorb.quantize.simulate import quantised
+from absorb.runtime.inputs import watching_inputs
 from scripts.benchmarks.rivals.quarot import turn
 from tests.helpers.tiny import HEAD_DIM, HIDDEN, tiny
 

@@ -12,10 +12,11 @@ import pytest
 from click.testing import CliRunner
 from jinja2 import UndefinedError
 
-from absorb import quantize
-from absorb.cli import main
-from absorb.quantize import FORMATS
-from absorb.report import Report, from_json, to_json
+from absorb.cli.main import main
+from absorb.quantize import simulate as quantize
+from absorb.quantize.formats import FORMATS
+from absorb.schema.codec import from_json, to_json
+from absorb.schema.report import Report
 from scripts.release import render
 
 ROOT = Path(__file__).parent.parent

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from absorb.families import FAMILIES
-from absorb.graft import twin
-from absorb.quantize import FORMATS, input_peaks, quantised
-from absorb.watch import linears_of
+from absorb.fold.graft import twin
+from absorb.models.decoder import linears_of
+from absorb.models.families import FAMILIES
+from absorb.quantize.formats import FORMATS
+from absorb.quantize.simulate import quantised
+from absorb.runtime.inputs import input_peaks
 from tests.helpers.tiny import tiny
 
 pytest.importorskip("torchao")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from absorb.grids import (
+from absorb.quantize.grids import (
     E4M3_ROW,
     INT4_GROUPS,
     INT4_ROW,
@@ -25,7 +25,7 @@ from absorb.grids import (
     power_of_two,
     rounded,
 )
-from absorb.rotation import rotated
+from absorb.quantize.rotation import rotated
 
 ROWS, CHANNELS = 64, 256
 LEAST_NORMAL = 2.0**-6  # of E4M3

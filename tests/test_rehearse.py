@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.distill import distill
-from absorb.divergence import divergence
-from absorb.families import FAMILIES
-from absorb.graft import twin
-from absorb.quantize import FORMATS, quantised
-from absorb.recipe import recipe
-from absorb.rehearse import FORMAT_FOR, rehearsing
-from absorb.settings import Distillation, Purpose
+from absorb.fold.graft import twin
+from absorb.measure.divergence import divergence
+from absorb.models.families import FAMILIES
+from absorb.quantize.formats import FORMATS
+from absorb.quantize.simulate import quantised
+from absorb.quantize.training import FORMAT_FOR, rehearsing
+from absorb.schema.settings import Distillation, Purpose
+from absorb.tune.distill import distill
+from absorb.tune.recipe import recipe
 from tests.helpers.tiny import tiny
 from tests.test_distill import PREFIX, texts
 

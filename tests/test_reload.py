@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from absorb import modeling_absorb
-from absorb.cli import main
-from absorb.write import without_bos
+from absorb.cli.main import main
+from absorb.load.tokenizer import without_bos
+from absorb.models import modeling_absorb
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 

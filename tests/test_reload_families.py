@@ -12,13 +12,14 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from absorb.cli import main
-from absorb.families import FAMILIES
-from absorb.findings import SpikeNeuron
-from absorb.graft import graft
-from absorb.plan import Plan, Removal
-from absorb.sinks import fit_sinks, prefix_of
-from absorb.text import LENGTH
+from absorb.cli.main import main
+from absorb.fold.graft import graft
+from absorb.fold.plan import Plan
+from absorb.fold.sinks.choose import fit_sinks
+from absorb.fold.sinks.prefix_cache import prefix_of
+from absorb.models.families import FAMILIES
+from absorb.schema.findings import Removal, SpikeNeuron
+from absorb.schema.training import LENGTH
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 

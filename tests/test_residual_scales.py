@@ -11,18 +11,24 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from absorb import modeling_absorb
-from absorb.cli import main
-from absorb.families import FAMILIES, Family
-from absorb.findings import OutlierChannel, find
-from absorb.graft import graft, twin
-from absorb.measure import Measurement, measure
-from absorb.plan import Plan, make_plan, residual_scales
-from absorb.report import Report, finding_rows, from_json, listing
-from absorb.settings import Sink, Thresholds
-from absorb.watch import layers_of, led
-from absorb.weights import bias_at, is_norm, place_at, weight_at
-from absorb.write import as_stored
+from absorb.cli.main import main
+from absorb.fold.graft import graft, twin
+from absorb.fold.plan import Plan, make_plan
+from absorb.fold.residual import residual_scales
+from absorb.measure.findings import find
+from absorb.measure.outliers import Measurement, measure
+from absorb.models import modeling_absorb
+from absorb.models.decoder import bias_at, is_norm, layers_of, place_at, weight_at
+from absorb.models.families import FAMILIES
+from absorb.models.family import Family
+from absorb.runtime.precision import as_stored
+from absorb.runtime.reading import led
+from absorb.schema.codec import from_json
+from absorb.schema.findings import OutlierChannel
+from absorb.schema.report import Report
+from absorb.schema.settings import Sink, Thresholds
+from absorb.show.rows import finding_rows
+from absorb.show.tables import listing
 from tests.helpers.tiny import HIDDEN, tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from absorb import progress as module
-from absorb.cli import main
-from absorb.progress import Progress
-from absorb.state import State
+from absorb.cli.main import main
+from absorb.ship import resume as module
+from absorb.ship.resume import Progress
+from absorb.tune.state import State
 
 
 class StoppedError(Exception):

@@ -10,10 +10,12 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
-from absorb.cli import main
+from absorb.cli.main import main
 from absorb.errors import AbsorbError
-from absorb.score import Subject, losses
-from absorb.watch import layers_of, linears_of, remembering, watching
+from absorb.measure.score import losses
+from absorb.models.decoder import layers_of, linears_of
+from absorb.runtime.hooks import watching
+from absorb.runtime.reading import Subject, remembering
 from scripts.bench import windows
 from scripts.benchmarks.rivals import rivals
 from scripts.benchmarks.rivals.__main__ import main as benchmark

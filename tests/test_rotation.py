@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from absorb.rotation import paley, rotated
+from absorb.quantize.rotation import paley, rotated
 
 # Of hidden layers and neurons of real models, and sizes without a Hadamard matrix.
 SIZES = [1, 2, 3, 32, 33, 48, 576, 896, 960, 1152, 1536, 2048, 4864]

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
-from absorb.families import FAMILIES
-from absorb.samples import LATEST_START, loops, opening_of, sampled
-from absorb.settings import Calibration
-from absorb.source import Source
-from absorb.text import CALIBRATION_ROWS, VALIDATION_ROWS, gather
+from absorb.load.source import Source
+from absorb.models.families import FAMILIES
+from absorb.schema.settings import Calibration
+from absorb.text.gather import CALIBRATION_ROWS, VALIDATION_ROWS, gather
+from absorb.text.samples import LATEST_START, loops, opening_of, sampled
 from tests.helpers.tiny import VOCABULARY, tiny
 from tests.helpers.tiny_tokenizer import TEMPLATE, tiny_tokenizer
 

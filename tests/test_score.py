@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.families import FAMILIES
-from absorb.graft import twin
-from absorb.logits import kl
-from absorb.score import Score, Subject, evaluate
-from absorb.settings import Thresholds
+from absorb.fold.graft import twin
+from absorb.measure.score import evaluate
+from absorb.models.families import FAMILIES
+from absorb.runtime.losses import kl
+from absorb.runtime.reading import Subject
+from absorb.schema.scores import Score
+from absorb.schema.settings import Thresholds
 from tests.helpers.tiny import tiny
 
 NOTHING = torch.tensor([], dtype=torch.long)

@@ -13,11 +13,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from absorb import modeling_absorb
-from absorb.families import FAMILIES, family_of
-from absorb.forms import KeySink
-from absorb.graft import twin
-from absorb.modeling_absorb import NEUTRAL, stock_classes
+from absorb.fold.graft import twin
+from absorb.fold.sinks.forms import KeySink
+from absorb.models import modeling_absorb
+from absorb.models.families import FAMILIES, family_of
+from absorb.models.modeling_absorb import NEUTRAL, stock_classes
 from tests.helpers.tiny import HEAD_DIM, LAYERS, kv_heads, tiny
 from tests.test_attention import draw, drift, sinked, texts
 

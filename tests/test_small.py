@@ -10,10 +10,10 @@ import torch
 from click.testing import CliRunner
 
 import absorb
-from absorb.families import FAMILIES
-from absorb.prefix import lead_of
-from absorb.settings import ModelRef
-from absorb.source import load
+from absorb.load.source import load
+from absorb.load.tokenizer import lead_of
+from absorb.models.families import FAMILIES
+from absorb.schema.settings import ModelRef
 from scripts.trials import train_small
 
 LONG = 120  # different words of a text

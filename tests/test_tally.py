@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from absorb.families import FAMILIES
-from absorb.findings import find
-from absorb.measure import Measurement, measure
-from absorb.score import Subject, tallies
-from absorb.settings import Thresholds
-from absorb.tally import (
+from absorb.measure.findings import find
+from absorb.measure.outliers import Measurement, measure
+from absorb.measure.score import tallies
+from absorb.measure.tally import (
     Tally,
     first_token_attention,
     is_massive,
@@ -23,6 +21,9 @@ from absorb.tally import (
     token_attention,
     token_ratios,
 )
+from absorb.models.families import FAMILIES
+from absorb.runtime.reading import Subject
+from absorb.schema.settings import Thresholds
 from tests.helpers.tiny import VOCABULARY, tiny
 
 LEAD = torch.tensor([1])
@@ -60,7 +61,7 @@ def test_a_measurement_does_not_depend_on_how_many_rows_are_read_at_once(
     def measured() -> Measurement:
         return measure(model, FAMILIES[family], text, LEAD)
 
-    alone, *others = in_batches(measured, "absorb.measure._ROWS", (1, 3, ROWS))
+    alone, *others = in_batches(measured, "absorb.measure.outliers._ROWS", (1, 3, ROWS))
     found = find(alone, Thresholds())
     assert found.outlier_tokens > 0
     for other in others:
@@ -85,7 +86,9 @@ def test_no_figure_depends_on_how_many_rows_are_read_at_once(family: str, text: 
         return [shown(t) for t in tallies(subjects, families, reference, text, inputs=True)]
 
     length = text.shape[1]
-    alone, *others = in_batches(scored, "absorb.score._TOKENS", (length, 3 * length, ROWS * length))
+    alone, *others = in_batches(
+        scored, "absorb.measure.score._TOKENS", (length, 3 * length, ROWS * length)
+    )
     assert alone[0]["massive_tokens"] > 0
     for other in others:
         for one, expected in zip(other, alone, strict=True):

@@ -10,12 +10,15 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
-from absorb import compare, timing
-from absorb.cli import main
-from absorb.families import FAMILIES
-from absorb.quantize import FORMATS, quantised
-from absorb.score import Subject, losses
-from absorb.tasks import answered, questions_in, tasks_of
+from absorb.cli.main import main
+from absorb.measure import timing
+from absorb.measure.score import losses
+from absorb.measure.tasks import answered, questions_in, tasks_of
+from absorb.models.families import FAMILIES
+from absorb.pipelines import compare
+from absorb.quantize.formats import FORMATS
+from absorb.quantize.simulate import quantised
+from absorb.runtime.reading import Subject
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -148,7 +151,7 @@ def test_a_task_that_the_harness_does_not_know_is_refused(folder: Path) -> None:
 def test_the_harness_is_asked_for_by_name_where_it_is_missing(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    monkeypatch.setattr("absorb.tasks.find_spec", lambda _: None)
+    monkeypatch.setattr("absorb.measure.tasks.find_spec", lambda _: None)
     refused(run(folder, "--tasks", "piqa"), "pip install 'absorb-llm[eval]'")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import distributed, multiprocessing
 from transformers.distributed import DistributedConfig
 
-from absorb.modeling_absorb import AbsorbLlamaForCausalLM
+from absorb.models.modeling_absorb import AbsorbLlamaForCausalLM
 from tests.test_attention import EVERY, drift, sinked, stock, subject, texts
 from tests.test_faults import warm
 

@@ -10,18 +10,12 @@ import pytest
 import torch
 
 from absorb.errors import AbsorbError
-from absorb.families import FAMILIES
-from absorb.settings import Calibration
-from absorb.source import Source
-from absorb.text import (
-    CALIBRATION_ROWS,
-    HELD_OUT_ROWS,
-    LENGTH,
-    VALIDATION_ROWS,
-    Texts,
-    gather,
-)
-from absorb.windows import documents
+from absorb.load.source import Source
+from absorb.models.families import FAMILIES
+from absorb.schema.settings import Calibration
+from absorb.schema.training import LENGTH
+from absorb.text.corpus import documents
+from absorb.text.gather import CALIBRATION_ROWS, HELD_OUT_ROWS, VALIDATION_ROWS, Texts, gather
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 

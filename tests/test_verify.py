@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import absorb
-from absorb.checkpoint import digests
-from absorb.cli import main
+from absorb.cli.main import main
 from absorb.errors import AbsorbError
-from absorb.settings import ModelRef, Sink
-from absorb.verify import read_report, verify
+from absorb.schema.settings import ModelRef, Sink
+from absorb.ship.staging import digests
+from absorb.ship.verify import read_report, verify
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -63,8 +63,8 @@ def test_what_absorb_wrote_is_verified(folder: Path) -> None:
 
 
 def test_the_present_code_is_stamped_as_that_of_the_present_version() -> None:
-    released = json.loads((PACKAGE / "released.json").read_text())
-    digest = hashlib.sha256((PACKAGE / "modeling_absorb.py").read_bytes()).hexdigest()
+    released = json.loads((PACKAGE / "ship" / "released.json").read_text())
+    digest = hashlib.sha256((PACKAGE / "models" / "modeling_absorb.py").read_bytes()).hexdigest()
     assert released[absorb.__version__] == digest, "run python -m scripts.release.stamp"
 
 

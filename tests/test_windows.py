@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from absorb.errors import AbsorbError
-from absorb.families import FAMILIES
-from absorb.source import Source
-from absorb.windows import windows
+from absorb.load.source import Source
+from absorb.models.families import FAMILIES
+from absorb.text.windows import windows
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 

@@ -12,17 +12,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.decide import decide
-from absorb.divergence import divergence
-from absorb.families import Family, family_of
-from absorb.findings import Findings, find
-from absorb.graft import graft, smooth
-from absorb.measure import Measurement, measure
-from absorb.plan import Plan, residual_scales
-from absorb.score import Score, Subject, evaluate
-from absorb.settings import Sink, Thresholds
-from absorb.sinks import prefix_of
-from absorb.smoothing import searched_scales
+from absorb.fold.decide import decide
+from absorb.fold.graft import graft
+from absorb.fold.plan import Plan
+from absorb.fold.residual import residual_scales
+from absorb.fold.sinks.prefix_cache import prefix_of
+from absorb.fold.smoothing import searched_scales, smooth
+from absorb.measure.divergence import divergence
+from absorb.measure.findings import find
+from absorb.measure.outliers import Measurement, measure
+from absorb.measure.score import evaluate
+from absorb.models.families import family_of
+from absorb.models.family import Family
+from absorb.runtime.reading import Subject
+from absorb.schema.findings import Findings
+from absorb.schema.scores import Score
+from absorb.schema.settings import Sink, Thresholds
 from tests.helpers import anatomy, by_hand, zoo
 from tests.helpers.anatomy import CLASS, MASSIVE, SECOND
 from tests.helpers.zoo import BOS, DELIMITERS, WINDOW, Make

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from absorb.modeling_absorb import How, eager, fast
-from absorb.report import table
-from absorb.timing import interleaved
+from absorb.measure.timing import interleaved
+from absorb.models.modeling_absorb import How, eager, fast
+from absorb.show.tables import table
 from scripts import bench
 
 Attention = Callable[..., tuple[Tensor, Any]]

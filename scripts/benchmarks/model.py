@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from absorb.families import family_of
-from absorb.forms import KeySink
-from absorb.graft import twin
-from absorb.report import table
-from absorb.timing import growth, interleaved
+from absorb.fold.graft import twin
+from absorb.fold.sinks.forms import KeySink
+from absorb.measure.timing import growth, interleaved
+from absorb.models.families import family_of
+from absorb.show.tables import table
 from scripts import bench
 
 # The shape of SmolLM2-135M: a model of this size shows what every extra kernel costs.

@@ -15,13 +15,16 @@ import click
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from absorb.card import card, markdown
-from absorb.charts import Section, digest
-from absorb.draw import png
-from absorb.exhibit import Exhibit
-from absorb.families import FAMILIES
-from absorb.report import Report, from_json, score_rows
-from absorb.views import sections
+from absorb.models.families import FAMILIES
+from absorb.schema.codec import from_json
+from absorb.schema.report import Report
+from absorb.show.before_after import Exhibit
+from absorb.show.card import card
+from absorb.show.charts import Section, digest
+from absorb.show.draw import png
+from absorb.show.rows import score_rows
+from absorb.show.sections import sections
+from absorb.show.tables import markdown
 from scripts.benchmarks.int8.table import int8_rows
 from scripts.benchmarks.rivals.table import rival_rows
 from scripts.release import tables

@@ -24,10 +24,11 @@ import click
 import torch
 
 import absorb
-from absorb.checkpoint import digests
-from absorb.report import Report, from_json
-from absorb.settings import ModelRef
-from absorb.source import load
+from absorb.load.source import load
+from absorb.schema.codec import from_json
+from absorb.schema.report import Report
+from absorb.schema.settings import ModelRef
+from absorb.ship.staging import digests
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 

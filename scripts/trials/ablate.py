@@ -17,12 +17,15 @@ import click
 import torch
 from transformers import PreTrainedModel
 
-from absorb.pipeline import Draft, fine_tuned, fresh, prepare
-from absorb.prefix import lead_of
-from absorb.recipe import recipe
-from absorb.report import Row, table
-from absorb.score import Score, Subject, evaluate, perplexity
-from absorb.settings import (
+from absorb.load.source import load
+from absorb.load.tokenizer import lead_of
+from absorb.measure.score import evaluate, perplexity
+from absorb.pipelines.convert import fine_tuned
+from absorb.pipelines.prepare import Draft, fresh, prepare
+from absorb.runtime.precision import as_stored
+from absorb.runtime.reading import Subject
+from absorb.schema.scores import Score
+from absorb.schema.settings import (
     Calibration,
     Distillation,
     FormatName,
@@ -33,8 +36,8 @@ from absorb.settings import (
     Thresholds,
     Train,
 )
-from absorb.source import load
-from absorb.write import as_stored
+from absorb.show.tables import Row, table
+from absorb.tune.recipe import recipe
 from scripts import bench
 from scripts.bench import SEEN, windows
 

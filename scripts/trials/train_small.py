@@ -28,16 +28,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from absorb.device import device_of, hastened
+from absorb.cli.terminal import Refusals
 from absorb.errors import AbsorbError
-from absorb.families import FAMILIES, Family
-from absorb.findings import find
-from absorb.measure import measure
-from absorb.prefix import lead_of
-from absorb.refusals import Refusals
-from absorb.report import Row, table
-from absorb.settings import Thresholds
-from absorb.windows import documents
+from absorb.load.tokenizer import lead_of
+from absorb.measure.findings import find
+from absorb.measure.outliers import measure
+from absorb.models.families import FAMILIES
+from absorb.models.family import Family
+from absorb.runtime.precision import device_of, hastened
+from absorb.schema.settings import Thresholds
+from absorb.show.tables import Row, table
+from absorb.text.corpus import documents
 from scripts import bench
 
 LENGTH = 576  # tokens of a row, BOS among them: windows of 512 behind a prefix stay inside it

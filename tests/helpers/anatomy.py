@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.families import family_of
+from absorb.models.families import family_of
 from tests.helpers.edits import weight_of
 from tests.helpers.tiny import tiny
 

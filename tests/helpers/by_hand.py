@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.forms import KeySink, LogitSink
-from absorb.modeling_absorb import NEUTRAL
-from absorb.scene import Scene, scene_of
-from absorb.sinks import prefix_of
-from absorb.watch import attending
+from absorb.fold.sinks.attention import Scene, scene_of
+from absorb.fold.sinks.forms import KeySink, LogitSink
+from absorb.fold.sinks.prefix_cache import prefix_of
+from absorb.models.modeling_absorb import NEUTRAL
+from absorb.runtime.hooks import attending
 
 Choose = Callable[[Scene, KeySink], LogitSink]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from absorb.families import Family
+from absorb.models.family import Family
 from tests.helpers.tiny import HEAD_DIM, HEADS, HIDDEN, kv_heads, tiny
 
 Edit = Callable[[PreTrainedModel, Family], None]

@@ -19,11 +19,12 @@ import torch
 from click.testing import CliRunner
 from hypothesis import strategies as st
 
-from absorb.card import card
-from absorb.cli import main
+from absorb.cli.main import main
 from absorb.errors import AbsorbError
-from absorb.report import Report, from_json
-from absorb.tasks import questions_in
+from absorb.measure.tasks import questions_in
+from absorb.schema.codec import from_json
+from absorb.schema.report import Report
+from absorb.show.card import card
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 

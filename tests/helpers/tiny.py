@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from absorb.findings import Findings
+from absorb.schema.findings import Findings
 
 LAYERS = 3
 HIDDEN = 32

@@ -20,10 +20,10 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from absorb import modeling_absorb
-from absorb.families import family_of
-from absorb.graft import twin
-from absorb.sinks import prefix_of
+from absorb.fold.graft import twin
+from absorb.fold.sinks.prefix_cache import prefix_of
+from absorb.models import modeling_absorb
+from absorb.models.families import family_of
 from tests.helpers.tiny import HEAD_DIM, HEADS, HIDDEN, VOCABULARY, tiny
 
 

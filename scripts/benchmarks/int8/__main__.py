@@ -20,13 +20,13 @@ import torchao
 from torch import Tensor
 from tqdm import tqdm
 
-from absorb.prefix import lead_of
-from absorb.quantize import input_peaks
-from absorb.refusals import Refusals
-from absorb.report import table
-from absorb.settings import ModelRef
-from absorb.source import Source, load
-from absorb.watch import led
+from absorb.cli.terminal import Refusals
+from absorb.load.source import Source, load
+from absorb.load.tokenizer import lead_of
+from absorb.runtime.inputs import input_peaks
+from absorb.runtime.reading import led
+from absorb.schema.settings import ModelRef
+from absorb.show.tables import table
 from scripts import bench
 from scripts.bench import SEEN, windows
 from scripts.benchmarks.int8.arithmetic import needs_reducing, size, to_int8

@@ -14,8 +14,8 @@ from torchao.quantization import (
 from torchao.utils import should_reduce_range
 from transformers import PreTrainedModel
 
-from absorb.families import Family
-from absorb.watch import linears_of
+from absorb.models.decoder import linears_of
+from absorb.models.family import Family
 
 
 def to_int8(

@@ -14,11 +14,12 @@ import click
 import torch
 from torch import Tensor
 
-from absorb.compare import interval
-from absorb.quantize import FORMATS
-from absorb.refusals import Refusals
-from absorb.report import table, versions
-from absorb.score import losses, quantised_losses
+from absorb.cli.terminal import Refusals
+from absorb.measure.score import losses, quantised_losses
+from absorb.pipelines.compare import interval
+from absorb.quantize.formats import FORMATS
+from absorb.schema.report import versions
+from absorb.show.tables import table
 from scripts import bench as shared
 from scripts.bench import windows
 from scripts.benchmarks.rivals.rivals import RIVALS, Bench, Rival, bench_of

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from absorb.source import Source
-from absorb.watch import each_layers, watching
+from absorb.load.source import Source
+from absorb.models.decoder import each_layers
+from absorb.runtime.hooks import watching
 
 _RATIO = 64  # to the median token's largest input of down_proj, in the same row of text
 _RARE = 0.1  # of the rows: a single token that is an outlier in fewer of them is left alone

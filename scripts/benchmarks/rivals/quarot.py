@@ -13,11 +13,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.families import Family
-from absorb.graft import smooth
-from absorb.rotation import rotated
-from absorb.watch import layers_of, linears_of
-from absorb.weights import bias_at, fused_rows, heads_of, is_norm, place_at, weight_at
+from absorb.fold.smoothing import smooth
+from absorb.models.decoder import (
+    bias_at,
+    fused_rows,
+    heads_of,
+    is_norm,
+    layers_of,
+    linears_of,
+    place_at,
+    weight_at,
+)
+from absorb.models.family import Family
+from absorb.quantize.rotation import rotated
 
 
 @torch.no_grad()

@@ -15,28 +15,28 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from absorb.checkpoint import REPORT
-from absorb.device import device_of, sketch_of
-from absorb.distill import Losses, train
 from absorb.errors import AbsorbError
-from absorb.experts import experts_of
-from absorb.families import Family
-from absorb.graft import graft, smooth, twin
-from absorb.plan import Plan, sinks_for
-from absorb.plan_file import read_plan
-from absorb.prefix import lead_of
-from absorb.quantize import FORMATS
-from absorb.recipe import Recipe
-from absorb.report import Report, from_json
-from absorb.score import Subject, quantised_losses
-from absorb.settings import Calibration, ModelRef
-from absorb.sinks import prefix_of
-from absorb.smoothing import smoothing_scales
-from absorb.source import Source, load
-from absorb.text import Texts, gather
-from absorb.watch import layers_of, led, watching
-from absorb.weights import is_norm
-from absorb.write import as_stored
+from absorb.fold.graft import graft, twin
+from absorb.fold.plan import Plan, sinks_for
+from absorb.fold.sinks.prefix_cache import prefix_of
+from absorb.fold.smoothing import smooth, smoothing_scales
+from absorb.load.source import Source, load
+from absorb.load.tokenizer import lead_of
+from absorb.measure.score import quantised_losses
+from absorb.models.decoder import experts_of, is_norm, layers_of
+from absorb.models.family import Family
+from absorb.quantize.formats import FORMATS
+from absorb.runtime.hooks import watching
+from absorb.runtime.precision import as_stored, device_of, sketch_of
+from absorb.runtime.reading import Subject, led
+from absorb.schema.codec import from_json
+from absorb.schema.report import Report
+from absorb.schema.settings import Calibration, ModelRef
+from absorb.schema.training import Losses, Recipe
+from absorb.ship.plan_file import read_plan
+from absorb.ship.staging import REPORT
+from absorb.text.gather import Texts, gather
+from absorb.tune.distill import train
 from scripts.bench import SEEN, windows
 from scripts.benchmarks.rivals.prefixquant import prefix_tokens
 from scripts.benchmarks.rivals.quarot import turn, turn_inputs

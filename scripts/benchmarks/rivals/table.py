@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from absorb.report import Row
+from absorb.show.tables import Row
 
 COLUMNS = {
     "float": "perplexity",

@@ -1,0 +1,167 @@
+"""The Python interface: what the commands do, with the same options, and plain data as a result.
+
+What is being done goes to the logger `absorb`, as a warning where the result may disappoint;
+what is refused raises an AbsorbError.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, getdoc, signature
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar, Unpack
+
+from absorb.errors import MisuseError
+from absorb.pipelines import convert as conversion
+from absorb.pipelines import inspect as inspection
+from absorb.pipelines.compare import compare
+from absorb.schema.declared import Option, filled, options_of
+from absorb.schema.report import Inspection, Report, verdict
+from absorb.schema.scores import Comparison
+from absorb.schema.settings import (
+    Dtype,
+    Evaluation,
+    FormatName,
+    Job,
+    Purpose,
+    Sink,
+    Survey,
+    Thresholds,
+    Train,
+)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+_say = logging.getLogger("absorb").info
+
+
+class InspectOptions(TypedDict, total=False):
+    """For editors and type checkers, which run nothing: the names and types in Survey."""
+
+    revision: str | None
+    trust_remote_code: bool
+    text: str | Path | None
+    prefix: str | None
+    seed: int
+    sink: Sink
+    residual_target: float
+    thresholds: Thresholds
+    device: str
+
+
+class ConvertOptions(InspectOptions, total=False):
+    """The same of Job."""
+
+    steps: int | None
+    minutes: float | None
+    train: Train | None
+    purpose: Purpose
+    plan: str | Path | None
+    force: bool
+
+
+class EvaluateOptions(TypedDict, total=False):
+    """The same of Evaluation."""
+
+    against: Sequence[str | Path]
+    trust_remote_code: bool
+    text: str | Path | None
+    calibration: str | Path | None
+    windows: int | None
+    length: int | None
+    formats: Sequence[FormatName]
+    tasks: Sequence[str | Path]
+    limit: int | None
+    dtype: Dtype
+    device: str
+
+
+def annotation(option: Option) -> Any:
+    """What Python callers may give for an option."""
+    kind = str | Path if option.kind is Path else option.kind
+    if option.many:
+        return Sequence[str | Path] if kind is str else Sequence[kind]  # type: ignore[valid-type]
+    return kind | None if option.default is None else kind
+
+
+def taking_options_of(kind: type) -> Callable[[Function], Function]:
+    """Show the options that a settings class declares where a function takes **options."""
+
+    def shown(function: Function) -> Function:
+        plain = signature(function)
+        own = [one for one in plain.parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
+        declared = options_of(kind)
+        arguments = [
+            Parameter(
+                one.name, Parameter.KEYWORD_ONLY, default=one.default, annotation=annotation(one)
+            )
+            for one in declared
+        ]
+        whole = plain.replace(parameters=[*own, *arguments])
+        function.__signature__ = whole  # type: ignore[attr-defined]
+        told = "\n".join(f"{one.name}: {one.help}" for one in declared)
+        function.__doc__ = f"{getdoc(function)}\n\n{told}"
+        return function
+
+    return shown
+
+
+@taking_options_of(Job)
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    **options: Unpack[ConvertOptions],
+) -> Report:
+    """Convert a model and write the checkpoint to `out`, complete or not at all.
+
+    `model` is a Hub id, a folder, a .gguf file or "demo". With `resume` what is found is kept in
+    OUT.progress, and gone on from. The report is what absorb.json holds. Raises an AbsorbError for
+    what cannot be converted, and warns where the result is worse in float.
+    """
+    given = asked(Job, options)
+    job = filled(Job, {"name": str(model), "out": Path(out), **given})
+    report = conversion.convert(job, _say, resume)
+    if (worse := verdict(report)) is not None:
+        logging.getLogger("absorb").warning(worse)
+    return report
+
+
+@taking_options_of(Survey)
+def inspect(model: str | Path, **options: Unpack[InspectOptions]) -> Inspection:
+    """Find the outliers of a model, and how they would be absorbed; writes nothing."""
+    given = asked(Survey, options)
+    job = filled(Job, {"name": str(model), "out": Path(), **given})
+    return inspection.inspect(job, _say)
+
+
+@taking_options_of(Evaluation)
+def evaluate(model: str | Path, **options: Unpack[EvaluateOptions]) -> Comparison:
+    """Measure models, originals and converted ones, side by side on one text."""
+    given = asked(Evaluation, options)
+    return compare(filled(Evaluation, {"model": str(model), **given}), _say)
+
+
+def asked(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that are not at their defaults, as the settings want them.
+
+    Raises a TypeError, as Python does, for one that the settings do not declare.
+    """
+    known = {one.name: one for one in options_of(kind)}
+    for name in options.keys() - known.keys():
+        raise TypeError(f"there is no option {name!r}; known are {', '.join(known)}")
+    values = {name: _settled(known[name], value) for name, value in options.items()}
+    return {name: value for name, value in values.items() if value != known[name].default}
+
+
+def _settled(option: Option, value: Any) -> Any:
+    if value is None:
+        return None
+    if option.many:
+        return tuple(map(str, value) if option.kind is str else value)
+    if option.kind is not Path:
+        return value
+    if option.is_there and not Path(value).is_file():
+        raise MisuseError(
+            "{value} is no file to read text from; check {0}", option.name, value=value
+        )
+    return Path(value)

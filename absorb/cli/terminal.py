@@ -1,0 +1,71 @@
+"""What the command line says, and how it ends when something is refused or a signal comes."""
+
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from absorb.errors import AbsorbError
+
+
+class Refusals:
+    """Turns an AbsorbError into one sentence and exit code 1, and a signal into an exit."""
+
+    def __init__(
+        self,
+        frugal: str = "pass --train sinks, which needs least, or --device cpu",
+        interrupted: str = "nothing was written",
+    ):
+        self.frugal = frugal  # what to do where memory is short
+        self.interrupted = interrupted
+
+    def __enter__(self) -> None:
+        # Unlike the default of SIGTERM, an exception lets every `finally` clean up.
+        signal.signal(signal.SIGTERM, _terminated)
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, AbsorbError):
+            click.echo(f"absorb: {error}", err=True)
+            sys.exit(1)
+        if isinstance(error, BrokenPipeError):
+            return  # click ends in silence, as the reader of stdout wants no more
+        if isinstance(error, OSError):  # a name too long, a disk that fails, a file that vanished
+            reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            click.echo(f"absorb: {reason}, so nothing was written; check the name", err=True)
+            sys.exit(1)
+        if _is_out_of_memory(error):
+            click.echo(
+                f"absorb: the memory is full, so nothing was written; {self.frugal}", err=True
+            )
+            sys.exit(1)
+        if isinstance(error, KeyboardInterrupt):
+            click.echo(f"absorb: interrupted; {self.interrupted}", err=True)
+            sys.exit(130)
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether Python, a GPU or, by its words alone, torch on a CPU has no more memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def _terminated(*_: Any) -> NoReturn:
+    sys.exit(143)
+
+
+def say(sentence: str) -> None:
+    click.echo(sentence, err=True)
+
+
+def print_result(result: str) -> None:
+    """Results go to stdout. By now whatever was to be written is."""
+    try:
+        click.echo(result)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise AbsorbError(
+            f"the result could not be printed ({error.strerror}); check where the output goes"
+        ) from error

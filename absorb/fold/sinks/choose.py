@@ -1,0 +1,59 @@
+"""What the prefix does to every attention head, as sink logits, sink values and key biases.
+
+With a prefix, a head gives `(1 - p) o + p v`, where o is its output on the text alone, v the
+prefix value, and `p = sigmoid(l - lse)` with l the log-sum-exp of the prefix logits and lse that
+of the text. A sink logit s replaces l, which depends on the query, by a constant. What of the
+query-dependence is lost can be had back: subtracting the prefix key k from every key leaves all
+ratios of weights alone and makes l zero. RoPE turns a key with its position and so forbids the
+exact shift, but on the slowly turning channels a bias on k_proj comes close to it. Without RoPE
+nothing of a prefix of one token is lost.
+"""
+
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from absorb.fold.sinks.attention import rotations_of, scene_of
+from absorb.fold.sinks.fit import sink_of
+from absorb.fold.sinks.forms import LayerSink
+from absorb.fold.sinks.prefix_cache import Prefix, heads_last
+from absorb.models.decoder import each_layers
+from absorb.models.family import Family
+from absorb.runtime.hooks import attending
+from absorb.runtime.precision import hastened
+
+
+@torch.no_grad()
+def fit_sinks(
+    model: PreTrainedModel, family: Family, prefix: Prefix, tokens: Tensor, most: float = inf
+) -> list[LayerSink]:
+    """Each layer's sink, fitted to what the prefix does to its attention on text (rows, length).
+
+    One forward pass: each layer is fitted on what the layers before it give with their sinks in
+    place, so later layers make up for what earlier ones could not match. A layer whose logits leave
+    out more than the share `most` keeps the prefix's keys, if these leave out less. Linears are
+    hastened; attention is not, as logits in the hundreds would be rounded to whole numbers.
+    """
+    modules = each_layers(model, family, family.attention)
+    sinks: list[LayerSink] = []
+    bar = tqdm(total=len(modules), desc="fitting sinks", unit="layer")
+
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        with torch.autocast(model.device.type, enabled=False):
+            scene = scene_of(module, rotations.get(module), *args, **kwargs)
+            layer = prefix.layers[len(sinks)]
+            sink, out = sink_of(scene, layer, family.key is not None, most)
+        sinks.append(sink)
+        bar.update()
+        return heads_last(out), None
+
+    turned = modules if family.positions is None else []
+    with bar, attending(model, attend), rotations_of(turned) as rotations:
+        positions = prefix.positions(tokens.shape[1])
+        with hastened(model.device):
+            model.base_model(tokens.to(model.device), position_ids=positions, use_cache=False)
+    return sinks

@@ -1,0 +1,58 @@
+"""How far the student is from the teacher: a loss that trains it, and a figure that judges it."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from absorb.errors import AbsorbError
+from absorb.runtime.losses import mean_kl
+from absorb.runtime.reading import led
+from absorb.schema.training import LENGTH
+
+# The mean loss in nats per token of text (rows, length).
+Loss = Callable[[Tensor], Tensor]
+
+
+def rows_at_once(student: PreTrainedModel) -> int:
+    """Rows whose logits, with what the loss makes of them, fit easily into memory."""
+    room = 0.4e9
+    if student.device.type == "cuda":
+        room = min(16e9, 0.25 * torch.cuda.mem_get_info(student.device)[0])
+    return max(1, int(room // (LENGTH * student.config.vocab_size * 16)))
+
+
+def gap(
+    teacher: PreTrainedModel, student: PreTrainedModel, prefix: Tensor, tokens: Tensor
+) -> Tensor:
+    """Mean KL(teacher | student) in nats on text `tokens` (rows, length), with its gradient."""
+    tokens = tokens.to(student.device)
+    with torch.no_grad():
+        rows = led(tokens, prefix)
+        target = teacher(rows, use_cache=False).logits[:, len(prefix) :]
+    return mean_kl(target, student(tokens, use_cache=False).logits)
+
+
+@torch.no_grad()
+def divergence(
+    teacher: PreTrainedModel, student: PreTrainedModel, prefix: Tensor, tokens: Tensor
+) -> float:
+    """Mean KL(teacher | student) in nats on text `tokens` (rows, length), in parts that fit."""
+
+    def loss(part: Tensor) -> Tensor:
+        return gap(teacher, student, prefix, part)
+
+    return max(0.0, mean_loss(loss, tokens, rows_at_once(student)))  # rounding may bring it below
+
+
+@torch.no_grad()
+def mean_loss(loss: Loss, tokens: Tensor, rows: int) -> float:
+    """The mean loss on text `tokens`, so many rows at once."""
+    total = sum(loss(part).item() * len(part) for part in tokens.split(rows))
+    if not math.isfinite(total):
+        raise AbsorbError(
+            "the converted model predicts what is not a number; convert with another --prefix"
+        )
+    return total / len(tokens)

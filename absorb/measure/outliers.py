@@ -1,0 +1,174 @@
+"""One pass over the original model: everything that the findings are drawn from."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from absorb.measure.tally import (
+    ByLayer,
+    first_token_attention,
+    outlier_tokens,
+    row_medians,
+    token_attention,
+)
+from absorb.models.decoder import layers_of, module_at, weight_at
+from absorb.models.family import Family
+from absorb.runtime.experts import watching_neurons
+from absorb.runtime.hooks import watching, watching_attention
+from absorb.runtime.inputs import watching_inputs
+from absorb.runtime.precision import hastened
+from absorb.runtime.reading import led
+from absorb.schema.settings import Thresholds
+
+_ROWS = 4
+# A token is ordinary unless it is an outlier token by these, whatever the user counts as one: a
+# channel that is large on the sink token alone is no residual sink.
+_USUAL = Thresholds()
+_LEAST = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What a model does on text. The stream of a layer is what that layer hands on.
+
+    Tokens count the lead, which is where most sinks are.
+    """
+
+    tokens: Tensor  # (rows, length): the ids that were read, lead included
+    channel_mean: Tensor  # (layers, hidden): mean magnitude of each channel, on ordinary tokens
+    channel_share: Tensor  # (layers, hidden): its mean share of the squared norm, likewise
+    channel_peak: Tensor  # (hidden,): largest magnitude of each, wherever it is read or written
+    median: Tensor  # (layers,): median magnitude of the stream in a row, the mean over rows
+    token_peak: Tensor  # (layers, rows, length): largest magnitude of each token
+    token_channel: Tensor  # (layers, rows, length): the channel that has it
+    first_weight: Tensor  # (layers, heads): mean attention weight on the first token
+    token_weight: Tensor  # (layers, rows, length): mean weight a token gets from later ones
+    neuron_peak: Tensor  # (layers, neurons): most that one MLP neuron adds to the stream
+    input_peak: dict[str, Tensor]  # (): largest magnitude that a matrix reads, under its name
+
+
+class _Tally:
+    """What the hooks of a measurement collect."""
+
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+        # Of each row: sums over its ordinary tokens, and how many these are.
+        self.sizes, self.shares, self.ordinary = ByLayer(), ByLayer(), ByLayer()
+        self.median, self.peak, self.channel = ByLayer(), ByLayer(), ByLayer()
+        self.first, self.received = ByLayer(), ByLayer()
+        self.reach: list[Tensor] = []
+        self.neuron: dict[int, Tensor] = {}
+        self.columns = [
+            weight_at(layer, family.down).detach().abs().amax(-2).flatten()
+            for layer in layers_of(model, family)
+        ]
+        self.fired: dict[int, Tensor] = {}
+        self.down_peak: dict[int, Tensor] = {}
+        self.read: dict[str, Tensor] = {}
+
+    def stream(self, layer: int, stream: Tensor) -> None:
+        size = stream.float().abs()
+        peak, channel = size.max(-1)
+        self.median.add(layer, row_medians(size))
+        self.peak.add(layer, peak)
+        self.channel.add(layer, channel)
+        self.ordinary_channels(layer, size, ~outlier_tokens(peak, _USUAL))
+
+    def ordinary_channels(self, layer: int, size: Tensor, ordinary: Tensor) -> None:
+        """size is (rows, length, hidden), and ordinary (rows, length) says which tokens count."""
+        size = size.masked_fill(~ordinary[..., None], 0)
+        energy = size.square()
+        total = energy.sum(-1, keepdim=True).clamp_min(_LEAST)
+        self.sizes.add(layer, size.sum(1))
+        self.shares.add(layer, (energy / total).sum(1))
+        self.ordinary.add(layer, ordinary.sum(1))
+
+    def channels(self, _: int, part: Tensor) -> None:
+        """part is (..., hidden): the stream, or what is added to it."""
+        self.reach.append(part.float().abs().flatten(0, -2).amax(0))
+
+    def weights(self, layer: int, weights: Tensor) -> None:
+        """weights is (rows, heads, queries, keys)."""
+        self.first.add(layer, first_token_attention(weights))
+        self.received.add(layer, token_attention(weights))
+
+    def inputs(self, name: str, inputs: Tensor) -> None:
+        peak = inputs.float().abs().max()
+        self.read[name] = torch.maximum(self.read.get(name, peak), peak)
+
+    def activation(self, layer: int, activation: Tensor) -> None:
+        self.fired[layer] = activation.float().abs()
+
+    def down(self, layer: int, out: Tensor) -> None:
+        self.down_peak[layer] = out.float().abs().amax(-1)
+
+    def written(self, layer: int, out: Tensor) -> None:
+        # Between the neurons and the stream there may be a norm or a multiplier: the same factor
+        # for all neurons of a token, near enough to rank them.
+        gain = out.float().abs().amax(-1) / self.down_peak.pop(layer).clamp_min(1e-12)
+        added = (self.fired.pop(layer) * gain[..., None]).flatten(0, -2)
+        peak = added.amax(0) * self.columns[layer]
+        self.neuron[layer] = torch.maximum(self.neuron.get(layer, peak), peak)
+
+    def per_ordinary_token(self, sums: ByLayer) -> Tensor:
+        """The mean over ordinary tokens, of sums over those of each row: (layers, hidden)."""
+        return sums.all().sum(1) / self.ordinary.all().sum(1)[:, None]
+
+
+@contextmanager
+def _counting(model: PreTrainedModel, family: Family, tally: _Tally) -> Iterator[None]:
+    layers = layers_of(model, family)
+    down = [module_at(layer, family.down) for layer in layers]
+    reads = [module_at(layer, name) for layer in layers for name in family.reads]
+    writes = [[module_at(layer, name) for layer in layers] for name in family.writes]
+    with ExitStack() as stack:
+        stack.enter_context(watching(layers, tally.stream))
+        stack.enter_context(watching_neurons(down, tally.activation))
+        stack.enter_context(watching(down, tally.down))
+        stack.enter_context(watching(writes[-1], tally.written))
+        # Inside a layer a channel may be larger than in what the layer hands on.
+        last = model.get_submodule(family.final_norm)
+        stack.enter_context(watching([*reads, last], tally.channels, inputs=True))
+        stack.enter_context(watching(chain(*writes), tally.channels))
+        stack.enter_context(watching_inputs(model, family, tally.inputs))
+        stack.enter_context(watching_attention(model, family, tally.weights))
+        yield
+
+
+@torch.inference_mode()
+def measure(
+    model: PreTrainedModel,
+    family: Family,
+    tokens: Tensor,
+    lead: Tensor,
+    read: Callable[[Tensor], object] | None = None,
+) -> Measurement:
+    """Measure a model on text `tokens` (rows, length), read after the tokens `lead` (n,).
+
+    `read` lets the model read a batch, lead included; by default its head is left out.
+    """
+    read = read or partial(model.base_model, use_cache=False)
+    tally = _Tally(model, family)
+    rows = led(tokens, lead)
+    with _counting(model, family, tally), hastened(model.device):
+        for batch in tqdm(rows.split(_ROWS), desc="measuring the stream", unit="batch"):
+            read(batch.to(model.device))
+    return Measurement(
+        tokens=rows.cpu(),
+        channel_mean=tally.per_ordinary_token(tally.sizes).cpu(),
+        channel_share=tally.per_ordinary_token(tally.shares).cpu(),
+        channel_peak=torch.stack(tally.reach).amax(0).cpu(),
+        median=tally.median.mean().cpu(),
+        token_peak=tally.peak.all().cpu(),
+        token_channel=tally.channel.all().cpu(),
+        first_weight=tally.first.mean().cpu(),
+        token_weight=tally.received.all().cpu(),
+        neuron_peak=torch.stack([*tally.neuron.values()]).cpu(),
+        input_peak={name: peak.cpu() for name, peak in tally.read.items()},
+    )

@@ -1,0 +1,119 @@
+"""Which tokens the sinks will stand for."""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from absorb.load.source import Source
+from absorb.load.tokenizer import lead_of
+from absorb.measure.findings import find, token_weights
+from absorb.measure.outliers import Measurement, measure
+from absorb.runtime.losses import row_losses
+from absorb.runtime.reading import led
+from absorb.schema.findings import Trial
+from absorb.schema.settings import Thresholds
+
+# Candidates are told apart on the beginnings of a few rows; an extension is looked for, and must
+# prove itself, on all: a token is a sink in some rows only.
+_ROWS = 6
+_BEGINNING = 64
+_EXTENSIONS = 2
+# The share of rows that must have made a sink of a token before it stands for all of them: whether
+# one row does is an accident of the text.
+_COMMON = 0.25
+# What absorbing one more sink token may cost in loss, as a share. Left in the text, a second sink
+# makes the fit depend on where it happens to stand.
+_TOLERANCE = 0.01
+# By how much, as a share, the loss behind another token must be lower than behind a BOS that the
+# tokenizer does not add. BOS was trained to begin texts; where another token won by less, sinks
+# that were fitted to it did worse on other text.
+_MARGIN = 0.03
+# Tokens that models make sinks of when no BOS was trained (arXiv 2402.17762, 2410.05265).
+_CANDIDATES = ("\n", ".", ",", " the", " and", " of", "The", "In", "I")
+
+
+@torch.no_grad()
+def find_prefix(
+    source: Source, wish: tuple[int, ...] | None, tokens: Tensor, thresholds: Thresholds
+) -> list[Trial]:
+    """The prefixes that were tried on calibration text `tokens` (rows, length); the last one won.
+
+    `wish`, if given, is the prefix; otherwise it is BOS where the tokenizer adds one, else the
+    candidate with the lowest loss (BOS by preference), and then the tokens that are attention
+    sinks even behind it.
+    """
+    whole, tokens = tokens, tokens[:_ROWS]
+    if wish is not None:
+        return [_try(source, wish, tokens)]
+    known = source.model.config.vocab_size  # a tokenizer may have more: padding that was added
+    candidates = [token for token in _candidates(source.tokenizer) if token < known]
+    candidates = tqdm(candidates, desc="choosing the prefix", unit="token")
+    trials = [_try(source, (token,), tokens[:, :_BEGINNING]) for token in candidates]
+    bos = source.tokenizer.bos_token_id
+    trials.sort(key=lambda trial: -trial.loss * (1 - _MARGIN * (trial.prefix == (bos,))))
+    best, seen = _measured(source, trials.pop().prefix, whole)
+    for _ in range(_EXTENSIONS):
+        token = strongest_sink(seen, best.prefix, thresholds)
+        if token is None:
+            break
+        longer, seen = _measured(source, (*best.prefix, token), whole)
+        if longer.loss > best.loss * (1 + _TOLERANCE):
+            trials.append(longer)
+            break
+        trials.append(best)
+        best = longer
+    return [*trials, best]
+
+
+def _measured(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> tuple[Trial, Measurement]:
+    """A trial, and a measurement of the text behind the prefix, in one pass."""
+    losses: list[Tensor] = []
+
+    def read(rows: Tensor) -> None:
+        losses.append(_losses(source.model, rows, len(prefix)))
+
+    measurement = measure(source.model, source.family, tokens, torch.tensor(prefix), read)
+    return Trial(prefix=prefix, loss=torch.cat(losses).mean().item()), measurement
+
+
+def strongest_sink(
+    measurement: Measurement, prefix: tuple[int, ...], thresholds: Thresholds
+) -> int | None:
+    """The sink token not in `prefix`, behind which text was measured, that takes most attention.
+
+    Its weight is summed over layers and places: the highest may be that of one place, in one text.
+    A token that is a sink in few rows does not count.
+    """
+    sinks = find(measurement, thresholds).sink_tokens
+    left = [sink.token for sink in sinks if sink.token >= 0 and sink.token not in prefix]
+    weight = token_weights(measurement)
+    taken = torch.where(weight > thresholds.sink_weight, weight, 0).sum(0)
+    tokens = measurement.tokens[:, : taken.shape[1]]
+    by_row = {token: torch.where(tokens == token, taken, 0).sum(1) for token in left}
+    common = {t: float(rows.sum()) for t, rows in by_row.items() if _is_common(rows)}
+    return max(common, key=lambda token: common[token], default=None)
+
+
+def _is_common(by_row: Tensor) -> bool:
+    return bool((by_row > 0).float().mean() >= _COMMON)
+
+
+def _candidates(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    lead = lead_of(tokenizer).tolist()
+    if lead:
+        return lead
+    texts = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in _CANDIDATES)
+    single = [ids[0] for ids in texts if len(ids) == 1]
+    return list(dict.fromkeys([*tokenizer.all_special_ids, *single]))
+
+
+def _try(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> Trial:
+    rows = led(tokens.to(source.model.device), torch.tensor(prefix))
+    return Trial(prefix=prefix, loss=_losses(source.model, rows, len(prefix)).mean().item())
+
+
+def _losses(model: PreTrainedModel, rows: Tensor, lead: int) -> Tensor:
+    """The mean loss of each row (rows, length), its lead and its first token left out: (rows,)."""
+    logits = model(rows, use_cache=False).logits
+    return row_losses(logits[:, lead:], rows[:, lead:])

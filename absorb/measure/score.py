@@ -1,0 +1,151 @@
+"""Models and held-out text → Tallies and Scores, side by side in one pass over the same tokens."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from absorb.measure.tally import Tally, perplexity_of
+from absorb.models.decoder import layers_of
+from absorb.models.family import Family
+from absorb.quantize.formats import FORMATS, Format
+from absorb.quantize.simulate import in_format
+from absorb.runtime.hooks import watching, watching_attention
+from absorb.runtime.inputs import watching_inputs
+from absorb.runtime.losses import row_losses
+from absorb.runtime.memory import release_freed_memory
+from absorb.runtime.reading import Subject, led
+from absorb.schema.scores import Score
+from absorb.schema.settings import FormatName, Thresholds
+
+# Tokens that are read at once: fewer take longer each, and the logits of these are a tenth of a
+# gigabyte, or a few.
+_TOKENS = 512
+# Where nothing is kept of a row but its loss. A GPU reads eight in little more time than one.
+ROWS_AT_ONCE = {"cpu": 1, "cuda": 8}
+
+
+@torch.no_grad()
+def evaluate(
+    subjects: Sequence[Subject],
+    teacher: Subject,
+    family: Family,
+    held_out: Tensor,
+    calibration: Tensor,
+    thresholds: Thresholds,
+    formats: Sequence[FormatName],
+) -> list[Score]:
+    """Score every subject, all of one family, on `held_out` (rows, length).
+
+    Fixed ranges of formats come from `calibration` (rows, length); `thresholds` say which
+    activations are massive.
+    """
+    seen = tallies(subjects, [family] * len(subjects), teacher, held_out)
+    return [
+        Score(
+            **asdict(tally.figures(thresholds)),
+            quantised=in_formats(subject, family, formats, held_out, calibration),
+        )
+        for subject, tally in zip(subjects, seen, strict=True)
+    ]
+
+
+@torch.no_grad()
+def tallies(
+    subjects: Sequence[Subject],
+    families: Sequence[Family],
+    teacher: Subject,
+    held_out: Tensor,
+    *,
+    inputs: bool = False,
+) -> list[Tally]:
+    """What every subject shows on `held_out` (rows, length), in one pass side by side.
+
+    Losses are of each row's tokens but the first, whatever lead a model is given. What matrices
+    read is seen where `inputs` are asked for.
+    """
+    seen = [Tally() for _ in subjects]
+    known = next((i for i, subject in enumerate(subjects) if subject.reads_as(teacher)), None)
+    for batch in tqdm(held_out.split(_rows(held_out)), desc="evaluating", unit="batch"):
+        tokens = batch.to(teacher.model.device)
+        given = [
+            watched_logits(subject, family, tokens, tally, inputs=inputs)
+            for subject, family, tally in zip(subjects, families, seen, strict=True)
+        ]
+        target = _logits(teacher, tokens) if known is None else given[known]
+        for logits, tally in zip(given, seen, strict=True):
+            tally.see_logits(logits, target, tokens)
+    return seen
+
+
+def _logits(subject: Subject, tokens: Tensor) -> Tensor:
+    """Logits (rows, length, vocabulary) of the text, those of the lead left out."""
+    rows = led(tokens, subject.lead)
+    logits: Tensor = subject.model(rows, use_cache=False).logits
+    return logits[:, len(subject.lead) :]
+
+
+def watched_logits(
+    subject: Subject, family: Family, tokens: Tensor, tally: Tally, *, inputs: bool = False
+) -> Tensor:
+    """Logits (rows, length, vocabulary) of the text; the tally sees what the model does on it."""
+    model = subject.model
+    release_freed_memory()  # what a tally keeps lies among what was freed
+    with ExitStack() as stack:
+        stack.enter_context(watching_attention(model, family, tally.see_attention))
+        stack.enter_context(watching(layers_of(model, family), tally.see_stream))
+        if inputs:
+            see = partial(tally.see_input, len(tokens))
+            stack.enter_context(watching_inputs(model, family, see))
+        return _logits(subject, tokens)
+
+
+def in_formats(
+    subject: Subject,
+    family: Family,
+    formats: Sequence[FormatName],
+    held_out: Tensor,
+    calibration: Tensor,
+) -> dict[FormatName, float]:
+    """Perplexity in each format; fixed ranges, where a format has them, are of `calibration`."""
+    return {
+        name: perplexity_of(quantised_losses(subject, family, FORMATS[name], held_out, calibration))
+        for name in formats
+    }
+
+
+@torch.no_grad()
+def quantised_losses(
+    subject: Subject, family: Family, form: Format, held_out: Tensor, calibration: Tensor
+) -> Tensor:
+    """What `losses` gives in a format, which takes fixed ranges, if any, from `calibration`."""
+    with in_format(subject, family, form, calibration):
+        return losses(subject, held_out, form.label, alone=form.mixes_rows)
+
+
+def perplexity(subject: Subject, rows: Tensor, label: str) -> float:
+    """exp of the mean loss of every token but the first of each row (rows, length)."""
+    return perplexity_of(losses(subject, rows, label))
+
+
+@torch.no_grad()
+def losses(subject: Subject, rows: Tensor, label: str, *, alone: bool = False) -> Tensor:
+    """The mean loss in nats of every row's tokens but its first: (rows,), float64.
+
+    Rows are read `alone` where what a model makes of one would depend on those read with it.
+    """
+    device, found = subject.model.device, []
+    at_once = 1 if alone else max(_rows(rows), ROWS_AT_ONCE[device.type])
+    for batch in tqdm(rows.split(at_once), desc=label, unit="batch" if at_once > 1 else "row"):
+        tokens = batch.to(device)
+        found.append(row_losses(_logits(subject, tokens), tokens).cpu())
+    return torch.cat(found)
+
+
+def _rows(text: Tensor) -> int:
+    """How many rows of text (rows, length) are read at once."""
+    return max(1, _TOKENS // text.shape[1])

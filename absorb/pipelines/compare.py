@@ -1,0 +1,160 @@
+"""Evaluation → Comparison: models side by side on one text, as stored and in every format."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from absorb.errors import AbsorbError
+from absorb.load.source import Source, load
+from absorb.load.tokenizer import lead_of
+from absorb.measure.score import ROWS_AT_ONCE, in_formats, tallies
+from absorb.measure.tally import Tally
+from absorb.measure.tasks import Task, answered, tasks_of
+from absorb.measure.timing import DECODED, speeds
+from absorb.quantize.formats import FORMATS
+from absorb.quantize.simulate import in_format
+from absorb.runtime.precision import as_stored, device_of
+from absorb.runtime.reading import Subject
+from absorb.schema.report import versions
+from absorb.schema.scores import Answers, Comparison, Speed, Standing
+from absorb.schema.settings import Evaluation, FormatName, ModelRef, Thresholds
+from absorb.schema.training import LENGTH
+from absorb.text.gather import WINDOW, Texts, gather_windows, refuse_short_model
+
+_RESAMPLES = 2000
+
+
+@torch.no_grad()
+def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
+    """Measure all models; `say` is told what is being done.
+
+    The reference is the first of the others, or the model itself where there are none.
+    """
+    device, tasks = device_of(wish.device), tasks_of(wish.tasks)
+    sources = [_loaded(name, wish, say) for name in (wish.model, *wish.against)]
+    subjects = [_subject(source) for source in sources]
+    _refuse_other_tokens(sources)
+    for source, subject in zip(sources, subjects, strict=True):
+        _refuse_few_positions(source, subject, wish)
+        as_stored(source.model, getattr(torch, wish.dtype))
+        nn.Module.to(source.model, device)
+    texts = gather_windows(sources[0], wish)
+    reference = min(1, len(wish.against))
+    families = [source.family for source in sources]
+    seen = tallies(subjects, families, subjects[reference], texts.held_out, inputs=True)
+    asked = partial(_asked, tasks=tasks, limit=wish.limit)
+    took = speeds([source.model for source in sources], texts.held_out[:1].to(device))
+    return Comparison(
+        reference=sources[reference].name,
+        models=tuple(
+            _standing(source, subject, tally, speed, texts, wish.formats, asked)
+            for source, subject, tally, speed in zip(sources, subjects, seen, took, strict=True)
+        ),
+        text_origin=texts.origin,
+        calibration_origin=wish.calibration.name if wish.calibration else texts.origin,
+        text_sha256=texts.fingerprint,
+        rows=len(texts.held_out),
+        length=texts.held_out.shape[1],
+        dtype=wish.dtype,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        versions=versions(),
+    )
+
+
+def _loaded(name: str, wish: Evaluation, say: Callable[[str], None]) -> Source:
+    say(f"loading {name}")
+    return load(ModelRef(name=name, trust_remote_code=wish.trust_remote_code), measured=True)
+
+
+def _subject(source: Source) -> Subject:
+    """A converted model is given nothing before a text: its sinks stand for that."""
+    if source.converted:
+        return Subject(model=source.model)
+    return Subject(model=source.model, lead=lead_of(source.tokenizer))
+
+
+def _refuse_other_tokens(sources: list[Source]) -> None:
+    """Refuse models that do not mean the same by the same token id."""
+    first, *others = sources
+    for other in others:
+        sizes = [source.model.config.vocab_size for source in (first, other)]
+        if first.tokenizer.get_vocab() != other.tokenizer.get_vocab() or len(set(sizes)) > 1:
+            raise AbsorbError(
+                f"{first.name} and {other.name} have different tokenizers, so their perplexities "
+                "cannot be compared; name models that share one"
+            )
+
+
+def _refuse_few_positions(source: Source, subject: Subject, wish: Evaluation) -> None:
+    """Refuse learned positions that end before a window, with what is read beside it, does."""
+    beside = max(len(subject.lead), DECODED)
+    if wish.text is None:
+        refuse_short_model(source, LENGTH + beside)
+    else:
+        remedy = "choose a model with more positions, or a smaller --length"
+        refuse_short_model(source, (wish.length or WINDOW) + beside, remedy)
+
+
+def _standing(
+    source: Source,
+    subject: Subject,
+    tally: Tally,
+    speed: Speed,
+    texts: Texts,
+    formats: tuple[FormatName, ...],
+    asked: Callable[..., Answers],
+) -> Standing:
+    measured = in_formats(subject, source.family, formats, texts.held_out, texts.calibration)
+    usable = [name for name, value in measured.items() if math.isfinite(value)]
+    return Standing(
+        **asdict(tally.figures(Thresholds())),
+        model=source.name,
+        converted=source.converted,
+        interval=interval(tally.row_losses),
+        agreement=tally.agreement,
+        token_ratio=tally.token_ratio,
+        kurtosis=tally.kurtosis,
+        input_kurtosis=tally.input_kurtosis,
+        head_weights=tuple(map(tuple, tally.head_weights.tolist())),
+        speed=speed,
+        formats={name: value if name in usable else None for name, value in measured.items()},
+        tasks=asked(source, subject, usable, texts.calibration),
+    )
+
+
+def _asked(
+    source: Source,
+    subject: Subject,
+    formats: list[FormatName],
+    calibration: Tensor,
+    tasks: list[Task],
+    limit: int | None,
+) -> Answers:
+    """The tasks in float, and in each format."""
+    if not tasks:
+        return {}
+    rows = ROWS_AT_ONCE[source.model.device.type]
+    ask = partial(answered, source.model, source.tokenizer, tasks, limit)
+    found = {"float": ask(rows)}
+    for name in formats:
+        form = FORMATS[name]
+        with in_format(subject, source.family, form, calibration):
+            found[name] = ask(1 if form.mixes_rows else rows)
+    return found
+
+
+def interval(losses: Tensor) -> tuple[float, float]:
+    """Between what the perplexity of rows with these mean losses (rows,) lies in 95 of 100 cases.
+
+    The percentile bootstrap (Efron and Tibshirani 1993, section 13.3): rows are drawn with
+    replacement.
+    """
+    draw = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(losses), (_RESAMPLES, len(losses)), generator=draw)
+    ends = losses.new_tensor([0.025, 0.975])
+    low, high = losses[chosen].mean(1).exp().quantile(ends).tolist()
+    return low, high

@@ -1,0 +1,148 @@
+"""A conversion before its fine-tune: the model, the text, the plan, and a student by it."""
+
+import logging
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from absorb.errors import Say
+from absorb.fold.decide import judged
+from absorb.fold.graft import graft
+from absorb.fold.plan import Plan
+from absorb.fold.smoothing import searched_scales, smooth, smoothing_scales
+from absorb.load.source import Source, load
+from absorb.load.tokenizer import lead_of, without_bos
+from absorb.measure.outliers import Measurement, measure
+from absorb.measure.prefix import find_prefix
+from absorb.pipelines.survey import recalled, survey
+from absorb.quantize.formats import FORMATS
+from absorb.quantize.training import FORMAT_FOR
+from absorb.runtime.precision import device_of, sketch_of
+from absorb.schema.findings import Trial
+from absorb.schema.report import Inspection
+from absorb.schema.settings import Job, Purpose
+from absorb.ship.plan_file import read_plan
+from absorb.ship.resume import Progress
+from absorb.text.corpus import encoded
+from absorb.text.gather import Texts, gather
+
+_MOST_IS_LEFT_OUT = 0.5  # a share of the effect of the prefix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A conversion before its fine-tune."""
+
+    source: Source
+    texts: Texts
+    plan: Plan
+    student: PreTrainedModel
+    inspection: Inspection
+    measurement: Measurement | None  # of the original; none where a plan was read
+    progress: Progress | None = None
+
+
+def smoothed(
+    student: PreTrainedModel, draft: Draft, purpose: Purpose = "none"
+) -> dict[str, Tensor]:
+    """Smooth a student of the draft in place; the scales, as a plan holds them."""
+    family, text, goal = draft.source.family, draft.texts.scaling, FORMAT_FOR.get(purpose)
+    if goal and FORMATS[goal].rotates:
+        scales = smoothing_scales(student, family, text, order=2)
+    else:
+        scales = searched_scales(student, family, text)
+    smooth(student, family, scales)
+    return scales
+
+
+def fresh(draft: Draft, purpose: Purpose = "none") -> PreTrainedModel:
+    """Another untrained student, smoothed, for those who make several of one draft."""
+    student = graft(draft.source.model, draft.source.family, draft.plan)
+    smoothed(student, draft, purpose)
+    return student
+
+
+def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False) -> Draft:
+    """Plan the conversion, or take the plan that the user names, and graft it onto a copy."""
+    device = device_of(job.device)
+    say(f"loading {job.model.name}")
+    source = load(job.model)
+    without_bos(source.tokenizer)  # refused now rather than after an hour
+    made = None if job.plan is None else read_plan(job.plan, source)
+    progress = Progress(job, source) if resume else None
+    nn.Module.to(source.model, device)
+    kept = progress.draft() if progress else None
+    if kept is None:
+        return replace(planned(job, source, made, training_rows, say), progress=progress)
+    say("resumed: the text and the plan are there")
+    texts, plan, inspection = kept
+    return Draft(
+        source=source,
+        texts=texts,
+        plan=plan,
+        student=graft(source.model, source.family, plan),
+        inspection=inspection,
+        measurement=None,
+        progress=progress,
+    )
+
+
+def planned(
+    job: Job,
+    source: Source,
+    made: tuple[Plan, Inspection] | None,
+    training_rows: int | None,
+    say: Say,
+) -> Draft:
+    """A draft by the plan that is `made`, or by one of its own."""
+    model, family = source.model, source.family
+    texts, trials = read(job, source, training_rows)
+    measurement = None
+    if made is None:
+        measurement = measure(model, family, texts.calibration, lead_of(source.tokenizer))
+        decision, inspection = survey(job, source, measurement, texts, trials)
+    else:
+        plan, found = made
+        say(f"plan: read from {job.plan}, so nothing is measured or fitted")
+        decision = judged(model, family, plan, graft(model, family, plan), texts.validation)
+        inspection = recalled(job, source, texts, found, decision)
+    warn_of_misfits(inspection)
+    say(f"KL from the teacher after the graft, untrained: {_nats(inspection)}")
+    return Draft(
+        source=source,
+        texts=texts,
+        plan=decision.plan,
+        student=decision.student,
+        inspection=inspection,
+        measurement=measurement,
+    )
+
+
+def _nats(inspection: Inspection) -> str:
+    only = inspection.logit_divergence
+    more = "" if only is None else f" (with logits in all layers: {only:.4f})"
+    return f"{inspection.divergence:.4f} nats per token{more}"
+
+
+def warn_of_misfits(inspection: Inspection) -> None:
+    """Name the layers whose sinks leave out most of what the prefix does, to Python users too."""
+    errors = {i: layer.fit_error for i, layer in enumerate(inspection.layers)}
+    poor = [f"{i} ({error:.2f})" for i, error in errors.items() if error > _MOST_IS_LEFT_OUT]
+    if poor:
+        logging.getLogger("absorb").warning(
+            "the sinks of layers %s leave out more than half of what the prefix does there (the "
+            "share in brackets); --sink auto keeps the keys of the prefix in such layers",
+            ", ".join(poor),
+        )
+
+
+def read(job: Job, source: Source, training_rows: int | None) -> tuple[Texts, list[Trial]]:
+    """The text, and the prefixes that were tried on it: none where a plan has the prefix."""
+    text = job.calibration.prefix
+    wish = None if text is None else encoded(source, text)  # refused before any text is sampled
+    sketch = replace(source, model=sketch_of(source.model))
+    texts = gather(sketch, job.calibration, training_rows)
+    if job.plan is not None:
+        return texts, []
+    return texts, find_prefix(sketch, wish, texts.calibration, job.thresholds)

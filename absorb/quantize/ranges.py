@@ -1,0 +1,63 @@
+"""Where a fixed INT8 range had best end."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from absorb.models.decoder import weight_at
+from absorb.models.family import Family
+from absorb.quantize.grids import INT8_TENSOR, rounded
+from absorb.runtime.inputs import ROWS, watching_inputs
+from absorb.runtime.reading import led
+
+# Where a range may end, as fractions of the largest magnitude seen, and on how many tokens it is
+# tried.
+_FRACTIONS = [0.8**step for step in range(25)]
+_TRIED = 512
+
+
+@torch.no_grad()
+def clipped_ranges(
+    model: PreTrainedModel, family: Family, tokens: Tensor, lead: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Where a static INT8 grid had best end: a scalar under each name that `input_peaks` gives.
+
+    That is where the output has the least squared error, if errors of different inputs do not add
+    up: `sum_i |W_i|^2 (rounded(x_i) - x_i)^2`. What lies beyond is clipped. tokens is (rows,
+    length), each row read after the tokens `lead` (n,). Errors are those of some _TRIED tokens.
+    """
+    rows = tokens if lead is None else led(tokens, lead)
+    step = max(1, rows.numel() // _TRIED)
+    tried: dict[str, list[Tensor]] = defaultdict(list)
+    peaks: dict[str, list[Tensor]] = defaultdict(list)
+    read: dict[str, int] = defaultdict(int)
+
+    def see(name: str, value: Tensor) -> None:
+        tried[name].append(value[-read[name] % step :: step].clone())
+        peaks[name].append(value.abs().max())
+        read[name] += len(value)
+
+    with watching_inputs(model, family, see):
+        for batch in tqdm(rows.split(ROWS), desc="measuring inputs of Linears", unit="batch"):
+            model.base_model(batch.to(model.device), use_cache=False)
+    return {
+        name: _best_range(
+            torch.cat(parts).float(), torch.stack(peaks[name]).max(), weight_at(model, name)
+        )
+        for name, parts in tqdm(tried.items(), desc="choosing INT8 ranges", unit="matrix")
+    }
+
+
+def _best_range(inputs: Tensor, peak: Tensor, weight: Tensor) -> Tensor:
+    """For inputs (tokens, ..., channels) of a weight (..., outputs, channels)."""
+    importance = weight.float().square().sum(-2)
+    if importance.ndim == inputs.ndim:  # experts that read the same stream
+        importance = importance.sum(0)
+    errors = [
+        ((rounded(inputs, INT8_TENSOR, peak * fraction) - inputs).square() * importance).sum()
+        for fraction in _FRACTIONS
+    ]
+    return peak.float() * _FRACTIONS[int(torch.stack(errors).argmin())]

@@ -1,0 +1,144 @@
+"""Fake quantisation: what low-precision arithmetic would do to a model, computed in floating point.
+
+A format is data: on which grid the weights are, on which what they are multiplied by, whether both
+are rotated first, and what is kept on a grid between layers and in the cache.
+
+`w8a8-static`, `w8a8-clipped`: INT8 weights per output channel; INT8 activations per tensor, with a
+    fixed range found on other rows of text: the largest value, or that of the least squared error
+`w8a8-tensor`, `w8a8-token`: the same weights; INT8 with a range for each row of text, or token
+`fp8`: E4M3 per output channel; E4M3 per token
+`w4a8`: INT4 in groups of 128 inputs; INT8 per token
+`w4a4`, `w4a4-hadamard`: INT4 per output channel; INT4 per token; both rotated first by a random
+    Hadamard matrix, as in QuaRot
+`nvfp4`: E2M1 in blocks of 16 with E4M3 scales, in units of a float32 one for the tensor; the same
+`mxfp4`: E2M1 in blocks of 32 with powers of two as scales; the same
+`stream-fp16`, `stream-int8`: only what every layer adds up to is rounded, INT8 per token
+`cache-int8`, `cache-int4`: only keys and values are rounded, with a range for each token and head
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from absorb.models.decoder import experts_of, linears_of, weight_at
+from absorb.models.family import Family
+from absorb.quantize.formats import Format
+from absorb.quantize.grids import rounded
+from absorb.quantize.stream_and_cache import stored
+from absorb.runtime.experts import mixed, neurons_of
+from absorb.runtime.memory import release_freed_memory
+from absorb.runtime.reading import Subject
+
+
+def _multiplied(model: PreTrainedModel, family: Family) -> list[str]:
+    """The names of all Linears, and of `up` and `down` of all experts."""
+    return [*linears_of(model, family), *chain(*experts_of(model, family))]
+
+
+@contextmanager
+def quantised(
+    model: PreTrainedModel, family: Family, form: Format, ranges: dict[str, Tensor]
+) -> Iterator[None]:
+    """All that decoder layers multiply is rounded for a while: weights, and what they read.
+
+    So are the stream and the cache, where the format says so. Fixed ranges are needed for a format
+    that has them, and none for any other.
+    """
+    weights = [weight_at(model, name).detach() for name in _multiplied(model, family)]
+    before = [weight.clone() for weight in weights]
+    try:
+        for weight in weights:
+            for matrix in weight.view(-1, *weight.shape[-2:]):
+                matrix.copy_(rounded(form.turn(matrix), form.weights))
+        with (
+            quantised_inputs(model, family, form, ranges),
+            stored(model, family, form.stream, form.cache),
+        ):
+            yield
+    finally:
+        for weight, kept in zip(weights, before, strict=True):
+            weight.copy_(kept)
+
+
+@contextmanager
+def quantised_inputs(
+    model: PreTrainedModel, family: Family, form: Format, ranges: dict[str, Tensor]
+) -> Iterator[None]:
+    """What every Linear and expert reads is rounded for a while, with a gradient.
+
+    A fixed range is the largest of the tensor under the name that `input_peaks` gives. A format
+    that rotates needs rotated weights.
+    """
+    assert bool(ranges) == (form.ranges is not None)
+    peaks: dict[str, Tensor] = {}
+    known: dict[float, Tensor] = {}
+    for name, values in ranges.items():
+        peak = values.max().to(model.device)
+        peaks[name] = known.setdefault(float(peak), peak)  # so that it shows which are the same
+
+    entrance = _Entrance(form)
+
+    def entering(name: str) -> Callable[[Tensor], Tensor]:
+        return partial(entrance, peak=peaks.get(name))
+
+    handles = [
+        linear.register_forward_pre_hook(_before(entering(name)))
+        for name, linear in linears_of(model, family).items()
+    ]
+    experts = experts_of(model, family)
+    for (up, down), module in experts.items():
+        module.forward = partial(_rounded_experts, module, entering(up), entering(down))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in experts.values():
+            del module.forward
+
+
+class _Entrance:
+    """Rounds what matrices read, once for those that read the same one after another."""
+
+    def __init__(self, form: Format) -> None:
+        self.form = form
+        self.last: tuple[Tensor, Tensor | None, Tensor] | None = None  # read, range, given
+
+    def __call__(self, values: Tensor, peak: Tensor | None) -> Tensor:
+        if self.last is None or self.last[0] is not values or self.last[1] is not peak:
+            turned = self.form.turn(values)
+            self.last = values, peak, rounded(turned, self.form.inputs, peak).to(values)
+        return self.last[2]
+
+
+def _before(enter: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda _, args: (enter(args[0]), *args[1:])
+
+
+def _rounded_experts(
+    experts: Any,
+    enter_up: Callable[[Tensor], Tensor],
+    enter_down: Callable[[Tensor], Tensor],
+    stream: Tensor,
+    chosen: Tensor,
+    share: Tensor,
+) -> Tensor:
+    neurons = neurons_of(experts, enter_up(stream), chosen)
+    return mixed(experts, enter_down(neurons), chosen, share)
+
+
+@contextmanager
+def in_format(
+    subject: Subject, family: Family, form: Format, calibration: Tensor
+) -> Iterator[None]:
+    """The subject in a format for a while, with fixed ranges, if any, from `calibration`."""
+    release_freed_memory()  # each format has tensors of other sizes
+    find = form.ranges
+    ranges = {} if find is None else find(subject.model, family, calibration, subject.lead)
+    with quantised(subject.model, family, form, ranges):
+        yield

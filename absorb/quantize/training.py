@@ -1,0 +1,69 @@
+"""Fine-tuning for what comes after it: the model computes as if quantised and learns to bear it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from absorb.models.decoder import experts_of, linears_of
+from absorb.models.family import Family
+from absorb.quantize.formats import Format
+from absorb.quantize.grids import rounded
+from absorb.quantize.simulate import quantised_inputs
+from absorb.schema.settings import FormatName, Purpose
+
+FORMAT_FOR: dict[Purpose, FormatName] = {
+    "int8": "w8a8-clipped",
+    "w4a4": "w4a4-hadamard",
+    "nvfp4": "nvfp4",
+}
+
+
+@contextmanager
+def rehearsing(
+    model: PreTrainedModel, family: Family, form: Format, text: Tensor
+) -> Iterator[None]:
+    """Within it all that decoder layers multiply is rounded, and its gradient is as if it were not.
+
+    What is stored, and trained, stays as fine as it was (straight through, arXiv 1308.3432). Fixed
+    ranges, where the format has them, are found on text (rows, length) and stay.
+    """
+    ranges = {} if form.ranges is None else form.ranges(model, family, text)
+    weights = _weights_of(model, family)
+    for module, name in weights:
+        on_grid = _OnGrid(form, transposed=isinstance(module, Conv1D))
+        parametrize.register_parametrization(module, name, on_grid, unsafe=True)
+    try:
+        with quantised_inputs(model, family, form, ranges):
+            yield
+    finally:
+        for module, name in weights:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+
+
+def _weights_of(model: PreTrainedModel, family: Family) -> list[tuple[nn.Module, str]]:
+    """Modules, and the names of the parameters in them that the decoder layers multiply."""
+    experts = experts_of(model, family).items()
+    return [
+        *((linear, "weight") for linear in linears_of(model, family).values()),
+        *((module, name.rpartition(".")[2]) for names, module in experts for name in names),
+    ]
+
+
+class _OnGrid(nn.Module):
+    """What a format leaves of a weight (..., outputs, inputs), or of one stored transposed."""
+
+    def __init__(self, form: Format, transposed: bool) -> None:
+        super().__init__()
+        self.form, self.transposed = form, transposed
+
+    def forward(self, weight: Tensor) -> Tensor:
+        rows = weight.mT if self.transposed else weight
+        matrices = rows.reshape(-1, *rows.shape[-2:])
+        on_grid = torch.stack([rounded(self.form.turn(m), self.form.weights) for m in matrices])
+        whole = on_grid.view(rows.shape).to(weight)
+        return whole.mT if self.transposed else whole

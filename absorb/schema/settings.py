@@ -1,0 +1,228 @@
+"""What a user may choose. Immutable, checked, and cheap to import: no torch here."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from absorb.errors import AbsorbError, MisuseError
+from absorb.schema.declared import Checked, Range, option
+
+
+def expanded(name: str | Path) -> Path:
+    """The path that a user means, who may begin it with `~` or `~somebody`."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        home = Path(name).parts[0]
+        raise AbsorbError(
+            f"{name}: there is no home folder {home}; write ./{home} for a folder of that name"
+        ) from None
+
+
+Sink = Literal["logit", "key", "auto"]
+Train = Literal["sinks", "scales", "all"]
+Purpose = Literal["none", "int8", "w4a4", "nvfp4"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+FormatName = Literal[
+    "w8a8-static",
+    "w8a8-clipped",
+    "w8a8-tensor",
+    "w8a8-token",
+    "fp8",
+    "w4a8",
+    "w4a4",
+    "w4a4-hadamard",
+    "nvfp4",
+    "mxfp4",
+    "stream-fp16",
+    "stream-int8",
+    "cache-int8",
+    "cache-int4",
+]
+_TRUSTED = "Run tokenizer code that a model brings."
+_DEVICES = "cpu, cuda, cuda:1, ..."
+_FIGURE = Range(least=0, most=1e9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """Where the model to convert is: a Hub id, a folder, a .gguf file, or `demo`."""
+
+    name: str
+    revision: str | None = option(None, "Branch, tag or commit of a Hub repository.")
+    trust_remote_code: bool = option(False, _TRUSTED)
+
+    def __post_init__(self) -> None:
+        if not self.name:  # as a path it would be the current folder
+            raise AbsorbError(
+                "the name of a model is empty; give a Hub id, a folder, a .gguf file, or demo"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration(Checked):
+    """The text that is measured. Without a file the model samples its own."""
+
+    text: Path | None = option(
+        None,
+        "To fit and train on: plain, or .jsonl with `text`.  [default: the model samples it]",
+        is_there=True,
+    )
+    prefix: str | None = option(None, "What sinks stand for.  [default: searched for]")
+    seed: int = option(0, "Of all randomness.", range=Range(least=0, most=10**9, whole=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds(Checked):
+    """When a figure counts as an outlier, each as its source defines it."""
+
+    # arXiv 2410.10781
+    sink_weight: float = option(0.3, "mean attention a sink gets", range=_FIGURE)
+    # arXiv 2402.17762
+    massive_value: float = option(100.0, "of a massive activation", range=_FIGURE)
+    massive_ratio: float = option(1000.0, "and that by the median", range=_FIGURE)
+    # PrefixQuant, arXiv 2410.05265
+    token_ratio: float = option(64.0, "a token's peak by the median", range=_FIGURE)
+    channel_ratio: float = option(10.0, "channel mean by the median", range=_FIGURE)
+    divergence: float = option(0.01, "nats removing neurons costs", range=_FIGURE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distillation(Checked):
+    """The brief fine-tune. None lets the machine decide, and the choice is printed."""
+
+    steps: int | None = option(
+        None,
+        "Of the fine-tune; 0 for none.  [default: 100 on a GPU, 12 on a CPU]",
+        range=Range(least=0, whole=True),
+    )
+    # For those who rent a GPU by the hour.
+    minutes: float | None = option(
+        None,
+        "By the clock instead; loading, planning and evaluating take their time beside it.",
+        range=Range(least=0, most=1e6, excluded=True),
+    )
+    train: Train | None = option(
+        None,
+        "Sinks, residual scales too, or all weights.  [default: all on a GPU, sinks on a CPU]",
+    )
+    purpose: Purpose = option(
+        "none",
+        "Train for W8A8 with fixed ranges, rotated W4A4, or NVFP4.",
+        flag="--for",
+    )
+
+    def refuse_contradictions(self) -> None:
+        if self.steps is not None and self.minutes is not None:
+            raise MisuseError(
+                "{0} and {1} both set the length; drop one of them", "steps", "minutes"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey(Checked):
+    """What to find in a model, and how to absorb it."""
+
+    model: ModelRef
+    calibration: Calibration = field(default_factory=Calibration)
+    sink: Sink = option(
+        "auto",
+        "Logits, which other engines know; keys of the prefix, exact; or auto: keys where no logit "
+        "fits.",
+    )
+    residual_target: float = option(
+        1.0,
+        "What outlier channels come down to, in median channels.",
+        range=Range(least=0.001, most=1e6),
+    )
+    thresholds: Thresholds = option(
+        Thresholds(), "An outlier is above these; may be repeated.", flag="--threshold"
+    )
+    device: str = option("auto", _DEVICES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job(Survey):
+    """One conversion, complete."""
+
+    out: Path
+    distillation: Distillation = field(default_factory=Distillation)
+    plan: Path | None = option(
+        None,
+        "Checkpoint or plan.safetensors: convert as then, without measuring or fitting.",
+        decides=("prefix", "sink", "residual_target", "thresholds"),
+    )
+    force: bool = option(False, "Replace the checkpoint that is there.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation(Checked):
+    """Models to be compared on one text. Without a file the first of them samples it."""
+
+    model: str
+    against: tuple[str, ...] = option(
+        (),
+        "Measure this model as well; may be repeated. The first of them is the reference.",
+        metavar="MODEL",
+        repeated=True,
+    )
+    trust_remote_code: bool = option(False, _TRUSTED)
+    text: Path | None = option(
+        None,
+        "To measure on: plain, or .jsonl with a field `text`.  [default: MODEL samples it]",
+        is_there=True,
+    )
+    calibration: Path | None = option(
+        None,
+        "Text that fixed ranges of formats are taken from, its first 8 windows.  [default: other "
+        "rows of the same text]",
+        is_there=True,
+    )
+    windows: int | None = option(
+        None,
+        "Of --text that are measured on.  [default: 32]",
+        range=Range(least=1, most=10**6, whole=True),
+    )
+    length: int | None = option(
+        None, "Tokens of a window.  [default: 512]", range=Range(least=2, most=10**6, whole=True)
+    )
+    formats: tuple[FormatName, ...] = option(
+        get_args(FormatName), "Low-precision formats to measure the perplexity in."
+    )
+    tasks: tuple[str, ...] = option(
+        (),
+        "Tasks of lm-evaluation-harness, in float and in each format: its names, or .jsonl files "
+        "with question, choices and label on every line.",
+    )
+    limit: int | None = option(
+        None, "Questions of each task.  [default: all]", range=Range(least=1, whole=True)
+    )
+    dtype: Dtype = option("float32", "What models are held and computed in.")
+    device: str = option("auto", _DEVICES)
+
+    def refuse_contradictions(self) -> None:
+        for name in ("windows", "length"):
+            if self.text is None and getattr(self, name) is not None:
+                raise MisuseError("{0} is of {1}; add it, or drop {0}", name, "text")
+        if self.limit is not None and not self.tasks:
+            raise MisuseError(
+                "{0} is of the questions of {1}; add some, or drop {0}", "limit", "tasks"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination(Checked):
+    """Where a checkpoint is to go: a branch of a repository, or a pull request to it."""
+
+    repository: str
+    private: bool = option(False, "Make a new repository a private one.")
+    create_pr: bool = option(False, "Open a pull request instead of changing REPO.")
+    revision: str | None = option(
+        None, "Branch to upload to; made if there is none.  [default: main]"
+    )
+
+    def refuse_contradictions(self) -> None:
+        if self.create_pr and self.revision is not None:
+            raise MisuseError(
+                "a pull request is made for main; drop {0} or {1}", "create_pr", "revision"
+            )

@@ -1,0 +1,53 @@
+"""What a fine-tune is to do, and what became of it."""
+
+from dataclasses import dataclass
+
+from absorb.schema.settings import Purpose, Train
+
+LENGTH = 256  # tokens of a row of text, wherever nobody says otherwise
+# Of weights, which have a longer way to go where four bits are left of them.
+WEIGHT_RATES: dict[Purpose, float] = {"none": 5e-5, "int8": 5e-5, "w4a4": 1e-4, "nvfp4": 1e-4}
+_TRAINING_ROWS: dict[Train, int] = {"sinks": 32, "scales": 32, "all": 1024}
+_LEAST_TRAINING_ROWS = 32  # for the smoothing scales
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What the fine-tune will do, in a number of steps or until so many minutes are over."""
+
+    steps: int | None
+    minutes: float | None = None
+    train: Train
+    rows: int  # of text in a step
+    purpose: Purpose = "none"
+    rate: float = WEIGHT_RATES["none"]  # at which weights learn
+
+    @property
+    def training_rows(self) -> int:
+        """How much text to sample: after a few rounds over the same text, more helps little.
+
+        The smoothing scales need some even where nothing is trained.
+        """
+        enough = _TRAINING_ROWS[self.train]
+        if self.steps is None:
+            return enough
+        return min(max(self.steps * self.rows, _LEAST_TRAINING_ROWS), enough)
+
+    def __str__(self) -> str:
+        length = "" if self.steps is None else f"{self.steps} "
+        limit = "" if self.minutes is None else f"{self.minutes:g} minutes of "
+        rounding = "" if self.purpose == "none" else f", for {self.purpose.upper()}"
+        size = f"{self.rows} x {LENGTH} tokens"
+        return f"{limit}{length}steps of {size}, training {self.train}{rounding}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """Divergence from the teacher in nats per token: (step, value), and the step that was kept.
+
+    Where nothing was trained, nothing was looked at.
+    """
+
+    training: tuple[tuple[int, float], ...]
+    held_out: tuple[tuple[int, float], ...]
+    kept: int

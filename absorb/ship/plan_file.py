@@ -1,0 +1,201 @@
+"""A plan as a file, plan.safetensors: enough to convert the same model again without any text.
+
+In a checkpoint it has a folder of its own: engines may take every .safetensors file that lies
+beside config.json for weights. The tensors are those of the Plan, the sinks layer by layer. The
+inspection that came with them is the only entry of the metadata, because safetensors writes several
+in random order.
+"""
+
+from collections.abc import Container
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from absorb.errors import AbsorbError
+from absorb.fold.plan import Plan
+from absorb.fold.sinks.forms import KeySink, LayerSink, LogitSink
+from absorb.load.source import Source
+from absorb.models.decoder import heads_of, layers_of, weight_at
+from absorb.schema.codec import from_json, to_json
+from absorb.schema.report import Inspection
+
+PLAN = "plan/plan.safetensors"  # in a checkpoint
+_INSPECTION = "absorb_inspection"
+_FIT = "fit."  # before the names of what logits make of keys
+
+
+def write_plan(file: Path, plan: Plan, inspection: Inspection) -> None:
+    """Write a plan, and with it what was found out about its model."""
+    tensors = {"residual": plan.residual}
+    for layer, sink in enumerate(plan.sinks):
+        tensors |= {_name(layer, name): tensor for name, tensor in _parts(sink).items()}
+    tensors |= {f"smoothing.{name}": scales for name, scales in plan.smoothing.items()}
+    file.parent.mkdir(exist_ok=True)
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        file,
+        metadata={_INSPECTION: to_json(inspection)},
+    )
+
+
+def read_plan(path: Path, source: Source) -> tuple[Plan, Inspection]:
+    """The plan in a file, or in the folder of a checkpoint, and the inspection that it came with.
+
+    An AbsorbError says why it is no plan for the model of `source`. Nothing is unpickled.
+    """
+    file = plan_in(path) if path.is_dir() else path
+    tensors, inspection = _read(file)
+    _refuse_another_model(file, inspection, source)
+    _refuse_damage(file, tensors, inspection, source)
+    layers = range(len(layers_of(source.model, source.family)))
+    plan = Plan(
+        prefix=inspection.prefix,
+        sinks=tuple(_sink(layer, inspection, tensors) for layer in layers),
+        removals=inspection.removals,
+        residual=tensors["residual"],
+        smoothing={name: tensors[f"smoothing.{name}"] for name in source.family.links},
+    )
+    return plan, inspection
+
+
+def plan_in(folder: Path) -> Path:
+    """Where the plan of a checkpoint is: beside the weights, if it was written when plans were."""
+    beside = folder / Path(PLAN).name
+    return beside if beside.is_file() else folder / PLAN
+
+
+def _name(layer: int, field: str) -> str:
+    return f"sinks.{layer}.{field}"
+
+
+def _parts(sink: LayerSink) -> dict[str, Tensor]:
+    """The tensors of a sink by name, those of its fit under `fit.`."""
+    parts: dict[str, Any] = {field.name: getattr(sink, field.name) for field in fields(sink)}
+    fit = parts.pop("fit", None)
+    return parts | ({f"{_FIT}{n}": t for n, t in _parts(fit).items()} if fit else {})
+
+
+def _sink(layer: int, inspection: Inspection, tensors: dict[str, Tensor]) -> LayerSink:
+    def logits(stem: str) -> LogitSink:
+        names = [field.name for field in fields(LogitSink)]
+        return LogitSink(**{name: tensors[_name(layer, stem + name)] for name in names})
+
+    if layer not in inspection.keyed_layers:
+        return logits("")
+    names = ("keys", "values", "error")
+    fit = logits(_FIT) if _name(layer, f"{_FIT}logits") in tensors else None
+    return KeySink(**{name: tensors[_name(layer, name)] for name in names}, fit=fit)
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], Inspection]:
+    what_to_do = f"name a folder that `absorb convert` wrote, or the {PLAN} in it"
+    if not file.is_file():
+        raise AbsorbError(f"{file} does not exist; {what_to_do}")
+    try:
+        with safe_open(file, "pt") as content:
+            text = (content.metadata() or {}).get(_INSPECTION)
+            if text is None:
+                raise AbsorbError(f"{file} is not a plan; {what_to_do}")
+            # Clones, as a tensor is a view of the file, and whoever writes there would change it.
+            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise AbsorbError(f"{file} cannot be read as a plan ({reason}); {what_to_do}") from error
+    try:
+        return tensors, from_json(Inspection, text)
+    except ValueError as error:
+        raise AbsorbError(
+            f"{file} was written by another version of absorb; convert without --plan"
+        ) from error
+
+
+def _refuse_another_model(file: Path, inspection: Inspection, source: Source) -> None:
+    theirs, ours = inspection.family, source.family.model_type
+    if theirs != ours:
+        raise AbsorbError(
+            f"{file} is the plan of {inspection.model}, a {theirs} model, and {source.name} is a "
+            f"{ours} model; convert the model that the plan was made for"
+        )
+    if inspection.fingerprint != source.fingerprint:
+        raise AbsorbError(
+            f"{file} is the plan of {inspection.model}, and {source.name} has other weights; "
+            "convert the model that the plan was made for"
+        )
+
+
+def _refuse_damage(
+    file: Path, tensors: dict[str, Tensor], inspection: Inspection, source: Source
+) -> None:
+    expected = _shapes(inspection, source, tensors)
+    strange = _out_of_range(inspection, source)
+    strange += [f"lacks {name}" for name in sorted(expected.keys() - tensors.keys())]
+    strange += [f"holds {name}, unknown" for name in sorted(tensors.keys() - expected.keys())]
+    for name in sorted(expected.keys() & tensors.keys()):
+        tensor, shape = tensors[name], expected[name]
+        divides = name == "residual" or name.startswith("smoothing.")
+        if tuple(tensor.shape) != shape:
+            strange.append(f"holds {name} of the shape {tuple(tensor.shape)} and not {shape}")
+        elif not tensor.isfinite().all():
+            strange.append(f"has NaN or infinity in {name}")
+        elif divides and not (tensor > 0).all():
+            strange.append(f"has a divisor in {name} that is not above zero")
+    if strange:
+        raise AbsorbError(
+            f"{file} {strange[0]}, so it is damaged; fetch it again or convert without --plan"
+        )
+
+
+def _out_of_range(inspection: Inspection, source: Source) -> list[str]:
+    """What an inspection names that the model does not have: tokens, layers or neurons."""
+    model, family = source.model, source.family
+    layers = layers_of(model, family)
+    down = weight_at(layers[0], family.down)
+    neurons = down.numel() // down.shape[-2]
+    removed = [removal.spike for removal in inspection.removals]
+    channels = inspection.residual_scales
+    named = {
+        "token": (inspection.prefix, model.config.vocab_size),
+        "layer": ([*inspection.keyed_layers, *(spike.layer for spike in removed)], len(layers)),
+        "neuron": ([spike.neuron for spike in removed], neurons),
+        "channel": ([*channels], model.config.hidden_size),
+    }
+    strange = [
+        f"names {kind} {number}, which {source.name} does not have"
+        for kind, (numbers, count) in named.items()
+        for number in numbers
+        if not 0 <= number < count
+    ]
+    return strange if inspection.prefix else ["names no prefix", *strange]
+
+
+def _shapes(
+    inspection: Inspection, source: Source, held: Container[str]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a plan of this model holds, by name.
+
+    Keys come with a fit where one was made: where any of it is among the names that are `held`.
+    """
+    model, family = source.model, source.family
+    layers, hidden = layers_of(model, family), model.config.hidden_size
+    heads, kv_heads = heads_of(model.config, family)
+    head_dim = weight_at(layers[0], family.output).shape[-1] // heads
+    *experts, _, neurons = weight_at(layers[0], family.down).shape
+    tokens, vectors = (kv_heads, len(inspection.prefix), head_dim), (kv_heads, head_dim)
+    fitted = {"logits": (heads,), "value": vectors, "key_bias": vectors, "error": ()}
+    keyed = {"keys": tokens, "values": tokens, "error": ()}
+    both = keyed | {f"{_FIT}{name}": shape for name, shape in fitted.items()}
+    shapes: dict[str, tuple[int, ...]] = {"residual": (hidden,)}
+    for layer in range(len(layers)):
+        inside = fitted
+        if layer in inspection.keyed_layers:
+            with_fit = any(_name(layer, name) in held for name in both.keys() - keyed.keys())
+            inside = both if with_fit else keyed
+        shapes |= {_name(layer, field): shape for field, shape in inside.items()}
+    divided = {family.value: (kv_heads * head_dim,), family.up: (*experts, neurons)}
+    for name in family.links:
+        shapes[f"smoothing.{name}"] = (len(layers), *divided.get(name, (hidden,)))
+    return shapes

@@ -1,0 +1,193 @@
+"""Report → model card. Pure: all that a card says is in absorb.json."""
+
+import shlex
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from absorb.models.families import family_of
+from absorb.quantize.formats import FORMATS
+from absorb.schema.declared import changed
+from absorb.schema.report import Inspection, Report, verdict
+from absorb.schema.settings import Job
+from absorb.show.rows import finding_rows, score_rows
+from absorb.show.tables import markdown
+
+_CARD = """\
+---
+{metadata}
+---
+
+# {title}
+
+{model} with its outliers absorbed into parameters by
+[absorb](https://pypi.org/project/absorb-llm/) {version}: {form}, and the outlier channels of the
+residual stream have scales.
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name, safely = "PATH_OR_REPO", {{"revision": "COMMIT", "trust_remote_code": True}}
+model = AutoModelForCausalLM.from_pretrained(name, **safely)
+tokenizer = AutoTokenizer.from_pretrained(name, **safely)
+```
+
+It needs transformers 5.16 or newer. `trust_remote_code=True` runs `modeling_absorb.py` of this
+repository, and `revision`, the id of a commit, makes sure that it is the code you read. `absorb
+verify PATH_OR_REPO` checks that it is that of absorb, and the files those that were written. After
+`import absorb` neither is needed.
+
+## Before and after
+
+{scores}
+{verdict}
+Held-out text: {text}. The teacher is the original model with the prefix {prefix}. W8A8 is
+symmetric INT8, per tensor with fixed ranges for activations and per channel for weights.
+
+## What was found, and what was done
+
+{findings}
+
+Fine-tune: {recipe}; step {kept} was kept.
+
+## Quantise it
+
+All matrices are the stock Linears of transformers, so a tool that quantises {family} models
+quantises this one too. Leave `sink`, `sink_key`, `sink_value`, `input_scale` and `output_scale` as
+they are: a few numbers in float32 that everything else depends on. Calibrate on text without a BOS.
+{purpose}
+
+## Limits
+
+{limits}
+
+## How it was made
+
+```sh
+{command}
+```
+
+{versions}. `absorb.json` holds all figures and arguments and the SHA-256 of every file, and
+`plan/plan.safetensors` is enough to convert the same model again: `absorb convert --plan`.
+"""
+_FORMS = {
+    "logit": "the attention sink is a logit for each head, and the values it carried are biases",
+    "key": "the attention sink is a key and a value in every layer, which all queries see",
+    "auto": "the attention sink is a logit for each head, and the values it carried are biases, "
+    "save for the layers named below, which have a key and a value that all queries see",
+}
+_PURPOSES = {
+    "none": "Formats with one fixed range for each activation tensor gain most from it.",
+    "int8": "It was trained for W8A8 with one fixed range for each activation tensor.",
+    "w4a4": "It was trained for W4A4 behind a Hadamard rotation of what every matrix reads.",
+    "nvfp4": "It was trained for NVFP4, weights and activations.",
+}
+
+
+def card(report: Report) -> str:
+    """The README.md of a checkpoint."""
+    inspection = report.inspection
+    model = inspection.model
+    return _CARD.format(
+        metadata=_metadata(report),
+        title=_title(inspection),
+        model=f"[{model}](https://huggingface.co/{model})" if "/" in model else model,
+        version=inspection.versions["absorb"],
+        form=_FORMS[inspection.job.sink],
+        prefix=_prefix(inspection),
+        scores=markdown(score_rows(report.original, report.converted)),
+        verdict=_verdict(report),
+        text=inspection.text_origin,
+        findings=markdown([("", ""), *finding_rows(inspection)]),
+        recipe=report.recipe,
+        kept=report.losses.kept,
+        family=inspection.family,
+        purpose=_PURPOSES[report.recipe.purpose],
+        limits="\n".join(f"- {limit}" for limit in _limits(inspection)),
+        command=command(inspection.job),
+        versions=", ".join(f"{name} {version}" for name, version in inspection.versions.items()),
+    )
+
+
+def _verdict(report: Report) -> str:
+    worse = verdict(report)
+    return "" if worse is None else f"\n{worse[0].upper()}{worse[1:]}.\n"
+
+
+def _title(inspection: Inspection) -> str:
+    return f"{inspection.model.rpartition('/')[2]}, absorbed"
+
+
+def _prefix(inspection: Inspection) -> str:
+    return f"`{inspection.prefix_text!r}`"
+
+
+def _metadata(report: Report) -> str:
+    inspection = report.inspection
+    hub_id = inspection.model if "/" in inspection.model else None  # else the name of a file
+    data = ModelCardData(
+        base_model=hub_id,
+        # Of the four kinds that the Hub knows this is the one: whole weights in the precision of
+        # the original, so neither quantized nor an adapter, and of one model, so no merge.
+        base_model_relation="finetune" if hub_id else None,
+        library_name="transformers",
+        license=inspection.license,
+        pipeline_tag="text-generation",
+        tags=["absorb", "attention-sink"],
+        model_name=_title(inspection),
+        eval_results=_results(report),
+    )
+    return data.to_yaml()
+
+
+def _results(report: Report) -> list[EvalResult]:
+    score = report.converted
+    figures = {"perplexity": score.perplexity}
+    figures |= {
+        f"perplexity in {FORMATS[name].label}": value for name, value in score.quantised.items()
+    }
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=report.inspection.text_origin,
+            metric_type="perplexity",
+            metric_name=name,
+            metric_value=round(value, 3),
+        )
+        for name, value in figures.items()
+    ]
+
+
+def _limits(inspection: Inspection) -> list[str]:
+    limits = [
+        f"Do not put a BOS or another prefix before the text: the sinks stand for "
+        f"{_prefix(inspection)}. The tokenizer adds none.",
+        "Attention runs as `sdpa` (the default), `eager` or `flex_attention`. What would drop the "
+        "sinks is refused.",
+    ]
+    if len(inspection.keyed_layers) < len(inspection.layers):
+        limits.append(
+            "A sink logit does not depend on the query, as the prefix's did: right after the graft "
+            f"that cost {inspection.divergence:.4f} nats per token."
+        )
+    if family_of(inspection.family).positions is not None:
+        limits.append(
+            f"Positions are learned, and the prefix took its own with it: the model reads "
+            f"{len(inspection.prefix)} tokens fewer than the original."
+        )
+    return [*limits, "Figures in low precision are computed by fake quantisation."]
+
+
+def command(job: Job) -> str:
+    """The `absorb convert` that does this job again, in a new folder DIR."""
+    asked = [(option, value) for option, value in changed(job) if option.name != "force"]
+    decided = {name for option, _ in asked for name in option.decides}
+    words = [
+        word
+        for option, value in asked
+        if option.name not in decided
+        for word in option.words(value)
+    ]
+    return shlex.join(["absorb", "convert", job.model.name, "--out", "DIR", *words])

@@ -1,0 +1,242 @@
+"""Reports → the rows that tables, the card and pages show."""
+
+from collections.abc import Callable
+
+from absorb.quantize.formats import FORMATS
+from absorb.schema.findings import Findings
+from absorb.schema.report import WORSE, Inspection, loss_of
+from absorb.schema.scores import Comparison, Score, Standing
+from absorb.show.tables import Row
+
+
+def score_rows(original: Score, converted: Score) -> list[Row]:
+    """The before/after table."""
+    loss = loss_of(original, converted)
+    mark = f" ({loss:+.1%})" if loss > WORSE else ""
+    figures = (
+        ("perplexity", "perplexity", "{:.3f}"),
+        ("KL from the teacher, nats", "divergence", "{:.4f}"),
+        ("largest |x| in the stream", "stream_peak", "{:,.0f}"),
+        ("  as a multiple of the median", "stream_ratio", "{:,.0f} x"),
+        ("massive-activation tokens", "massive_tokens", "{:d}"),
+        ("mean weight on the first token", "first_weight", "{:.3f}"),
+    )
+    rows = [
+        (label, form.format(getattr(original, name)), form.format(getattr(converted, name)))
+        for label, name, form in figures
+    ]
+    quantised = [
+        (
+            f"perplexity in {FORMATS[name].label}",
+            f"{before:.3f}",
+            f"{converted.quantised[name]:.3f}",
+        )
+        for name, before in original.quantised.items()
+    ]
+    [(label, before, after), *others] = rows
+    return [
+        ("", "original", "converted"),
+        (label, before, f"{after}{mark}"),
+        *others,
+        *quantised,
+    ]
+
+
+def finding_rows(inspection: Inspection) -> list[Row]:
+    """The findings and the plan, a line each."""
+    findings, layers = inspection.findings, len(inspection.layers)
+    return [
+        *_origin(inspection),
+        ("attention sinks", _sinks(inspection)),
+        ("massive activations", _massive(inspection)),
+        ("spike neurons", _neurons(inspection)),
+        ("outlier channels", _channels(findings, layers)),
+        ("outlier tokens", f"{findings.outlier_tokens}"),
+        ("prefix", f"{inspection.prefix_text!r}"),
+        ("sinks", _forms(inspection)),
+        ("residual scales", _scales(inspection)),
+        ("KL after the graft, nats", _divergence(inspection)),
+    ]
+
+
+def _divergence(inspection: Inspection) -> str:
+    only = inspection.logit_divergence
+    return f"{inspection.divergence:.4f}" + (f"; {only:.4f} with logits alone" if only else "")
+
+
+def _origin(inspection: Inspection) -> list[Row]:
+    plan = inspection.job.plan
+    if plan is None:
+        return []
+    return [("plan", f"read from {plan.name}, and the findings with it")]
+
+
+def _name(inspection: Inspection, token: int) -> str:
+    return "first token" if token < 0 else repr(inspection.token_text[token])
+
+
+def _sinks(inspection: Inspection) -> str:
+    found = inspection.findings
+    if not found.sink_heads:
+        return "none"
+    layers = sorted({head.layer for head in found.sink_heads})
+    tokens = ", ".join(_name(inspection, sink.token) for sink in found.sink_tokens[:3])
+    heads = f"{len(found.sink_heads)} heads in layers {_ranges(layers)}"
+    return f"{heads} (up to {found.sink_heads[0].weight:.2f})" + (
+        f", on {tokens}" if tokens else ""
+    )
+
+
+def _massive(inspection: Inspection) -> str:
+    shown = [
+        f"{_name(inspection, found.token)} channel {found.channel}: {found.value:,.0f} "
+        f"({found.ratio:,.0f} x the median, layers {_ranges(found.layers)})"
+        for found in inspection.findings.massive_activations[:3]
+    ]
+    return _listed(shown, len(inspection.findings.massive_activations))
+
+
+def _neurons(inspection: Inspection) -> str:
+    removed = {(r.spike.layer, r.spike.neuron) for r in inspection.removals}
+    shown = [
+        f"({found.layer}, {found.neuron}) adds {found.contribution:,.0f}"
+        + (", removed" if (found.layer, found.neuron) in removed else ", kept")
+        for found in inspection.findings.spike_neurons[:6]
+    ]
+    known = {(found.layer, found.neuron) for found in inspection.findings.spike_neurons}
+    later = [f"({layer}, {neuron})" for layer, neuron in sorted(removed - known)]
+    also = f"; {', '.join(later)} removed after the graft" if later else ""
+    return _listed(shown, len(inspection.findings.spike_neurons)) + also
+
+
+def _forms(inspection: Inspection) -> str:
+    keyed, layers = inspection.keyed_layers, len(inspection.layers)
+    logits = f"{layers - len(keyed)} layers by logits" if len(keyed) < layers else ""
+    keys = f"keys in layers {_ranges(keyed)}" if keyed else ""
+    return ", ".join(part for part in (logits, keys) if part)
+
+
+def _channels(findings: Findings, layers: int) -> str:
+    shown = [
+        f"{found.channel} (up to {found.ratio:.0f} x, {len(found.layers)} of {layers} layers, "
+        f"{found.share:.0%} of the norm)"
+        for found in findings.outlier_channels[:4]
+    ]
+    return _listed(shown, len(findings.outlier_channels))
+
+
+def _scales(inspection: Inspection) -> str:
+    """The scales of outlier channels one by one, those of all others as a range."""
+    outliers = {found.channel for found in inspection.findings.outlier_channels}
+    scales = inspection.residual_scales
+    shown = [f"{channel}: {scale:g}" for channel, scale in scales.items() if channel in outliers]
+    others = [scale for channel, scale in scales.items() if channel not in outliers]
+    text = _listed(shown[:8], len(shown))
+    if not others:
+        return text
+    span = " to ".join(f"{scale:g}" for scale in sorted({min(others), max(others)}))
+    fitted = f"{span} on {len(others)} channels to fit float16"
+    return f"{text}; {fitted}" if shown else fitted
+
+
+def _listed(shown: list[str], total: int) -> str:
+    more = f"; and {total - len(shown)} more" if total > len(shown) else ""
+    return "; ".join(shown) + more if shown else "none"
+
+
+def _ranges(numbers: list[int] | tuple[int, ...]) -> str:
+    """Sorted numbers with runs folded: 3-9, 12."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+# What is shown of a task that has several metrics. A stderr belongs to a metric of its own name.
+_METRICS = ("acc_norm", "acc", "exact_match", "word_perplexity")
+
+
+def comparison_rows(comparison: Comparison) -> list[Row]:
+    """A table with a column for every model.
+
+    perplexity, 95 % interval: of every token but the first of a row; bootstrapped over rows
+    KL, the same first choice: how far the next-token distribution is from that of the reference,
+        and how often the likeliest token is the same
+    largest |x| in the stream: and its multiple of the layer's median entry
+    largest token: the largest peak of a token over that of the median token, in any layer
+    kurtosis of the stream: of all entries of a row in a layer, mean over both; 3 if normal
+    massive-activation tokens: with an entry above the thresholds for value and ratio
+    mean weight on the first token: what attention gives it, over layers and heads
+    prefill, decode, weights, cache: tokens per second of one row, read at once and then one by
+        one, all models in turns; memory, with the most that a prefill takes where the system tells
+    perplexity in ...: with matrices of the decoder layers and what they read in that format
+    """
+    reference = comparison.reference.rpartition("/")[2]
+    figures: list[tuple[str, Callable[[Standing], str]]] = [
+        ("perplexity", lambda m: f"{m.perplexity:.3f}"),
+        ("  95 % interval", lambda m: "{:.2f} to {:.2f}".format(*m.interval)),
+        (f"KL from {reference}, nats", lambda m: f"{m.divergence:.4f}"),
+        ("  the same first choice", lambda m: f"{m.agreement:.1%}"),
+        ("largest |x| in the stream", lambda m: f"{m.stream_peak:,.0f}"),
+        ("  as a multiple of the median", lambda m: f"{m.stream_ratio:,.0f} x"),
+        ("largest token, of the median token", lambda m: f"{m.token_ratio:,.0f} x"),
+        ("kurtosis of the stream", lambda m: f"{m.kurtosis:,.0f}"),
+        ("  of what a matrix reads, mean", lambda m: f"{_mean(m.input_kurtosis):,.0f}"),
+        ("massive-activation tokens", lambda m: f"{m.massive_tokens}"),
+        ("mean weight on the first token", lambda m: f"{m.first_weight:.3f}"),
+        ("  highest of a head", lambda m: f"{max(map(max, m.head_weights)):.3f}"),
+        *_speed_rows(comparison),
+    ]
+    if len(comparison.models) == 1:
+        del figures[2:4]
+    rows = [(label, *map(show, comparison.models)) for label, show in figures]
+    names = comparison.models[0].formats
+    formats = [
+        (f"perplexity in {FORMATS[n].label}", *(_shown(m.formats[n]) for m in comparison.models))
+        for n in names
+    ]
+    head = ("", *(model.model for model in comparison.models))
+    return [head, *rows, *formats, *_task_rows(comparison)]
+
+
+def _task_rows(comparison: Comparison) -> list[Row]:
+    """What each task says, in float and in each format."""
+    first = comparison.models[0]
+    labels = {"float": ""} | {str(name): f" in {FORMATS[name].label}" for name in first.formats}
+    return [
+        (f"{task}, {metric}{label}", *(_answers(m, place, task, metric) for m in comparison.models))
+        for task, metrics in first.tasks.get("float", {}).items()
+        for metric in [next((name for name in _METRICS if name in metrics), min(metrics))]
+        for place, label in labels.items()
+    ]
+
+
+def _answers(model: Standing, place: str, task: str, metric: str) -> str:
+    found = model.tasks.get(place)
+    if found is None:
+        return "overflows"
+    value, error = found[task][metric], found[task].get(f"{metric}_stderr")
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def _speed_rows(comparison: Comparison) -> list[tuple[str, Callable[[Standing], str]]]:
+    rows: list[tuple[str, Callable[[Standing], str]]] = [
+        ("prefill, tokens per second", lambda m: f"{m.speed.prefill:,.0f}"),
+        ("decode, tokens per second", lambda m: f"{m.speed.decode:,.1f}"),
+        ("weights, MB", lambda m: f"{m.speed.weights / 1e6:,.1f}"),
+        (f"cache of {comparison.length} tokens, MB", lambda m: f"{m.speed.cache / 1e6:,.1f}"),
+    ]
+    if comparison.models[0].speed.peak is not None:
+        rows.append(("most memory in prefill, MB", lambda m: f"{(m.speed.peak or 0) / 1e6:,.0f}"))
+    return rows
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+def _shown(perplexity: float | None) -> str:
+    return "overflows" if perplexity is None else f"{perplexity:.3f}"

@@ -1,0 +1,254 @@
+"""Figures → sections of words, a chart and a table. Pure."""
+
+from absorb.schema.scores import Comparison, Standing
+from absorb.show.before_after import Exhibit, Look
+from absorb.show.charts import Layers, Maps, Pairs, Panel, Ranks, Section, number
+from absorb.show.rows import comparison_rows
+
+
+def sections(exhibit: Exhibit) -> list[Section]:
+    """All that the pictures of an inspection show."""
+    return [
+        _sinks(exhibit),
+        _channels(exhibit),
+        _tokens(exhibit),
+        _neurons(exhibit),
+        _inputs(exhibit),
+    ]
+
+
+def standings(comparison: Comparison) -> Section:
+    """Models side by side, and what a format makes of their perplexity."""
+    models = comparison.models
+    bars: list[tuple[str, float | None, str]] = [
+        (f"{comparison.dtype}: {_last(model.model)}", model.perplexity, "") for model in models
+    ]
+    for name in models[0].formats:
+        for model in models:
+            value = model.formats[name]
+            note = "overflows" if value is None else ""
+            bars.append((f"{name}: {_last(model.model)}", value, note))
+    return Section(
+        name="perplexity",
+        title="Perplexity by format",
+        words=" ".join(_reach(model, comparison.dtype) for model in models),
+        chart=Ranks(unit="perplexity", rows=tuple(bars), group=len(models)),
+        table=comparison_rows(comparison),
+    )
+
+
+def _reach(model: Standing, dtype: str) -> str:
+    words = f"{model.model} has a perplexity of {model.perplexity:.2f} in {dtype}"
+    finite = {name: value for name, value in model.formats.items() if value is not None}
+    if not finite:
+        return f"{words}."
+    best, worst = min(finite, key=finite.__getitem__), max(finite, key=finite.__getitem__)
+    return (
+        f"{words}, and in lower precision from {number(finite[best])} ({best}) to "
+        f"{number(finite[worst])} ({worst})."
+    )
+
+
+def _last(name: str) -> str:
+    """A Hub id without its owner."""
+    return name.rpartition("/")[2]
+
+
+def _sinks(exhibit: Exhibit) -> Section:
+    before, after = exhibit.before.first_weight, exhibit.after.first_weight
+    threshold = exhibit.inspection.job.thresholds.sink_weight
+    heads = [weight for row in before for weight in row]
+    above = sum(weight > threshold for weight in heads)
+    most, layer, head = _most(before)
+    words = (
+        f"In the original a head gives the first token {_mean(before):.3f} of its attention on "
+        f"average; {above} of {len(heads)} heads give it more than {threshold:g} (dotted). The "
+        f"most is {most:.2f}, by head {head} of layer {layer}. After the graft the average is "
+        f"{_mean(after):.3f} and the most {_most(after)[0]:.2f}: the sinks are parameters."
+    )
+    rows = [
+        (f"{i}", *_mean_and_most(one), *_mean_and_most(other))
+        for i, (one, other) in enumerate(zip(before, after, strict=True))
+    ]
+    labels = tuple((j, f"{j}") for j in range(len(before[0])))
+    return Section(
+        name="sinks",
+        title="Attention on the first token",
+        words=words,
+        chart=Maps(
+            lines="head",
+            unit="mean weight on the first token",
+            logarithmic=False,
+            panels=_both(before, after, labels, labels),
+            dotted=threshold,
+        ),
+        table=[("layer", "mean before", "highest", "mean after", "highest"), *rows],
+    )
+
+
+def _mean_and_most(weights: tuple[float, ...]) -> tuple[str, str]:
+    most = max(weights)
+    return f"{sum(weights) / len(weights):.3f}", f"{most:.3f} (head {weights.index(most)})"
+
+
+def _channels(exhibit: Exhibit) -> Section:
+    before, after = exhibit.before, exhibit.after
+    ratios = before.channel_ratios
+    threshold = exhibit.inspection.job.thresholds.channel_ratio
+    worst = max(ratios, key=lambda channel: ratios[channel])
+    scales = exhibit.inspection.residual_scales
+    words = (
+        f"Mean |x| of the stream's {exhibit.hidden} channels on ordinary tokens, as a multiple of "
+        "the median channel's"
+        + (f"; of {exhibit.band} neighbours the largest is shown" if exhibit.band > 1 else "")
+        + f". Above {threshold:g} x it is an outlier (dotted). In the original "
+        f"channel {worst} is up to {ratios[worst]:,.0f} x, and after the graft up to "
+        f"{after.channel_ratios[worst]:,.1f} x."
+    )
+    rows = [
+        (
+            f"{c}",
+            f"{ratios[c]:,.1f} x",
+            f"{after.channel_ratios[c]:,.1f} x",
+            f"{scales.get(c, 1):g}",
+        )
+        for c in ratios
+    ]
+    labels = tuple((channel // exhibit.band, f"{channel}") for channel in ratios)
+    return Section(
+        name="channels",
+        title="Channels of the residual stream",
+        words=words,
+        chart=Maps(
+            lines="channel",
+            unit="multiple of the median channel",
+            logarithmic=True,
+            panels=_both(before.channels, after.channels, labels, labels),
+            dotted=threshold,
+            floor=1,
+        ),
+        table=[("channel", "before", "after", "residual scale"), *rows],
+    )
+
+
+def _tokens(exhibit: Exhibit) -> Section:
+    looks = (exhibit.before, exhibit.after)
+    (most, token), (left, _) = (_peak(look) for look in looks)
+    words = (
+        f"Largest |x| of each of the first tokens of a text. In the original it reaches "
+        f"{most:,.0f}, on {token}; after the graft {left:,.0f}."
+    )
+    labels = [
+        tuple((i, f"{i} {text!r}") for i, text in enumerate(look.token_text)) for look in looks
+    ]
+    lead = len(looks[0].token_text) - len(looks[1].token_text)  # read by the original alone
+    rows = []
+    for index, text in enumerate(looks[0].token_text):
+        before = _summit(looks[0], index)
+        after = ("–", "–") if index < lead else _summit(looks[1], index - lead)
+        rows.append((f"{text!r}", *before, *after))
+    return Section(
+        name="tokens",
+        title="Tokens in the residual stream",
+        words=words,
+        chart=Maps(
+            lines="token",
+            unit="largest |x|",
+            logarithmic=True,
+            panels=_both(looks[0].tokens, looks[1].tokens, *labels),
+            dotted=None,
+        ),
+        table=[("token", "largest |x| before", "in layer", "after", "in layer"), *rows],
+    )
+
+
+def _neurons(exhibit: Exhibit) -> Section:
+    neurons = exhibit.neurons
+    spikes = [neuron for neuron in neurons if neuron.fate != "no spike"]
+    gone = sum(neuron.fate == "removed" for neuron in spikes)
+    first = neurons[0]
+    words = (
+        f"MLP neurons by the most that one of them adds to an entry of the stream. Neuron "
+        f"{first.neuron} of layer {first.layer} adds {first.contribution:,.0f}. "
+        + (
+            f"{len(spikes)} write a massive activation alone (spike neurons); removed: {gone}."
+            if spikes
+            else "None of them writes a massive activation alone."
+        )
+    )
+    bars = [(f"layer {n.layer}, neuron {n.neuron}", n.contribution, n.fate) for n in neurons]
+    rows = [(f"{n.layer}", f"{n.neuron}", f"{number(n.contribution)}", n.fate) for n in neurons]
+    return Section(
+        name="neurons",
+        title="Spike neurons",
+        words=words,
+        chart=Ranks(
+            unit="most added to an entry of the stream",
+            rows=tuple(bars),
+        ),
+        table=[("layer", "neuron", "adds", "fate"), *rows],
+    )
+
+
+def _inputs(exhibit: Exhibit) -> Section:
+    panels = _together(exhibit.before.inputs, exhibit.after.inputs)
+    name, before, after = max(panels, key=lambda panel: max(panel[1]))
+    layer = before.index(max(before))
+    words = (
+        "Largest |x| that a matrix of each layer reads, which a fixed INT8 range must hold. "
+        f"The widest in the original is that of {name} in layer {layer}: {number(before[layer])}, "
+        f"and {number(after[layer])} after graft and smoothing."
+    )
+    layers = range(len(before))
+    rows = [(f"{i}", *(f"{number(b[i])} → {number(a[i])}" for _, b, a in panels)) for i in layers]
+    return Section(
+        name="inputs",
+        title="What the matrices read",
+        words=words,
+        chart=Pairs(unit="largest |x|", panels=panels),
+        table=[("layer", *(name for name, _, _ in panels)), *rows],
+    )
+
+
+def _both(
+    before: Layers,
+    after: Layers,
+    first: tuple[tuple[int, str], ...],
+    second: tuple[tuple[int, str], ...],
+) -> tuple[Panel, Panel]:
+    return (
+        Panel(title="before", values=before, labels=first),
+        Panel(title="after the graft, untrained", values=after, labels=second),
+    )
+
+
+def _together(
+    before: dict[str, tuple[float, ...]], after: dict[str, tuple[float, ...]]
+) -> tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...]:
+    """One panel for the matrices that read the same."""
+    ends = [site.rpartition(".")[2] for site in before]
+    shared: dict[tuple[tuple[float, ...], tuple[float, ...]], list[str]] = {}
+    for site, end in zip(before, ends, strict=True):
+        name = end if ends.count(end) == 1 else site
+        shared.setdefault((before[site], after[site]), []).append(name)
+    return tuple((", ".join(names), *values) for values, names in shared.items())
+
+
+def _mean(layers: Layers) -> float:
+    return sum(map(sum, layers)) / sum(map(len, layers))
+
+
+def _most(layers: Layers) -> tuple[float, int, int]:
+    """The largest number, its layer and its place in it."""
+    return max((value, i, j) for i, row in enumerate(layers) for j, value in enumerate(row))
+
+
+def _peak(look: Look) -> tuple[float, str]:
+    value, layer, token = _most(look.tokens)
+    return value, f"{look.token_text[token]!r} in layer {layer}"
+
+
+def _summit(look: Look, token: int) -> tuple[str, str]:
+    """The largest |x| of a token, and the layer of it."""
+    values = [row[token] for row in look.tokens]
+    return f"{number(max(values))}", f"{values.index(max(values))}"

@@ -1,0 +1,205 @@
+"""The brief fine-tune: the student learns the teacher's next-token distribution."""
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from time import monotonic
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from absorb.errors import AbsorbError
+from absorb.measure.divergence import Loss, gap, mean_loss, rows_at_once
+from absorb.runtime.precision import hastened
+from absorb.schema.training import Losses, Recipe
+from absorb.text.gather import Texts
+from absorb.tune.optimizer import choose, optimizer_of, rate_at
+from absorb.tune.state import Standstill, State, captured, put_back
+
+
+class Keeper(Protocol):
+    """Remembers where a fine-tune stands, for one that goes on from there."""
+
+    def state(self) -> State | None: ...
+    def is_due(self) -> bool: ...
+    def keep_state(self, state: State) -> None: ...
+
+
+_CHECKS = 4  # how often the validation divergence is looked at: at every quarter
+
+
+def distill(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    prefix: Tensor,
+    texts: Texts,
+    fine_tune: Recipe,
+    seed: int,
+    keeper: Keeper | None = None,
+) -> Losses:
+    """Train the student in place to predict what the teacher does, as `train` says.
+
+    The teacher reads the tokens `prefix` (n,) first, the student never does.
+    """
+
+    def loss(tokens: Tensor) -> Tensor:
+        return gap(teacher, student, prefix, tokens)
+
+    return train(student, loss, texts, fine_tune, seed, keeper)
+
+
+def train(
+    student: PreTrainedModel,
+    loss: Loss,
+    texts: Texts,
+    fine_tune: Recipe,
+    seed: int,
+    keeper: Keeper | None = None,
+) -> Losses:
+    """Train the student in place, and keep its best step by the loss on validation text.
+
+    A keeper may have the state of an earlier run, which is then gone on from.
+    Limited by minutes, no two runs are the same to the bit: how many steps there are, and the
+    learning rate of each, depend on how fast the machine is.
+    """
+    student.eval()  # dropout would only blur what is to be matched
+    if not (fine_tune.steps or fine_tune.minutes):
+        student.requires_grad_(False)
+        return Losses(training=(), held_out=(), kept=0)
+    parameters = choose(student, fine_tune.train)
+    check = _Check(loss, rows_at_once(student), texts.validation, parameters)
+    optimizer = optimizer_of(student, parameters, fine_tune.rate)
+    batches = _batches(texts.training, fine_tune.rows, seed)
+    pace = _Pace(fine_tune)
+    state = keeper.state() if keeper else None
+    if state is None:
+        losses: list[tuple[int, float]] = []
+        check(0)
+    else:
+        losses = list(state.standstill.training)
+        check.go_on(state.standstill, put_back(state.tensors, parameters, optimizer))
+        pace.go_on(state.standstill)
+        batches = islice(batches, pace.steps, None)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda _: rate_at(pace.done, pace.whole)
+    )
+    with pace.bar:
+        while pace.done < pace.whole:
+            value = _step(loss, student, next(batches), optimizer, parameters)
+            check_is_due = pace.count()
+            losses.append((pace.steps, value))
+            schedule.step()
+            if check_is_due:
+                check(pace.steps)
+            if keeper and (check_is_due or keeper.is_due()):
+                tensors = captured(parameters, check.best, optimizer)
+                keeper.keep_state(State(standstill=check.at(pace, losses), tensors=tensors))
+    check.restore()
+    student.requires_grad_(False)
+    return Losses(training=tuple(losses), held_out=tuple(check.seen), kept=check.kept)
+
+
+class _Pace:
+    """How far a fine-tune is: `done` of `whole`, in steps or, limited by minutes, in seconds."""
+
+    def __init__(self, fine_tune: Recipe) -> None:
+        self.timed = fine_tune.minutes is not None
+        self.whole: float = fine_tune.steps or 60 * (fine_tune.minutes or 0)
+        self.done: float = 0
+        self.steps = 0
+        self.started = monotonic()
+        self.bar = tqdm(
+            total=self.whole,
+            desc="fine-tuning",
+            unit="s" if self.timed else "step",
+            unit_scale=self.timed,
+        )
+
+    def go_on(self, state: Standstill) -> None:
+        """Take up where an earlier run stopped."""
+        self.steps, self.done = state.steps, state.done
+        self.started = monotonic() - state.done
+        self.bar.update(state.done)
+
+    def count(self) -> bool:
+        """Count a step that is over; whether it was the last one of a quarter."""
+        before, self.steps = self.done, self.steps + 1
+        self.done = monotonic() - self.started if self.timed else self.steps
+        self.bar.update(min(self.done, self.whole) - before)
+        return _CHECKS * self.done // self.whole > _CHECKS * before // self.whole
+
+
+def _batches(training: Tensor, rows: int, seed: int) -> Iterator[Tensor]:
+    """Batches (rows, length) without end, every row once before any comes again."""
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(order) < rows:
+            order = torch.cat([order, torch.randperm(len(training), generator=draw)])
+        yield training[order[:rows]]
+        order = order[rows:]
+
+
+def _step(
+    loss: Loss,
+    student: PreTrainedModel,
+    batch: Tensor,
+    optimizer: torch.optim.AdamW,
+    parameters: list[nn.Parameter],
+) -> float:
+    total = 0.0
+    for part in batch.split(rows_at_once(student)):
+        with hastened(student.device):
+            share = loss(part) * len(part) / len(batch)
+        share.backward()
+        total += share.item()
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    if not math.isfinite(total + norm.item()):
+        raise AbsorbError(
+            "the fine-tune diverged (its loss is not a number any more); "
+            "convert with --steps 0, or with --train sinks"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+class _Check:
+    """Measures the loss on validation text, and keeps a copy of the best parameters."""
+
+    def __init__(
+        self, loss: Loss, rows: int, validation: Tensor, parameters: list[nn.Parameter]
+    ) -> None:
+        self.loss, self.rows = loss, rows
+        self.validation, self.parameters = validation, parameters
+        self.seen: list[tuple[int, float]] = []
+        self.kept = 0
+        self.best: list[Tensor] = []
+
+    def __call__(self, step: int) -> None:
+        value = mean_loss(self.loss, self.validation, self.rows)
+        if value < min((before for _, before in self.seen), default=math.inf):
+            self.kept = step
+            self.best = [parameter.detach().clone() for parameter in self.parameters]
+        self.seen.append((step, value))
+
+    def at(self, pace: _Pace, losses: list[tuple[int, float]]) -> Standstill:
+        return Standstill(
+            steps=pace.steps,
+            done=pace.done,
+            training=tuple(losses),
+            held_out=tuple(self.seen),
+            kept=self.kept,
+        )
+
+    def go_on(self, state: Standstill, best: list[Tensor]) -> None:
+        """Take up what an earlier run had measured."""
+        self.seen, self.kept, self.best = list(state.held_out), state.kept, best
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, best in zip(self.parameters, self.best, strict=True):
+            parameter.copy_(best)

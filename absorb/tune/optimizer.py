@@ -1,0 +1,59 @@
+"""What a fine-tune trains, and how fast each parameter learns."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from absorb.models.modeling_absorb import NEUTRAL
+from absorb.schema.settings import Train
+
+# Learning rates by the last part of a parameter's name; what is not named is a weight.
+_RATES = {
+    "sink": 1e-2,
+    "sink_key": 1e-3,
+    "sink_value": 1e-3,
+    "bias": 1e-3,
+    "input_scale": 1e-3,
+}
+_SINKS = ("sink", "sink_key", "sink_value", "bias")
+_TRAINED: dict[Train, tuple[str, ...]] = {
+    "sinks": _SINKS,
+    "scales": (*_SINKS, "input_scale"),
+    "all": (*_SINKS, "input_scale"),  # and all that is stock
+}
+_WARM_UP = 0.1
+
+
+def choose(student: PreTrainedModel, train: Train) -> list[nn.Parameter]:
+    chosen = []
+    for name, parameter in student.named_parameters():
+        last = name.rpartition(".")[2]
+        stock = train == "all" and last not in NEUTRAL
+        parameter.requires_grad_(stock or last in _TRAINED[train])
+        if parameter.requires_grad:
+            chosen.append(parameter)
+    return chosen
+
+
+def optimizer_of(
+    student: PreTrainedModel, parameters: list[nn.Parameter], weight_rate: float
+) -> torch.optim.AdamW:
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            rate = _RATES.get(name.rpartition(".")[2], weight_rate)
+            groups.setdefault(rate, []).append(parameter)
+    settings = [{"params": group, "lr": rate} for rate, group in groups.items()]
+    return torch.optim.AdamW(settings, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def rate_at(done: float, whole: float) -> float:
+    """Linear warm-up, then a cosine down to zero, after `done` of `whole` steps or seconds."""
+    warm = max(1, round(_WARM_UP * whole))
+    if done >= whole:
+        return 0.0
+    if done < warm:
+        return min(1.0, (done + 1) / warm)
+    return 0.5 * (1 + math.cos(math.pi * (done - warm) / (whole - warm)))
