@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from absorb.pipelines.compare import LENGTH
+from absorb.text.gather import WINDOW
 from absorb.text.windows import windows as cut
 
 SEEN = 8  # windows that fixed ranges are taken from: more text has more extremes
 
-windows = partial(cut, length=LENGTH)  # of text, as `absorb eval` cuts them by default
+windows = partial(cut, length=WINDOW)  # of text, as `absorb eval` cuts them by default
 
 Options = Callable[[Callable[..., Any]], Callable[..., Any]]
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

@@ -17,7 +17,7 @@ from absorb.ship.staging import staged
 HOLD = """
 import sys
 from pathlib import Path
-from absorb.checkpoint import staged
+from absorb.ship.staging import staged
 with staged(Path(sys.argv[1]), force=False) as partial:
     (partial / "half").write_text("half")
     print("inside", flush=True)

@@ -26,13 +26,14 @@ from absorb.runtime.hooks import watching
 from absorb.runtime.reading import Subject
 from absorb.schema.settings import ModelRef
 from absorb.schema.training import LENGTH as SAMPLED_LENGTH
+from absorb.text import gather
 from absorb.text.gather import HELD_OUT_ROWS
 from absorb.text.windows import windows
 from scripts.release.tables import compared, score_row
 from tests.helpers.tiny import HEAD_DIM, KV_HEADS, LAYERS, tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
-LENGTH = compare.LENGTH
+LENGTH = gather.WINDOW
 
 
 def written(folder: Path, tokens: int) -> Path:

@@ -18,6 +18,7 @@ from absorb.schema.training import Recipe
 from absorb.text.gather import Texts
 from absorb.tune import distill as module
 from absorb.tune.distill import distill
+from absorb.tune.optimizer import choose, rate_at
 from absorb.tune.recipe import recipe
 from tests.helpers.tiny import VOCABULARY, tiny
 
@@ -137,7 +138,7 @@ def test_every_row_is_read_once_before_any_comes_again() -> None:
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:
-    rates = [module._rate(step, 100) for step in range(101)]
+    rates = [rate_at(step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == 1
     assert rates[100] == pytest.approx(0, abs=1e-9)
@@ -157,7 +158,7 @@ def test_the_user_overrides_what_the_machine_would_choose() -> None:
 def test_the_experts_of_a_mixture_are_trained_too() -> None:
     teacher = tiny("mixtral", torch.float32)
     student = twin(teacher, FAMILIES["mixtral"])
-    module._choose(student, "all")
+    choose(student, "all")
     frozen = [name for name, parameter in student.named_parameters() if not parameter.requires_grad]
     assert frozen == ["model.embed_tokens.output_scale"]  # as good as its weight
 
@@ -182,9 +183,9 @@ def test_a_fine_tune_by_the_clock_ends_in_time_and_cools_down(
     student: PreTrainedModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock, rates, rate = count(100, seconds), [], module._rate
+    clock, rates, rate = count(100, seconds), [], rate_at
     monkeypatch.setattr(module, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(module, "_rate", lambda *at: rates.append(rate(*at)) or rates[-1])
+    monkeypatch.setattr(module, "rate_at", lambda *at: rates.append(rate(*at)) or rates[-1])
     fine_tune = Recipe(steps=None, minutes=0.5, train="all", rows=4)
     losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
     assert [step for step, _ in losses.training] == list(range(1, checked[-1] + 1))
@@ -213,7 +214,7 @@ def test_checks_come_at_every_quarter(teacher: PreTrainedModel, student: PreTrai
 
 @pytest.mark.parametrize("seconds", [0.5, 1.2, 30, 600])
 def test_the_learning_rate_by_the_clock_never_exceeds_its_peak(seconds: float) -> None:
-    rates = [module._rate(seconds * permille / 1000, seconds) for permille in range(1001)]
+    rates = [rate_at(seconds * permille / 1000, seconds) for permille in range(1001)]
     assert min(rates) >= 0
     assert max(rates) <= 1
     assert rates[-1] == 0

@@ -121,5 +121,5 @@ def test_an_unknown_family_is_refused_by_name() -> None:
 
 
 def test_looking_up_a_family_does_not_import_torch() -> None:
-    code = "import sys, absorb.families; sys.exit('torch' in sys.modules)"
+    code = "import sys, absorb.models.families; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -43,7 +43,7 @@ STAGES = (
 ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 
 warm = multiprocessing.get_context("forkserver")
-warm.set_forkserver_preload(["absorb.pipeline", "absorb.hub"])
+warm.set_forkserver_preload(["absorb.pipelines.convert", "absorb.ship.hub"])
 
 
 @pytest.fixture(scope="module")

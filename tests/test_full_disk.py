@@ -24,7 +24,7 @@ import json, subprocess, sys
 from pathlib import Path
 import torch
 from click.testing import CliRunner
-from absorb.cli import main
+from absorb.cli.main import main
 
 torch.set_num_threads(1)
 disk = Path(sys.argv[1])
@@ -108,7 +108,13 @@ def test_what_a_conversion_goes_on_from_is_kept_where_a_later_file_is_too_large(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_output_that_cannot_be_printed_is_one_sentence(converted: Path) -> None:
-    command = [sys.executable, "-c", "from absorb.cli import main; main()", "verify", converted]
+    command = [
+        sys.executable,
+        "-c",
+        "from absorb.cli.main import main; main()",
+        "verify",
+        converted,
+    ]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1, done.stderr

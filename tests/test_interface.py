@@ -115,14 +115,14 @@ LOAD = """
 import sys
 import {first}
 import {second}
-assert "absorb.modeling_absorb" in sys.modules or "torch" not in sys.modules
+assert "absorb.models.modeling_absorb" in sys.modules or "torch" not in sys.modules
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 torch.set_num_threads(1)
 folder, tokens = sys.argv[1], torch.arange(5, 25)[None]
 model = AutoModelForCausalLM.from_pretrained(folder).eval()
-assert type(model).__module__ == "absorb.modeling_absorb"
+assert type(model).__module__ == "absorb.models.modeling_absorb"
 assert AutoConfig.from_pretrained(folder).model_type == "absorb_llama"
 bare = AutoModel.from_pretrained(folder).eval()
 with torch.no_grad():
@@ -141,7 +141,7 @@ assert pipeline("text-generation", model=folder)("a b", max_new_tokens=3)[0]["ge
     [
         ("absorb", "sys", PIPELINE),
         pytest.param("transformers", "absorb", "", marks=pytest.mark.slow),
-        pytest.param("absorb.modeling_absorb", "sys", "", marks=pytest.mark.slow),
+        pytest.param("absorb.models.modeling_absorb", "sys", "", marks=pytest.mark.slow),
     ],
 )
 def test_with_absorb_imported_a_model_needs_no_trust(

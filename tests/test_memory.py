@@ -42,7 +42,7 @@ def _held(after: str) -> int:
     code = f"""
 from pathlib import Path
 import torch
-from absorb.memory import keep_freed_memory, release_freed_memory
+from absorb.runtime.memory import keep_freed_memory, release_freed_memory
 keep_freed_memory()
 tensors = [torch.ones(250_000) for _ in range(200)]
 del tensors[::2]
@@ -59,7 +59,7 @@ def _new_pages(before: str) -> int:
     """How many pages tensors take from the kernel when as many were just freed."""
     code = f"""
 import resource, torch
-from absorb.memory import keep_freed_memory
+from absorb.runtime.memory import keep_freed_memory
 {before}
 def use():
     tensors = [torch.ones(size * 1_000_000) for size in (1, 2, 3, 4) * 4]

@@ -177,5 +177,5 @@ def test_the_help_of_convert_fits_on_a_screen(columns: str) -> None:
 
 def test_settings_need_neither_torch_nor_click() -> None:
     heavy = "{'torch', 'transformers', 'click', 'huggingface_hub'}"
-    script = f"import sys, absorb.settings; sys.exit(bool({heavy} & sys.modules.keys()))"
+    script = f"import sys, absorb.schema.settings; sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

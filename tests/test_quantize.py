@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from absorb.fold.graft import twin
 from absorb.models.decoder import experts_of, linears_of
 from absorb.models.families import FAMILIES
-from absorb.quantize import simulate as quantize
+from absorb.quantize import ranges as clipping
 from absorb.quantize.formats import FORMATS, Format
 from absorb.quantize.grids import INT4_ROW, INT8_ROW, INT8_TENSOR, rounded
 from absorb.quantize.ranges import clipped_ranges
@@ -188,10 +188,10 @@ def test_a_range_is_the_same_however_many_rows_are_read_at_once(
     model_type: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, family, rows = tiny(model_type), FAMILIES[model_type], tokens.view(4, 8)
-    monkeypatch.setattr(quantize, "_TRIED", 9)  # every third token: not as many of every row
+    monkeypatch.setattr(clipping, "_TRIED", 9)  # every third token: not as many of every row
     found = []
     for at_once in (1, 3, 4):
-        monkeypatch.setattr(quantize, "_ROWS", at_once)
+        monkeypatch.setattr(clipping, "ROWS", at_once)
         found.append(clipped_ranges(model, family, rows))
     for name, value in found[-1].items():
         assert all(float(ranges[name]) == pytest.approx(float(value)) for ranges in found)

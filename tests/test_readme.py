@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from jinja2 import UndefinedError
 
 from absorb.cli.main import main
-from absorb.quantize import simulate as quantize
+from absorb.quantize import formats
 from absorb.quantize.formats import FORMATS
 from absorb.schema.codec import from_json, to_json
 from absorb.schema.report import Report
@@ -84,7 +84,7 @@ def sections(page: Path) -> set[str]:
 
 
 def test_every_format_is_explained() -> None:
-    assert [name for name in FORMATS if f"`{name}`" not in str(quantize.__doc__)] == []
+    assert [name for name in FORMATS if f"`{name}`" not in str(formats.__doc__)] == []
 
 
 def commands() -> list[str]:
@@ -127,7 +127,7 @@ def test_the_shell_completes_commands() -> None:
         "COMP_WORDS": "absorb in",
         "COMP_CWORD": "1",
     }
-    script = "from absorb.cli import main; main(prog_name='absorb')"
+    script = "from absorb.cli.main import main; main(prog_name='absorb')"
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, check=True, text=True
     )

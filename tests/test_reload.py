@@ -169,7 +169,7 @@ def test_a_conversion_by_the_clock_is_reported(
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    script = "import sys; from absorb.cli import main; main(['--help'], standalone_mode=False)"
+    script = "import sys; from absorb.cli.main import main; main(['--help'], standalone_mode=False)"
     script += "; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 ALL = """
 import sys
 import torch
-from absorb.cli import main
+from absorb.cli.main import main
 
 torch.set_num_threads(1)
 model, text, out = sys.argv[1:]

@@ -9,7 +9,7 @@ import pytest
 
 # What a thread takes that has nothing to do for most of the time.
 IDLE = """
-from absorb.threads import share_cores
+from absorb.runtime.memory import share_cores
 {call}
 import torch
 from time import process_time, sleep

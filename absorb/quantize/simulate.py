@@ -1,20 +1,4 @@
-"""Fake quantisation: what low-precision arithmetic would do to a model, computed in floating point.
-
-A format is data: on which grid the weights are, on which what they are multiplied by, whether both
-are rotated first, and what is kept on a grid between layers and in the cache.
-
-`w8a8-static`, `w8a8-clipped`: INT8 weights per output channel; INT8 activations per tensor, with a
-    fixed range found on other rows of text: the largest value, or that of the least squared error
-`w8a8-tensor`, `w8a8-token`: the same weights; INT8 with a range for each row of text, or token
-`fp8`: E4M3 per output channel; E4M3 per token
-`w4a8`: INT4 in groups of 128 inputs; INT8 per token
-`w4a4`, `w4a4-hadamard`: INT4 per output channel; INT4 per token; both rotated first by a random
-    Hadamard matrix, as in QuaRot
-`nvfp4`: E2M1 in blocks of 16 with E4M3 scales, in units of a float32 one for the tensor; the same
-`mxfp4`: E2M1 in blocks of 32 with powers of two as scales; the same
-`stream-fp16`, `stream-int8`: only what every layer adds up to is rounded, INT8 per token
-`cache-int8`, `cache-int4`: only keys and values are rounded, with a range for each token and head
-"""
+"""Fake quantisation: what low-precision arithmetic would do, computed in floating point."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

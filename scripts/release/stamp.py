@@ -1,4 +1,4 @@
-"""Name the present modeling_absorb.py as that of the present version, in absorb/ship/released.json."""
+"""Name the present modeling_absorb.py as that of the present version, in released.json."""
 
 import hashlib
 import json

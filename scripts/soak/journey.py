@@ -20,7 +20,7 @@ from tests.helpers.fake_hub import TOKEN, USER, running
 
 ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY = f"{USER}/journey"
-ABSORB = [sys.executable, "-c", "from absorb.cli import main; main()"]
+ABSORB = [sys.executable, "-c", "from absorb.cli.main import main; main()"]
 
 LOGITS = """
 import hashlib, torch

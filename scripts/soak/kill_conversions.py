@@ -33,9 +33,7 @@ from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 warm = get_context("forkserver")  # forked from a process that has imported, and done nothing else
-warm.set_forkserver_preload(
-    ["absorb.interface", "tests.helpers.tiny", "tests.helpers.tiny_tokenizer"]
-)
+warm.set_forkserver_preload(["absorb.api", "tests.helpers.tiny", "tests.helpers.tiny_tokenizer"])
 
 
 @click.command()
