@@ -21,6 +21,7 @@ from transformers.integrations import flash_attention
 from absorb.fold.graft import twin
 from absorb.fold.sinks.prefix_cache import prefix_of
 from absorb.models import modeling_absorb
+from absorb.models.decoder import Decoder
 from absorb.models.families import family_of
 from absorb.models.modeling_absorb import (
     NEUTRAL,
@@ -82,7 +83,10 @@ def sinked(
 ) -> PreTrainedModel:
     """A tiny model whose sinks take about half of the weight."""
     model = in_form(
-        form, twin(tiny(family, dtype, **FAMILIES[family], **overrides), family_of(family))
+        form,
+        twin(
+            Decoder(tiny(family, dtype, **FAMILIES[family], **overrides), family_of(family))
+        ).model,
     )
     for seed, (name, parameter) in enumerate(model.named_parameters()):
         if "sink" in name:
@@ -147,7 +151,7 @@ def test_the_default_path_equals_eager(family: str, form: str, situation: str) -
 @EACH
 def test_neutral_sinks_equal_stock(family: str, situation: str) -> None:
     inputs = SITUATIONS[situation]()
-    neutral = twin(stock(family), family_of(family))
+    neutral = twin(Decoder(stock(family), family_of(family))).model
     expected = logits(stock(family), "eager", inputs)
     assert drift(logits(neutral, "sdpa", inputs), expected) < 2e-5
     assert drift(logits(subject(family, "logit"), "sdpa", inputs), expected) > 0.01
@@ -169,7 +173,7 @@ def test_sink_keys_are_the_prefix_they_were_read_from(family: str) -> None:
     model = tiny(family, torch.float64)
     model.set_attn_implementation("eager")  # stock sdpa drops the softcap of Gemma 2, or refuses it
     prefix = torch.tensor([1, 9])
-    student = in_form("key", twin(model, family_of(family))).double()
+    student = in_form("key", twin(Decoder(model, family_of(family))).model).double()
     read = prefix_of(model, prefix)
     before = model.base_model(prefix[None], position_ids=torch.arange(-N, 0)[None], use_cache=True)
     expected = model(led(texts(), prefix)).logits[:, N:]
@@ -435,7 +439,7 @@ def test_beams_and_assistants_change_nothing(family: str) -> None:
     beams = generated(model, num_beams=3)
     assert torch.equal(generated(model, num_beams=3, implementation="eager"), beams)
     one = {"input_ids": texts()[:1], "do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
-    assistant = twin(stock("llama"), family_of("llama"))
+    assistant = twin(Decoder(stock("llama"), family_of("llama"))).model
     model.set_attn_implementation("sdpa")
     assert torch.equal(model.generate(**one, assistant_model=assistant), model.generate(**one))
 

@@ -18,7 +18,7 @@ from absorb.load.source import load
 from absorb.measure import timing
 from absorb.measure.score import in_formats
 from absorb.measure.tally import kurtosis
-from absorb.models.decoder import linears_of
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.pipelines import compare
 from absorb.quantize.formats import FORMATS
@@ -210,7 +210,7 @@ def test_each_head_and_each_matrix_has_its_figure(source: Path, text: Path) -> N
     expected = torch.stack([kurtosis(values) for values in seen]).mean()
     name = "model.layers.1.mlp.down_proj"
     assert found["input_kurtosis"][name] == pytest.approx(float(expected), rel=1e-4)
-    assert found["input_kurtosis"].keys() == linears_of(model, FAMILIES["llama"]).keys()
+    assert found["input_kurtosis"].keys() == Decoder(model, FAMILIES["llama"]).linears.keys()
 
 
 def test_memory_is_that_of_the_weights_and_of_their_keys_and_values(
@@ -281,8 +281,8 @@ def test_fixed_ranges_come_from_the_calibration_file(
     assert (found["text_origin"], found["calibration_origin"]) == ("text.txt", "other.txt")
     loaded = load(ModelRef(name=str(source)))
     held_out, seen = windows(loaded, text, 3, 64), windows(loaded, calibration, 8, 64)
-    subject = Subject(model=loaded.model)
-    expected = in_formats(subject, loaded.family, ["w8a8-static", "w8a8-token"], held_out, seen)
+    subject = Subject(decoder=loaded.decoder)
+    expected = in_formats(subject, ["w8a8-static", "w8a8-token"], held_out, seen)
     assert found["models"][0]["formats"] == pytest.approx(expected, rel=1e-6)
     shared = measured(source, "--text", text, *size)
     assert shared["calibration_origin"] == "text.txt"

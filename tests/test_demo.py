@@ -8,13 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from absorb.fold.graft import graft
-from absorb.fold.plan import make_plan
 from absorb.fold.residual import residual_scales
 from absorb.load.source import DEMO, Source, load
 from absorb.measure.divergence import divergence
 from absorb.measure.findings import find
 from absorb.measure.outliers import measure
+from absorb.models.decoder import Decoder
 from absorb.schema.settings import ModelRef, Thresholds
+from tests.helpers.plans import plan_of
 from tests.test_source import same_parameters
 
 LICENSE = Path(__file__).parent.parent / "LICENSE"
@@ -51,7 +52,7 @@ def test_the_outliers_of_the_demo_model_are_found_and_absorbed(source: Source) -
     model, family = source.model, source.family
     ids = source.tokenizer(LICENSE.read_text())["input_ids"]
     text = torch.tensor(ids[: 8 * 128]).view(8, 128)
-    measurement = measure(model, family, text, NOTHING)
+    measurement = measure(Decoder(model, family), text, NOTHING)
     found = find(measurement, Thresholds())
     spikes = {(spike.layer, spike.neuron) for spike in found.spike_neurons}
     assert spikes >= {(11, 1229), (11, 1487), (28, 678)}
@@ -64,10 +65,10 @@ def test_the_outliers_of_the_demo_model_are_found_and_absorbed(source: Source) -
     prefix = (source.tokenizer.bos_token_id, the)
     fitted, unseen = text[:6], text[6:]
     scales = residual_scales(measurement, found, target=1)
-    plan = make_plan(model, family, found, scales, prefix, fitted, budget=0.01)
+    plan = plan_of(Decoder(model, family), found, scales, prefix, fitted, budget=0.01)
     assert {(removal.spike.layer, removal.spike.neuron) for removal in plan.removals} >= spikes
-    student = graft(model, family, plan)
-    left = find(measure(student, family, unseen, NOTHING), Thresholds())
+    student = graft(Decoder(model, family), plan).model
+    left = find(measure(Decoder(student, family), unseen, NOTHING), Thresholds())
     assert not left.massive_activations
     assert not left.sink_heads
     gap = divergence(model, student, torch.tensor(prefix), unseen)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from absorb.errors import AbsorbError
 from absorb.fold.graft import twin
 from absorb.measure.divergence import divergence
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.schema.settings import Distillation
 from absorb.schema.training import Recipe
@@ -40,7 +41,7 @@ def teacher() -> PreTrainedModel:
 
 @pytest.fixture
 def student(teacher: PreTrainedModel) -> PreTrainedModel:
-    return twin(teacher, FAMILIES["llama"])
+    return twin(Decoder(teacher, FAMILIES["llama"])).model
 
 
 def changed(model: PreTrainedModel, before: dict[str, Tensor]) -> set[str]:
@@ -122,7 +123,7 @@ def test_a_student_that_gives_no_numbers_is_told(
 
 def test_the_same_seed_gives_the_same_student(teacher: PreTrainedModel) -> None:
     fine_tune = Recipe(steps=4, train="all", rows=4)
-    students = [twin(teacher, FAMILIES["llama"]) for _ in range(3)]
+    students = [twin(Decoder(teacher, FAMILIES["llama"])).model for _ in range(3)]
     for seed, student in zip((0, 0, 1), students, strict=True):
         distill(teacher, student, PREFIX, texts(), fine_tune, seed)
     first, second, other = (student.state_dict() for student in students)
@@ -157,7 +158,7 @@ def test_the_user_overrides_what_the_machine_would_choose() -> None:
 
 def test_the_experts_of_a_mixture_are_trained_too() -> None:
     teacher = tiny("mixtral", torch.float32)
-    student = twin(teacher, FAMILIES["mixtral"])
+    student = twin(Decoder(teacher, FAMILIES["mixtral"])).model
     choose(student, "all")
     frozen = [name for name, parameter in student.named_parameters() if not parameter.requires_grad]
     assert frozen == ["model.embed_tokens.output_scale"]  # as good as its weight
@@ -165,7 +166,7 @@ def test_the_experts_of_a_mixture_are_trained_too() -> None:
 
 def test_dropout_does_not_blur_the_student() -> None:
     teacher = tiny("gpt2", torch.float32)
-    student = twin(teacher, FAMILIES["gpt2"])
+    student = twin(Decoder(teacher, FAMILIES["gpt2"])).model
     start = divergence(teacher, student, PREFIX, texts().validation)
     fine_tune = Recipe(steps=1, train="all", rows=4)
     losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)

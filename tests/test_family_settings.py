@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from absorb.errors import AbsorbError
 from absorb.fold.graft import twin
 from absorb.load.checks import family_of_config
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES, family_of, suited
 from absorb.models.family import Family, UnsupportedFamilyError
 from tests.helpers.edits import (
@@ -103,7 +104,7 @@ def test_a_configuration_is_refused_before_anything_is_downloaded() -> None:
 def test_keys_behind_a_norm_get_no_bias(model_type: str, setting: str) -> None:
     family = suited(FAMILIES[model_type], {setting: True})
     assert family.key is None
-    student = twin(tiny(model_type, **{setting: True}), family)
+    student = twin(Decoder(tiny(model_type, **{setting: True}), family)).model
     assert not any("k_proj" in name for name in student.config.absorb["bias"])
     assert suited(FAMILIES[model_type], {setting: False}).key is not None
 

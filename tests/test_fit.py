@@ -10,6 +10,7 @@ from absorb.fold.sinks.choose import fit_sinks
 from absorb.fold.sinks.fit import sink_of
 from absorb.fold.sinks.forms import KeySink, LogitSink
 from absorb.fold.sinks.prefix_cache import prefix_of
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.modeling_absorb import NEUTRAL
 from tests.helpers.tiny import tiny
@@ -203,7 +204,7 @@ def test_a_head_that_ignores_the_prefix_gets_a_finite_sink_that_takes_little() -
 @torch.no_grad()
 def test_the_error_of_a_layer_is_what_its_fit_leaves_out(tokens: Tensor) -> None:
     model = tiny("llama")
-    fits = fit_sinks(model, FAMILIES["llama"], prefix_of(model, torch.tensor([1])), tokens)
+    fits = fit_sinks(Decoder(model, FAMILIES["llama"]), prefix_of(model, torch.tensor([1])), tokens)
     assert all(0 < fit.error < 1 for fit in fits)
 
 
@@ -211,12 +212,14 @@ def test_the_error_of_a_layer_is_what_its_fit_leaves_out(tokens: Tensor) -> None
 def test_a_fit_that_leaves_out_too_much_makes_room_for_keys(tokens: Tensor) -> None:
     model, family = tiny("llama"), FAMILIES["llama"]
     prefix = prefix_of(model, torch.tensor([1, 9]))
-    errors = [float(fit.error) for fit in fit_sinks(model, family, prefix, tokens)]
+    errors = [float(fit.error) for fit in fit_sinks(Decoder(model, family), prefix, tokens)]
     worst = max(errors)
     layer = errors.index(worst)
-    [*before, keyed] = fit_sinks(model, family, prefix, tokens, 0.999 * worst)[: layer + 1]
+    [*before, keyed] = fit_sinks(Decoder(model, family), prefix, tokens, 0.999 * worst)[: layer + 1]
     assert isinstance(keyed, KeySink)
     assert keyed.fit is not None
     assert float(keyed.fit.error) == worst
     assert [float(fit.error) for fit in before] == errors[:layer]
-    assert all(isinstance(sink, KeySink) for sink in fit_sinks(model, family, prefix, tokens, 0.0))
+    assert all(
+        isinstance(sink, KeySink) for sink in fit_sinks(Decoder(model, family), prefix, tokens, 0.0)
+    )

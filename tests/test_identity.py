@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb.fold.graft import graft, twin
-from absorb.fold.plan import Plan, make_plan
+from absorb.fold.plan import Plan
 from absorb.fold.sinks.choose import fit_sinks
 from absorb.fold.sinks.forms import LogitSink
 from absorb.fold.sinks.prefix_cache import prefix_of, prefixed
 from absorb.fold.smoothing import searched_scales, smooth
-from absorb.models.decoder import each_layers
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
 from absorb.models.modeling_absorb import NEUTRAL
@@ -29,6 +29,7 @@ from absorb.runtime.reading import led
 from absorb.schema.findings import Removal, SpikeNeuron
 from absorb.schema.settings import Sink
 from tests.helpers.edits import decoder_layers, weight_of
+from tests.helpers.plans import plan_of
 from tests.helpers.tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, NOTHING, POSITIONS, kv_heads, tiny
 
 EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
@@ -65,14 +66,16 @@ def powers_of_two() -> Tensor:
 @torch.no_grad()
 def test_a_neutral_twin_is_the_stock_model(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
-    assert drift(twin(model, family)(tokens).logits, model(tokens).logits) < TOLERANCE
+    assert (
+        drift(twin(Decoder(model, family)).model(tokens).logits, model(tokens).logits) < TOLERANCE
+    )
 
 
 @EVERY
 @torch.no_grad()
 def test_residual_scales_change_nothing(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
-    student = graft(model, family, neutral_plan(family, residual=powers_of_two()))
+    student = graft(Decoder(model, family), neutral_plan(family, residual=powers_of_two())).model
     assert drift(student(tokens).logits, model(tokens).logits) < TOLERANCE
 
 
@@ -84,8 +87,8 @@ def test_residual_scales_are_exact_to_the_bit(
 ) -> None:
     model = tiny(family.model_type, torch.float32)
     plain, scaled = (
-        twin(model, family),
-        graft(model, family, neutral_plan(family, residual=powers_of_two())),
+        twin(Decoder(model, family)).model,
+        graft(Decoder(model, family), neutral_plan(family, residual=powers_of_two())).model,
     )
     as_stored(plain, dtype)
     as_stored(scaled, dtype)
@@ -97,7 +100,7 @@ def test_residual_scales_are_exact_to_the_bit(
 def test_a_forgotten_reader_of_the_scaled_stream_is_noticed(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
     wrong = replace(family, reads=family.reads[1:])
-    student = graft(model, wrong, neutral_plan(family, residual=powers_of_two()))
+    student = graft(Decoder(model, wrong), neutral_plan(family, residual=powers_of_two())).model
     assert drift(student(tokens).logits, model(tokens).logits) > 0.01
 
 
@@ -105,10 +108,10 @@ def test_a_forgotten_reader_of_the_scaled_stream_is_noticed(family: Family, toke
 @torch.no_grad()
 def test_smoothing_changes_nothing(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
-    student = twin(model, family)
-    scales = searched_scales(student, family, tokens)
+    student = twin(Decoder(model, family)).model
+    scales = searched_scales(Decoder(student, family), tokens)
     assert max(float(scale.max() / scale.min()) for scale in scales.values()) > 2
-    smooth(student, family, scales)
+    smooth(Decoder(student, family), scales)
     assert drift(student(tokens).logits, model(tokens).logits) < TOLERANCE
 
 
@@ -117,7 +120,7 @@ def test_smoothing_changes_nothing(family: Family, tokens: Tensor) -> None:
 def test_constant_keys_and_values_are_the_prefix(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
     prefix = prefix_of(model, torch.tensor([1, 9]))
-    with prefixed(model, family, prefix):
+    with prefixed(Decoder(model, family), prefix):
         positions = prefix.positions(tokens.shape[1])
         absorbed = model(tokens, position_ids=positions, use_cache=False).logits
     read = model(led(tokens, prefix.tokens)).logits[:, 2:]
@@ -129,7 +132,7 @@ def test_constant_keys_and_values_are_the_prefix(family: Family, tokens: Tensor)
 def last_output(model: PreTrainedModel, family: Family) -> Iterator[list[Tensor]]:
     """What the last layer's attention writes, in every forward pass."""
     outputs: list[Tensor] = []
-    last = each_layers(model, family, family.output)[-1]
+    last = Decoder(model, family).each(family.output)[-1]
     handle = last.register_forward_hook(lambda _, args, out: outputs.append(out))
     yield outputs
     handle.remove()
@@ -145,7 +148,9 @@ def planned(
     model: PreTrainedModel, family: Family, form: Sink, tokens: Tensor, most: float = 0.05
 ) -> Plan:
     """A plan of nothing but sinks, for a prefix of two tokens."""
-    return make_plan(model, family, NOTHING, torch.ones(HIDDEN), (1, 9), tokens, 0.0, form, most)
+    return plan_of(
+        Decoder(model, family), NOTHING, torch.ones(HIDDEN), (1, 9), tokens, 0.0, form, most
+    )
 
 
 @EVERY
@@ -155,14 +160,16 @@ def test_the_grafted_model_does_what_the_fit_did(family: Family, tokens: Tensor)
     model = tiny(family.model_type)
     prefix = prefix_of(model, torch.tensor([1, 9]))
     with last_output(model, family) as fitted:
-        sinks = fit_sinks(model, family, prefix, tokens)
+        sinks = fit_sinks(Decoder(model, family), prefix, tokens)
     assert all(sink.error < 1 for sink in sinks)
     assert any(bool(sink.key_bias.any()) for sink in sinks) == (family.key is not None)
     # Sinks are float32 in the student, and float64 in the fit.
     plan = neutral_plan(family, prefix=(1, 9), sinks=sinks)
-    assert drift(attended(graft(model, family, plan), family, tokens), fitted[0]) < 1e-4
+    assert (
+        drift(attended(graft(Decoder(model, family), plan).model, family, tokens), fitted[0]) < 1e-4
+    )
     values_for_keys = replace(family, key=family.key and family.value, key_block=1)
-    wrong = attended(graft(model, values_for_keys, plan), family, tokens)
+    wrong = attended(graft(Decoder(model, values_for_keys), plan).model, family, tokens)
     assert family.key is None or drift(wrong, fitted[0]) > 1e-2
 
 
@@ -173,7 +180,7 @@ def test_keys_in_some_layers_do_what_the_fit_of_the_others_reckoned_with(
 ) -> None:
     model = tiny(family.model_type)
     prefix = prefix_of(model, torch.tensor([1, 9]))
-    errors = [float(fit.error) for fit in fit_sinks(model, family, prefix, tokens)]
+    errors = [float(fit.error) for fit in fit_sinks(Decoder(model, family), prefix, tokens)]
     with last_output(model, family) as fitted:
         plan = planned(model, family, "auto", tokens, 0.999 * max(errors))
     assert errors.index(max(errors)) in plan.keyed_layers
@@ -181,10 +188,10 @@ def test_keys_in_some_layers_do_what_the_fit_of_the_others_reckoned_with(
     assert [error > 0 for error in plan.fit_error] == [
         layer not in plan.keyed_layers for layer in range(LAYERS)
     ]
-    student = graft(model, family, plan)
+    student = graft(Decoder(model, family), plan).model
     assert drift(attended(student, family, tokens), fitted[-1]) < 1e-4
     before = student(tokens).logits
-    smooth(student, family, searched_scales(student, family, tokens))
+    smooth(Decoder(student, family), searched_scales(Decoder(student, family), tokens))
     assert drift(student(tokens).logits, before) < TOLERANCE
 
 
@@ -193,7 +200,8 @@ def test_keys_in_some_layers_do_what_the_fit_of_the_others_reckoned_with(
 def test_keys_in_every_layer_are_the_form_key(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
     auto, key = (
-        graft(model, family, planned(model, family, form, tokens, 0.0)) for form in ("auto", "key")
+        graft(Decoder(model, family), planned(model, family, form, tokens, 0.0)).model
+        for form in ("auto", "key")
     )
     assert auto.config.absorb == key.config.absorb
     weights = key.state_dict()
@@ -208,29 +216,29 @@ def test_text_starts_at_the_position_where_it_stood_behind_the_prefix(
 ) -> None:
     model, plan = tiny(family.model_type), neutral_plan(family, prefix=(1, 9))
     behind = model(tokens, position_ids=torch.arange(2, 2 + tokens.shape[1])[None]).logits
-    student = graft(model, family, plan)
+    student = graft(Decoder(model, family), plan).model
     assert drift(student(tokens).logits, behind) < TOLERANCE
     assert student.config.max_position_embeddings == POSITIONS - 2
     last = torch.full((1, POSITIONS - 2), 5)
     assert torch.isfinite(student(last).logits).all()
     wrong = replace(family, position_offset=family.position_offset + 3)
-    assert drift(graft(model, wrong, plan)(tokens).logits, behind) > 0.01
+    assert drift(graft(Decoder(model, wrong), plan).model(tokens).logits, behind) > 0.01
     forgotten = replace(family, positions=None)
-    assert drift(graft(model, forgotten, plan)(tokens).logits, behind) > 0.01
+    assert drift(graft(Decoder(model, forgotten), plan).model(tokens).logits, behind) > 0.01
 
 
 @LEARNED_POSITIONS
 @torch.no_grad()
 def test_without_rotation_one_token_is_absorbed_exactly(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
-    sinks = fit_sinks(model, family, prefix_of(model, torch.tensor([1])), tokens)
-    student = graft(model, family, neutral_plan(family, prefix=(1,), sinks=sinks))
+    sinks = fit_sinks(Decoder(model, family), prefix_of(model, torch.tensor([1])), tokens)
+    student = graft(Decoder(model, family), neutral_plan(family, prefix=(1,), sinks=sinks)).model
     teacher = model(led(tokens, torch.tensor([1]))).logits[:, 1:]
     assert drift(student(tokens).logits, teacher) < TOLERANCE
     assert drift(model(tokens).logits, teacher) > 0.01
     values_for_keys = replace(family, key=family.value, key_block=1)
     for wrong in (values_for_keys, replace(family, positions=None)):
-        other = graft(model, wrong, neutral_plan(family, prefix=(1,), sinks=sinks))
+        other = graft(Decoder(model, wrong), neutral_plan(family, prefix=(1,), sinks=sinks)).model
         assert drift(other(tokens).logits, teacher) > 0.01
 
 
@@ -238,7 +246,7 @@ def test_without_rotation_one_token_is_absorbed_exactly(family: Family, tokens: 
 @torch.no_grad()
 def test_a_tied_embedding_keeps_its_scale_apart(model_type: str, tokens: Tensor) -> None:
     family, model = FAMILIES[model_type], tiny(model_type, tie_word_embeddings=True)
-    student = graft(model, family, neutral_plan(family, residual=powers_of_two()))
+    student = graft(Decoder(model, family), neutral_plan(family, residual=powers_of_two())).model
     assert drift(student(tokens).logits, model(tokens).logits) < TOLERANCE
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
 
@@ -252,7 +260,7 @@ def test_one_neuron_goes_and_the_stock_model_stays_as_it_was(family: Family) -> 
     neuron = len(stock[1]) - 5  # of the last expert, where there are several
     spike = SpikeNeuron(layer=1, neuron=neuron, contribution=1.0)
     removal = Removal(spike=spike, divergence=0.0)
-    student = graft(model, family, neutral_plan(family, removals=(removal,)))
+    student = graft(Decoder(model, family), neutral_plan(family, removals=(removal,))).model
     stock[1][neuron] = 0
     left = [neurons(layer, family) for layer in decoder_layers(student, family)]
     assert all(torch.equal(*pair) for pair in zip(left, stock, strict=True))
@@ -283,8 +291,8 @@ def test_the_key_form_is_the_teacher(
     start = 0 if family.positions else -len(prefix)
     constants = prefix_of(model, torch.tensor(prefix), start)
     plan = neutral_plan(family, prefix=prefix, sinks=constants.layers, residual=powers_of_two())
-    student = graft(model, family, plan)
-    smooth(student, family, searched_scales(student, family, tokens))
+    student = graft(Decoder(model, family), plan).model
+    smooth(Decoder(student, family), searched_scales(Decoder(student, family), tokens))
     behind = model(led(tokens, constants.tokens)).logits[:, len(prefix) :]
     assert drift(student(tokens).logits, behind) < TOLERANCE
     assert drift(model(tokens).logits, behind) > 0.01

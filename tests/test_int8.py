@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
 from absorb.quantize.formats import FORMATS
@@ -21,8 +22,8 @@ def test_every_matrix_is_rounded_for_a_while(family: Family, tokens: Tensor) -> 
     model = tiny(family.model_type)
     before = model(tokens).logits
     named = {name for readers in family.links.values() for name in readers} | {family.down}
-    peaks = input_peaks(model, family, tokens)
-    with quantised(model, family, FORMATS["w8a8-static"], peaks):
+    peaks = input_peaks(Decoder(model, family), tokens)
+    with quantised(Decoder(model, family), FORMATS["w8a8-static"], peaks):
         for layer in decoder_layers(model, family):
             for name in named - ROUTERS:
                 rows = weight_of(layer, name).flatten(0, -2)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from absorb.cli.main import main
 from absorb.measure.outliers import measure
+from absorb.models.decoder import Decoder
 from absorb.models.families import family_of
 from absorb.runtime.inputs import input_peaks
 from absorb.schema.codec import from_json, to_json
@@ -102,8 +103,8 @@ def test_what_was_planted_is_shown(exhibit: Exhibit) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "olmo2"])
 def test_ranges_are_those_that_a_fixed_format_takes(model_type: str, tokens: Tensor) -> None:
     original, family = tiny(model_type, torch.float32), family_of(model_type)
-    found = measure(original, family, tokens, tokens[0, :2]).input_peak
-    wanted = input_peaks(original, family, tokens, tokens[0, :2])
+    found = measure(Decoder(original, family), tokens, tokens[0, :2]).input_peak
+    wanted = input_peaks(Decoder(original, family), tokens, tokens[0, :2])
     assert found.keys() == wanted.keys()
     for name, peak in wanted.items():
         assert float(found[name]) == pytest.approx(float(peak.max()), rel=1e-4)

@@ -17,15 +17,17 @@ from absorb.cli.main import main
 from absorb.errors import AbsorbError
 from absorb.fold import decide
 from absorb.fold.graft import graft
-from absorb.fold.plan import Plan, make_plan
+from absorb.fold.plan import Plan
 from absorb.fold.smoothing import searched_scales
 from absorb.load.source import Source, load
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
 from absorb.schema.findings import Removal, SpikeNeuron
 from absorb.schema.report import Inspection, versions
 from absorb.schema.settings import Job, ModelRef, Sink
 from absorb.ship.plan_file import PLAN, read_plan, write_plan
+from tests.helpers.plans import plan_of
 from tests.helpers.tiny import HIDDEN, LAYERS, NOTHING, tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
@@ -145,7 +147,9 @@ def planned(source: Source, sink: str, tokens: Tensor) -> Plan:
     """A plan of nothing but sinks, in the form `auto` with keys in one layer."""
 
     def made(form: Sink) -> Plan:
-        return make_plan(source.model, source.family, NOTHING, RESIDUAL, (1, 9), tokens, 0.0, form)
+        return plan_of(
+            Decoder(source.model, source.family), NOTHING, RESIDUAL, (1, 9), tokens, 0.0, form
+        )
 
     if sink != "auto":
         return made(sink)
@@ -203,12 +207,14 @@ def test_a_plan_of_any_family_survives_being_written_and_read(
     plan = replace(
         plan,
         removals=(Removal(spike=spike, divergence=0.0),),
-        smoothing=searched_scales(graft(source.model, family, plan), family, tokens),
+        smoothing=searched_scales(
+            Decoder(graft(Decoder(source.model, family), plan).model, family), tokens
+        ),
     )
     write_plan(tmp_path / PLAN, plan, inspected(source, plan, sink))
     read, _ = read_plan(tmp_path, source)
-    before = graft(source.model, family, plan).state_dict()
-    after = graft(source.model, family, read).state_dict()
+    before = graft(Decoder(source.model, family), plan).model.state_dict()
+    after = graft(Decoder(source.model, family), read).model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
@@ -218,17 +224,19 @@ def test_whoever_needs_logits_later_has_them_from_the_file_alone(
     tokens: Tensor, tmp_path: Path
 ) -> None:
     source = source_of(FAMILIES["llama"])
-    plan = make_plan(
-        source.model, source.family, NOTHING, RESIDUAL, (1, 9), tokens, 0.0, "auto", 0.0
+    plan = plan_of(
+        Decoder(source.model, source.family), NOTHING, RESIDUAL, (1, 9), tokens, 0.0, "auto", 0.0
     )
     assert len(plan.keyed_layers) == len(plan.sinks)
-    smoothing = searched_scales(graft(source.model, source.family, plan), source.family, tokens)
+    smoothing = searched_scales(
+        Decoder(graft(Decoder(source.model, source.family), plan).model, source.family), tokens
+    )
     plan = replace(plan, smoothing=smoothing)
     write_plan(tmp_path / PLAN, plan, inspected(source, plan, "auto"))
     read, _ = read_plan(tmp_path, source)
     assert not read.as_logits.keyed_layers
-    model = graft(source.model, source.family, read.as_logits)
-    expected = graft(source.model, source.family, plan.as_logits)
+    model = graft(Decoder(source.model, source.family), read.as_logits).model
+    expected = graft(Decoder(source.model, source.family), plan.as_logits).model
     assert "sink_key" not in " ".join(model.state_dict())
     assert torch.equal(model(tokens).logits, expected(tokens).logits)
 

@@ -13,16 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb.fold.graft import graft
-from absorb.fold.plan import make_plan
 from absorb.fold.residual import residual_scales
 from absorb.measure.divergence import divergence
 from absorb.measure.findings import find
 from absorb.measure.outliers import measure
+from absorb.models.decoder import Decoder
 from absorb.models.families import family_of
 from absorb.runtime.reading import led
 from absorb.schema.findings import Findings
 from absorb.schema.settings import Thresholds
 from tests.helpers.edits import place_of, weight_of
+from tests.helpers.plans import plan_of
 from tests.helpers.tiny import HEAD_DIM, HEADS, INTERMEDIATE, LAYERS, tiny
 
 BOS, DETECTOR, MASSIVE, OUTLIER, NEURON = 1, 3, 5, 7, 11
@@ -116,7 +117,7 @@ def plant_sink(attention: torch.nn.Module, channel: int) -> None:
 
 def found_in(model: PreTrainedModel, text: Tensor, lead: Tensor, **changes: float) -> Findings:
     family = family_of(model.config.model_type.removeprefix("absorb_"))
-    return find(measure(model, family, text, lead), replace(Thresholds(), **changes))
+    return find(measure(Decoder(model, family), text, lead), replace(Thresholds(), **changes))
 
 
 @FAMILIES
@@ -151,10 +152,10 @@ def test_thresholds_decide(text: Tensor) -> None:
 @torch.no_grad()
 def test_what_was_planted_is_absorbed(model_type: str, text: Tensor) -> None:
     model, family = planted(model_type), family_of(model_type)
-    measurement = measure(model, family, text, torch.tensor([BOS]))
+    measurement = measure(Decoder(model, family), text, torch.tensor([BOS]))
     findings = find(measurement, Thresholds())
     scales = residual_scales(measurement, findings, target=1)
-    plan = make_plan(model, family, findings, scales, (BOS,), text, budget=1e-6)
+    plan = plan_of(Decoder(model, family), findings, scales, (BOS,), text, budget=1e-6)
     assert [removal.spike.neuron for removal in plan.removals] == [PLANTED.get(model_type, NEURON)]
     assert plan.residual[OUTLIER] in (16, 32, 64, 128)
     # A massive activation near the end of float16's range, as Cohere's here, is scaled as well.
@@ -162,7 +163,7 @@ def test_what_was_planted_is_absorbed(model_type: str, text: Tensor) -> None:
     assert near == ([MASSIVE] if model_type == "cohere" else [])
     assert (plan.residual != 1).nonzero().flatten().tolist() == [*near, OUTLIER]
 
-    student = graft(model, family, plan)
+    student = graft(Decoder(model, family), plan).model
     left = found_in(student, text, NOTHING)
     assert not left.massive_activations
     assert not left.spike_neurons
@@ -185,13 +186,13 @@ def test_keys_are_kept_where_no_logit_fits_and_only_there(text: Tensor) -> None:
     found = found_in(model, fitted, torch.tensor([BOS]))
     nothing = torch.ones(model.config.hidden_size)
     logit, auto = (
-        make_plan(model, family, found, nothing, (BOS,), fitted, budget=1e-6, form=form)
+        plan_of(Decoder(model, family), found, nothing, (BOS,), fitted, budget=1e-6, form=form)
         for form in ("logit", "auto")
     )
     assert logit.keyed_layers == ()
     assert auto.keyed_layers == (1,)
     left = [
-        divergence(model, graft(model, family, plan), torch.tensor([BOS]), unseen)
+        divergence(model, graft(Decoder(model, family), plan).model, torch.tensor([BOS]), unseen)
         for plan in (logit, auto)
     ]
     assert left[1] < 0.1 * left[0]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import strongest_sink
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.schema.settings import Thresholds
 from tests.helpers.tiny import LAYERS, tiny
@@ -21,7 +22,9 @@ def seen() -> Measurement:
     """Eight rows behind BOS. RARE is a sink in two, USUAL a weaker one in four, ODD in one."""
     tokens = torch.full((8, 15), 20)
     tokens[:2, 3], tokens[2:6, 5], tokens[6, 8] = RARE, USUAL, ODD
-    measurement = measure(tiny("llama", torch.float32), FAMILIES["llama"], tokens, _only(BOS))
+    measurement = measure(
+        Decoder(tiny("llama", torch.float32), FAMILIES["llama"]), tokens, _only(BOS)
+    )
     weight = torch.full((LAYERS, 8, 16), 0.05)
     weight[:, :, 0] = 0.9
     weight[:2, :2, 4], weight[:2, 2:6, 6], weight[:, 6, 9] = 0.5, 0.35, 0.99

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from absorb.fold.graft import twin
-from absorb.models.decoder import experts_of, linears_of
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.quantize import ranges as clipping
 from absorb.quantize.formats import FORMATS, Format
@@ -38,10 +38,10 @@ def test_a_linear_computes_what_int8_arithmetic_would(tokens: Tensor) -> None:
     name = "model.layers.1.mlp.gate_proj"
     linear = model.get_submodule(name)
     inputs = torch.randn(5, linear.in_features)
-    peaks = input_peaks(model, LLAMA, tokens)
+    peaks = input_peaks(Decoder(model, LLAMA), tokens)
     x_step, w_step = peaks[name].max() / 127, linear.weight.abs().amax(1, keepdim=True) / 127
     product = integers(inputs, x_step).int() @ integers(linear.weight, w_step).int().T
-    with quantised(model, LLAMA, STATIC, peaks):
+    with quantised(Decoder(model, LLAMA), STATIC, peaks):
         faked = linear(inputs)
     assert (faked - product * x_step * w_step.T).abs().max() < 1e-5 * faked.abs().max()
 
@@ -73,8 +73,8 @@ def test_a_channel_of_zeros_stays_zero() -> None:
 @torch.no_grad()
 def test_peaks_are_the_largest_inputs(tokens: Tensor) -> None:
     model = tiny("llama", torch.float32)
-    peaks = input_peaks(model, LLAMA, tokens)
-    assert peaks.keys() == linears_of(model, LLAMA).keys()
+    peaks = input_peaks(Decoder(model, LLAMA), tokens)
+    assert peaks.keys() == Decoder(model, LLAMA).linears.keys()
     normed = model.model.layers[0].input_layernorm(model.model.embed_tokens(tokens))
     expected = normed.abs().flatten(0, 1).amax(0)
     torch.testing.assert_close(peaks["model.layers.0.self_attn.q_proj"], expected)
@@ -82,7 +82,7 @@ def test_peaks_are_the_largest_inputs(tokens: Tensor) -> None:
 
 def ranges_of(form: Format, model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
     family = FAMILIES[model.config.model_type]
-    return {} if form.ranges is None else form.ranges(model, family, tokens)
+    return {} if form.ranges is None else form.ranges(Decoder(model, family), tokens)
 
 
 @every_format
@@ -95,13 +95,13 @@ def test_a_format_changes_the_model_for_a_while(
     before = model(tokens).logits
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     ranges = ranges_of(form, model, tokens)
-    with quantised(model, family, form, ranges):
+    with quantised(Decoder(model, family), form, ranges):
         changed = (model(tokens).logits - before).abs().max()
     assert 0 < changed < 2 * before.abs().max()
     assert torch.equal(model(tokens).logits, before)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert not any("forward" in vars(module) for module in experts_of(model, family).values())
+    assert not any("forward" in vars(module) for module in Decoder(model, family).experts.values())
 
 
 @every_format
@@ -117,7 +117,7 @@ def test_a_linear_multiplies_a_rounded_input_by_a_rounded_weight(
     peak = ranges["model.layers.1.mlp.down_proj"].max() if ranges else None
     left = rounded(form.turn(inputs), form.inputs, peak)
     expected = nn.functional.linear(left, rounded(form.turn(weight), form.weights), bias)
-    with quantised(model, LLAMA, form, ranges):
+    with quantised(Decoder(model, LLAMA), form, ranges):
         torch.testing.assert_close(linear(inputs), expected)
 
 
@@ -125,7 +125,7 @@ def test_a_linear_multiplies_a_rounded_input_by_a_rounded_weight(
 def test_a_failure_within_leaves_the_model_as_it_was(tokens: Tensor) -> None:
     model = tiny("llama", torch.float32)
     before = model(tokens).logits
-    with pytest.raises(RuntimeError), quantised(model, LLAMA, FORMATS["w4a4"], {}):
+    with pytest.raises(RuntimeError), quantised(Decoder(model, LLAMA), FORMATS["w4a4"], {}):
         raise RuntimeError
     assert torch.equal(model(tokens).logits, before)
 
@@ -137,7 +137,7 @@ def test_a_rotation_alone_changes_nothing(tokens: Tensor) -> None:
     for model_type in ("llama", "gpt2", "mixtral"):
         model = tiny(model_type, torch.float32)
         before = model(tokens).logits
-        with quantised(model, FAMILIES[model_type], form, {}):
+        with quantised(Decoder(model, FAMILIES[model_type]), form, {}):
             torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-4)
 
 
@@ -150,7 +150,7 @@ def test_a_rotation_helps_four_bits_against_an_outlier_channel(tokens: Tensor) -
     exact, errors = linear(inputs), []
     for name in ("w4a4", "w4a4-hadamard"):
         form = replace(FORMATS[name], weights=INT8_ROW)  # an outlier multiplies the weights' errors
-        with quantised(model, LLAMA, form, {}):
+        with quantised(Decoder(model, LLAMA), form, {}):
             errors.append(float((linear(inputs) - exact).square().mean()))
     assert errors[1] < errors[0] / 4
 
@@ -163,7 +163,10 @@ def test_every_name_has_a_format() -> None:
 @torch.no_grad()
 def test_a_range_is_clipped_where_rare_values_cost_more_than_they_are_worth(tokens: Tensor) -> None:
     model = tiny("llama", torch.float32)
-    peaks, ranges = input_peaks(model, LLAMA, tokens), clipped_ranges(model, LLAMA, tokens)
+    peaks, ranges = (
+        input_peaks(Decoder(model, LLAMA), tokens),
+        clipped_ranges(Decoder(model, LLAMA), tokens),
+    )
     assert peaks.keys() == ranges.keys()
     assert all(0 < ranges[name] <= peaks[name].max() * (1 + 1e-6) for name in peaks)
     # A channel that hardly matters would coarsen the grid of all.
@@ -173,7 +176,7 @@ def test_a_range_is_clipped_where_rare_values_cost_more_than_they_are_worth(toke
     up = model.get_submodule("model.layers.1.mlp.up_proj")
     up.weight[3] *= 20
     watched = down.register_forward_pre_hook(lambda _, args: seen.update(inputs=args[0]))
-    ranges = clipped_ranges(model, LLAMA, tokens)
+    ranges = clipped_ranges(Decoder(model, LLAMA), tokens)
     watched.remove()
     inputs = seen["inputs"].flatten(0, 1)
     errors = [
@@ -192,7 +195,7 @@ def test_a_range_is_the_same_however_many_rows_are_read_at_once(
     found = []
     for at_once in (1, 3, 4):
         monkeypatch.setattr(clipping, "ROWS", at_once)
-        found.append(clipped_ranges(model, family, rows))
+        found.append(clipped_ranges(Decoder(model, family), rows))
     for name, value in found[-1].items():
         assert all(float(ranges[name]) == pytest.approx(float(value)) for ranges in found)
 
@@ -204,8 +207,8 @@ def test_a_format_says_whether_rows_read_together_change_each_other(
 ) -> None:
     model = tiny("llama", torch.float64)
     model.model.embed_tokens.weight[tokens[1]] *= 7  # its first row has the smaller values
-    ranges = {} if form.ranges is None else form.ranges(model, LLAMA, tokens)
-    with quantised(model, LLAMA, form, ranges):
+    ranges = {} if form.ranges is None else form.ranges(Decoder(model, LLAMA), tokens)
+    with quantised(Decoder(model, LLAMA), form, ranges):
         together, alone = model(tokens[:2]).logits[0], model(tokens[:1]).logits[0]
     assert torch.allclose(together, alone, rtol=1e-9) is not form.mixes_rows
 
@@ -215,14 +218,14 @@ def test_a_format_says_whether_rows_read_together_change_each_other(
 def test_a_stream_in_a_format_is_rounded_behind_every_layer(absorbed: bool, tokens: Tensor) -> None:
     model: Any = tiny("llama", torch.float32)
     expected = copy.deepcopy(model)
-    model = twin(model, LLAMA) if absorbed else model
+    model = twin(Decoder(model, LLAMA)).model if absorbed else model
 
     def halved(_: object, __: object, out: Tensor) -> Tensor:
         return out.half().float()
 
     for layer in expected.model.layers:
         layer.register_forward_hook(halved)
-    with quantised(model, LLAMA, FORMATS["stream-fp16"], {}):
+    with quantised(Decoder(model, LLAMA), FORMATS["stream-fp16"], {}):
         found = model(tokens, use_cache=False).logits
     torch.testing.assert_close(found, expected(tokens).logits, rtol=1e-4, atol=1e-4)
 
@@ -232,7 +235,7 @@ def test_what_does_not_fit_into_float16_is_no_number(tokens: Tensor) -> None:
     model = tiny("llama", torch.float32)
     model.model.layers[1].mlp.down_proj.weight *= 1e7
     assert model(tokens).logits.isfinite().all()
-    with quantised(model, LLAMA, FORMATS["stream-fp16"], {}):
+    with quantised(Decoder(model, LLAMA), FORMATS["stream-fp16"], {}):
         assert not model(tokens).logits.isfinite().all()
 
 
@@ -253,9 +256,9 @@ def test_attention_reads_the_rounded_keys_and_values_of_a_cache(
 
     with attending(model, attend):
         expected = model(tokens, use_cache=False).logits
-    subject = twin(model, LLAMA) if absorbed else model
+    subject = twin(Decoder(model, LLAMA)).model if absorbed else model
     plain = subject(tokens, use_cache=False).logits
-    with quantised(subject, LLAMA, FORMATS["cache-int4"], {}):
+    with quantised(Decoder(subject, LLAMA), FORMATS["cache-int4"], {}):
         found = subject(tokens, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, plain, atol=1e-2)

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb.fold.graft import twin
-from absorb.models.decoder import linears_of, weight_at
+from absorb.models.decoder import Decoder, site_at
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
 from absorb.quantize.formats import FORMATS
@@ -54,24 +54,24 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 def read(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
     """What every Linear is given, under its name."""
     seen: dict[str, Tensor] = {}
-    with watching_inputs(model, LLAMA, lambda name, values: seen.update({name: values})):
+    with watching_inputs(Decoder(model, LLAMA), lambda name, values: seen.update({name: values})):
         model(tokens)
     return seen
 
 
 @torch.no_grad()
 def test_all_that_is_rounded_is_what_a_merged_rotation_has(tokens: Tensor) -> None:
-    ours = turn(twin(tiny("llama", torch.float32), LLAMA), LLAMA)
+    ours = turn(twin(Decoder(tiny("llama", torch.float32), LLAMA))).model
     theirs = merged(tiny("llama", torch.float32))
-    for name in linears_of(theirs, LLAMA):
-        torch.testing.assert_close(weight_at(ours, name), weight_at(theirs, name))
+    for name in Decoder(theirs, LLAMA).linears:
+        torch.testing.assert_close(site_at(ours, name).weight, site_at(theirs, name).weight)
     found, expected = read(ours, tokens), read(theirs, tokens)
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-4)
     with (
-        quantised(ours, LLAMA, FORMATS["w4a4"], {}),
-        quantised(theirs, LLAMA, FORMATS["w4a4"], {}),
+        quantised(Decoder(ours, LLAMA), FORMATS["w4a4"], {}),
+        quantised(Decoder(theirs, LLAMA), FORMATS["w4a4"], {}),
     ):
         logits = ours(tokens).logits, theirs(tokens).logits
     exact = theirs(tokens).logits
@@ -82,11 +82,11 @@ def test_all_that_is_rounded_is_what_a_merged_rotation_has(tokens: Tensor) -> No
 @torch.no_grad()
 def test_a_rotation_changes_all_weights_and_nothing_else(name: str, tokens: Tensor) -> None:
     family: Family = FAMILIES[name]
-    model = twin(tiny(name, torch.float32), family)
+    model = twin(Decoder(tiny(name, torch.float32), family)).model
     before, weights = model(tokens).logits, {}
-    for linear in linears_of(model, family):
-        weights[linear] = weight_at(model, linear).clone()
-    turn(model, family)
+    for linear in Decoder(model, family).linears:
+        weights[linear] = site_at(model, linear).weight.clone()
+    turn(Decoder(model, family))
     torch.testing.assert_close(model(tokens).logits, before, rtol=1e-3, atol=1e-4)
     for linear, weight in weights.items():
-        assert not torch.allclose(weight_at(model, linear), weight, atol=1e-3)
+        assert not torch.allclose(site_at(model, linear).weight, weight, atol=1e-3)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from absorb.fold.graft import twin
-from absorb.models.decoder import linears_of
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.simulate import quantised
@@ -27,10 +27,10 @@ def test_integers_give_what_fake_quantisation_does(
     from scripts.benchmarks.int8.arithmetic import size, to_int8
 
     model = tiny("llama", torch.float32)
-    model = twin(model, LLAMA) if absorbed else model
-    peaks = input_peaks(model, LLAMA, tokens)
+    model = twin(Decoder(model, LLAMA)).model if absorbed else model
+    peaks = input_peaks(Decoder(model, LLAMA), tokens)
     form, exact = FORMATS["w8a8-static" if static else "w8a8-token"], model(tokens).logits
-    with quantised(model, LLAMA, form, peaks if static else {}):
+    with quantised(Decoder(model, LLAMA), form, peaks if static else {}):
         faked = model(tokens).logits
     real = copy.deepcopy(model)
     to_int8(real, LLAMA, peaks if static else None, reduced=False)
@@ -40,7 +40,7 @@ def test_integers_give_what_fake_quantisation_does(
     errors = [float((logits - exact).norm()) for logits in (found, faked)]
     assert errors[0] == pytest.approx(errors[1], rel=0.15)
     assert 0 < errors[0] < 0.05 * float(exact.norm())
-    weights = sum(linear.weight.numel() for linear in linears_of(model, LLAMA).values())
+    weights = sum(linear.weight.numel() for linear in Decoder(model, LLAMA).linears.values())
     assert size(model) - 3 * weights < size(real) < size(model) - 2.5 * weights
 
 
@@ -49,7 +49,7 @@ def test_a_reduced_range_is_half_as_fine(tokens: Tensor) -> None:
     from scripts.benchmarks.int8.arithmetic import to_int8
 
     model = tiny("llama", torch.float32)
-    peaks, exact = input_peaks(model, LLAMA, tokens), model(tokens).logits
+    peaks, exact = input_peaks(Decoder(model, LLAMA), tokens), model(tokens).logits
     errors = []
     for reduced in (False, True):
         real = copy.deepcopy(model)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from absorb.fold.graft import twin
 from absorb.measure.divergence import divergence
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.simulate import quantised
@@ -37,11 +38,11 @@ def test_every_purpose_but_none_has_a_format() -> None:
 def test_a_rehearsal_is_what_it_is_for(model_type: str, purpose: Purpose, tokens: Tensor) -> None:
     model, family = tiny(model_type, torch.float32), FAMILIES[model_type]
     form = FORMATS[FORMAT_FOR[purpose]]
-    ranges = {} if form.ranges is None else form.ranges(model, family, tokens)
-    with torch.no_grad(), quantised(model, family, form, ranges):
+    ranges = {} if form.ranges is None else form.ranges(Decoder(model, family), tokens)
+    with torch.no_grad(), quantised(Decoder(model, family), form, ranges):
         expected = model(tokens).logits
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with rehearsing(model, family, form, tokens):
+    with rehearsing(Decoder(model, family), form, tokens):
         logits = model(tokens).logits
         logits.square().mean().backward()
     torch.testing.assert_close(logits, expected)  # another order of sums where experts are called
@@ -55,20 +56,20 @@ def test_a_rehearsal_is_what_it_is_for(model_type: str, purpose: Purpose, tokens
 @PURPOSES
 def test_a_student_learns_to_be_quantised(purpose: Purpose) -> None:
     teacher = tiny("llama", torch.float32)
-    student = twin(teacher, FAMILIES["llama"])
+    student = twin(Decoder(teacher, FAMILIES["llama"])).model
     family, form, text = FAMILIES["llama"], FORMATS[FORMAT_FOR[purpose]], texts()
     for up in (layer.mlp.up_proj for layer in student.model.layers):
         up.weight.data[0] *= 30  # one neuron far above the others: a coarse grid for all
-    ranges = {} if form.ranges is None else form.ranges(student, family, text.calibration)
+    ranges = {} if form.ranges is None else form.ranges(Decoder(student, family), text.calibration)
     plain = copy.deepcopy(student)
 
     def gap(model: PreTrainedModel) -> float:
-        with torch.no_grad(), quantised(model, family, form, ranges):
+        with torch.no_grad(), quantised(Decoder(model, family), form, ranges):
             return divergence(teacher, model, PREFIX, text.validation)
 
     fine_tune = recipe(Distillation(steps=30, train="all", purpose=purpose), student.device)
     distill(teacher, plain, PREFIX, text, fine_tune, seed=0)
-    with rehearsing(student, family, form, text.calibration):
+    with rehearsing(Decoder(student, family), form, text.calibration):
         losses = distill(teacher, student, PREFIX, text, fine_tune, seed=0)
     assert losses.kept > 0
     assert gap(student) < gap(plain)

@@ -17,6 +17,7 @@ from absorb.fold.graft import graft
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.choose import fit_sinks
 from absorb.fold.sinks.prefix_cache import prefix_of
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.schema.findings import Removal, SpikeNeuron
 from absorb.schema.training import LENGTH
@@ -121,7 +122,7 @@ def logits_of(model_type: str, form: str, tokens: Tensor, folder: Path) -> Tenso
     family, model = FAMILIES[model_type], tiny(model_type, torch.float32)
     model.set_experts_implementation("grouped_mm" if "experts" in family.down else "eager")
     prefix = prefix_of(model, torch.tensor([1, 9]))
-    sinks = fit_sinks(model, family, prefix, tokens)
+    sinks = fit_sinks(Decoder(model, family), prefix, tokens)
     if form == "mixed":
         sinks[1] = prefix.layers[1]
     spike = SpikeNeuron(layer=1, neuron=7, contribution=1.0)
@@ -132,7 +133,7 @@ def logits_of(model_type: str, form: str, tokens: Tensor, folder: Path) -> Tenso
         residual=2.0 ** (torch.arange(model.config.hidden_size) % 5),
         smoothing={},
     )
-    student = graft(model, family, plan)
+    student = graft(Decoder(model, family), plan).model
     student.save_pretrained(folder)
     return student(tokens).logits
 

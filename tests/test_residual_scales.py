@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from absorb.cli.main import main
 from absorb.fold.graft import graft, twin
-from absorb.fold.plan import Plan, make_plan
+from absorb.fold.plan import Plan
 from absorb.fold.residual import residual_scales
 from absorb.measure.findings import find
 from absorb.measure.outliers import Measurement, measure
 from absorb.models import modeling_absorb
-from absorb.models.decoder import bias_at, is_norm, layers_of, place_at, weight_at
+from absorb.models.decoder import Decoder, site_at
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
 from absorb.runtime.precision import as_stored
@@ -29,6 +29,7 @@ from absorb.schema.report import Report
 from absorb.schema.settings import Sink, Thresholds
 from absorb.show.rows import finding_rows
 from absorb.show.tables import listing
+from tests.helpers.plans import plan_of
 from tests.helpers.tiny import HIDDEN, tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -59,10 +60,10 @@ def overflowing(family: Family) -> PreTrainedModel:
     model = tiny(family.model_type, torch.float32)
     size = torch.full((HIDDEN,), LARGE)
     size[OUTLIERS] = LARGER
-    if not is_norm(layers_of(model, family)[0], family.writes[0]):
+    if not site_at(Decoder(model, family).layers[0], family.writes[0]).is_norm:
         size *= 2.5  # the entries of a matrix are smaller than the weights of a norm
     model.get_submodule(family.embedding).weight.mul_(size).clamp_(-LARGEST / 4, LARGEST / 4)
-    for layer in layers_of(model, family):
+    for layer in Decoder(model, family).layers:
         for name in family.writes:
             enlarge(layer, name, size, family.norm_offset)
         for name in family.reads:
@@ -75,12 +76,12 @@ def overflowing(family: Family) -> PreTrainedModel:
 
 def enlarge(layer: nn.Module, name: str, size: Tensor, norm_offset: float) -> None:
     """Multiply what a norm or a matrix gives."""
-    if is_norm(layer, name):
-        weight = place_at(layer, name).weight
+    if site_at(layer, name).is_norm:
+        weight = site_at(layer, name).module.weight
         weight.copy_((weight + norm_offset) * size - norm_offset)
     else:
-        weight_at(layer, name).mul_(size[:, None])
-    bias = bias_at(layer, name)
+        site_at(layer, name).weight.mul_(size[:, None])
+    bias = site_at(layer, name).bias
     if bias is not None:
         bias.mul_(size)
 
@@ -90,12 +91,12 @@ def converted(
     model: PreTrainedModel, family: Family, text: Tensor, form: Sink
 ) -> tuple[Measurement, Plan, PreTrainedModel]:
     """What was measured and planned, and the student as its bfloat16 checkpoint holds it."""
-    measurement = measure(model, family, text, BOS)
+    measurement = measure(Decoder(model, family), text, BOS)
     findings = find(measurement, Thresholds())
     scales = residual_scales(measurement, findings, target=1)
     prefix = tuple(BOS.tolist())
-    plan = make_plan(model, family, findings, scales, prefix, text, budget=0.0, form=form)
-    student = graft(model, family, plan)
+    plan = plan_of(Decoder(model, family), findings, scales, prefix, text, budget=0.0, form=form)
+    student = graft(Decoder(model, family), plan).model
     as_stored(student, torch.bfloat16)
     return measurement, plan, student
 
@@ -150,7 +151,7 @@ def test_a_stream_beyond_float16_fits_it_once_converted(model_type: str, text: T
     # float16 keeps three bits more than bfloat16, so rounding errs by an eighth; half is for luck.
     assert drift(logits, teacher) < rounding / 2
     assert drift(logits, rounded) < 1.5 * rounding
-    unscaled = graft(model, family, replace(plan, residual=torch.ones(HIDDEN)))
+    unscaled = graft(Decoder(model, family), replace(plan, residual=torch.ones(HIDDEN))).model
     assert not_finite(stored(unscaled, torch.float16), text)
 
 
@@ -182,7 +183,7 @@ def test_every_kind_of_norm_lets_its_scale_learn(model_type: str, text: Tensor) 
 def test_the_target_is_what_an_outlier_channel_is_brought_down_to(text: Tensor) -> None:
     model, family = tiny("llama", torch.float32), FAMILIES["llama"]
     model.get_input_embeddings().weight[:, OUTLIERS] = 40.0
-    measurement = measure(model, family, text, BOS)
+    measurement = measure(Decoder(model, family), text, BOS)
     findings = find(measurement, Thresholds())
     assert sorted(found.channel for found in findings.outlier_channels) == OUTLIERS
     usual = measurement.channel_mean.median(1).values[:, None]
@@ -195,7 +196,7 @@ def test_the_target_is_what_an_outlier_channel_is_brought_down_to(text: Tensor) 
 
 
 def test_a_scale_is_a_power_of_two_that_leaves_float16_half_of_its_range(text: Tensor) -> None:
-    measurement = measure(tiny("llama", torch.float32), FAMILIES["llama"], text, BOS)
+    measurement = measure(Decoder(tiny("llama", torch.float32), FAMILIES["llama"]), text, BOS)
     peaks = torch.tensor([0.0, 1.0, 32_768.0, 32_800.0, 65_536.0, 100_000.0, 8e5, 1e9])
     measured = replace(measurement, channel_peak=peaks)
     nothing = find(measurement, Thresholds())
@@ -217,7 +218,7 @@ def test_a_channel_that_is_large_inside_a_layer_alone_is_noticed(text: Tensor) -
         linear.weight[5] = 0
         linear.bias = nn.Parameter(torch.zeros(HIDDEN))
         linear.bias[5] = sign * 1e5
-    measurement = measure(model, family, text, BOS)
+    measurement = measure(Decoder(model, family), text, BOS)
     assert measurement.token_peak.max() < 100
     assert residual_scales(measurement, find(measurement, Thresholds()), 1)[5] == 4
 
@@ -257,7 +258,7 @@ def test_a_checkpoint_of_such_a_model_runs_in_float16(text_file: Path, tmp_path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_the_norm_that_a_gpu_runs_equals_the_stock_one(dtype: torch.dtype) -> None:
-    norm = twin(tiny("llama", torch.float32), FAMILIES["llama"]).to(dtype).model.norm
+    norm = twin(Decoder(tiny("llama", torch.float32), FAMILIES["llama"])).model.to(dtype).model.norm
     norm.input_scale.data = torch.rand(HIDDEN) + 0.5
     norm.weight.copy_(torch.rand(HIDDEN) + 0.5)
     stream = torch.randn(3, 5, HIDDEN, dtype=dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from absorb.cli.main import main
 from absorb.errors import AbsorbError
 from absorb.measure.score import losses
-from absorb.models.decoder import layers_of, linears_of
+from absorb.models.decoder import Decoder
 from absorb.runtime.hooks import watching
 from absorb.runtime.reading import Subject, remembering
 from scripts.bench import windows
@@ -145,7 +145,7 @@ def test_smoothing_moves_ranges_behind_norms_as_its_paper_does(
     bench: Bench, rows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rivals, "ALPHAS", [0.5])
-    model = rivals.smoothed(bench).subject.model
+    model = rivals.smoothed(bench).subject.decoder.model
     kept, changed = bench.model.model.layers[0], model.model.layers[0]
     assert torch.equal(kept.mlp.down_proj.weight, changed.mlp.down_proj.weight)
     seen: list[Tensor] = []
@@ -159,13 +159,13 @@ def test_smoothing_moves_ranges_behind_norms_as_its_paper_does(
 
 @torch.no_grad()
 def test_a_rotated_model_reads_rotated_inputs(bench: Bench, rows: Tensor) -> None:
-    rotated = rivals.turned(bench).subject.model
+    rotated = rivals.turned(bench).subject.decoder.model
     for model, weighted in ((bench.model, True), (rotated, False)):
         norm = model.model.layers[0].input_layernorm
         assert torch.equal(norm.weight, torch.ones_like(norm.weight)) != weighted
     inputs: dict[bool, Tensor] = {}
     for model in (bench.model, rotated):
-        linear = linears_of(model, bench.family)["model.layers.0.self_attn.o_proj"]
+        linear = Decoder(model, bench.family).linears["model.layers.0.self_attn.o_proj"]
         see = lambda _, values, m=model: inputs.update({m is rotated: values})  # noqa: E731
         with watching([linear], see, inputs=True):
             model(rows[:1])
@@ -181,12 +181,12 @@ def test_a_clipped_stream_stays_within_its_limits(
     rival = rivals.clipped(bench)
     assert rival.chosen == {"share": 0.5}
     peaks: list[float] = []
-    layers = layers_of(rival.subject.model, bench.family)
+    layers = rival.subject.decoder.layers
     with watching(layers, lambda _, stream: peaks.append(float(stream.abs().max()))):
-        rival.subject.model(rows[:1])
+        rival.subject.decoder.model(rows[:1])
         clipped, peaks[:] = list(peaks), []
     with watching(
-        layers_of(bench.model, bench.family), lambda _, s: peaks.append(float(s.abs().max()))
+        Decoder(bench.model, bench.family).layers, lambda _, s: peaks.append(float(s.abs().max()))
     ):
         bench.model(rows[:1])
     assert all(after < 0.5 * before for after, before in zip(clipped, peaks, strict=True))

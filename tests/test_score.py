@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from absorb.fold.graft import twin
 from absorb.measure.score import evaluate
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.runtime.losses import kl
 from absorb.runtime.reading import Subject
@@ -32,7 +33,7 @@ def score(
 ) -> Score:
     thresholds = replace(Thresholds(), **changes)
     [found] = evaluate(
-        [Subject(model=model, lead=lead)], teacher, LLAMA, text, text, thresholds, ()
+        [Subject(decoder=Decoder(model, LLAMA), lead=lead)], teacher, text, text, thresholds, ()
     )
     return found
 
@@ -41,14 +42,14 @@ def score(
 def test_perplexity_is_the_exponential_of_the_loss_in_transformers(
     model: PreTrainedModel, tokens: Tensor
 ) -> None:
-    found = score(model, tokens, NOTHING, Subject(model=model, lead=NOTHING))
+    found = score(model, tokens, NOTHING, Subject(decoder=Decoder(model, LLAMA), lead=NOTHING))
     loss = model(tokens, labels=tokens).loss
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
 
 
 @torch.no_grad()
 def test_a_lead_is_read_and_not_counted(model: PreTrainedModel, tokens: Tensor) -> None:
-    found = score(model, tokens, BOS, Subject(model=model, lead=BOS))
+    found = score(model, tokens, BOS, Subject(decoder=Decoder(model, LLAMA), lead=BOS))
     rows = torch.cat([BOS.expand(len(tokens), 1), tokens], 1)
     labels = rows.clone()
     labels[:, :2] = -100  # the first token of the text is not counted either
@@ -59,7 +60,7 @@ def test_a_lead_is_read_and_not_counted(model: PreTrainedModel, tokens: Tensor) 
 
 @torch.no_grad()
 def test_divergence_is_that_of_torch(model: PreTrainedModel, tokens: Tensor) -> None:
-    found = score(model, tokens, NOTHING, Subject(model=model, lead=BOS))
+    found = score(model, tokens, NOTHING, Subject(decoder=Decoder(model, LLAMA), lead=BOS))
     rows = torch.cat([BOS.expand(len(tokens), 1), tokens], 1)
     teacher = model(rows).logits[:, 1:].log_softmax(-1)
     student = model(tokens).logits.log_softmax(-1)
@@ -74,7 +75,7 @@ def test_massive_activations_are_counted_by_token(model: PreTrainedModel, tokens
     spiked = int(tokens[0, 5])
     embedding = model.get_input_embeddings().weight
     embedding[spiked, 9] = 1e6
-    found = score(model, tokens, NOTHING, Subject(model=model, lead=NOTHING))
+    found = score(model, tokens, NOTHING, Subject(decoder=Decoder(model, LLAMA), lead=NOTHING))
     assert found.stream_peak == pytest.approx(1e6, rel=0.01)
     assert found.massive_tokens == int((tokens == spiked).sum())
 
@@ -83,7 +84,7 @@ def test_massive_activations_are_counted_by_token(model: PreTrainedModel, tokens
 def test_the_thresholds_decide_which_activations_are_massive(
     model: PreTrainedModel, tokens: Tensor
 ) -> None:
-    teacher = Subject(model=model, lead=NOTHING)
+    teacher = Subject(decoder=Decoder(model, LLAMA), lead=NOTHING)
     limits = {"massive_value": 0.0, "massive_ratio": 0.0}
     assert score(model, tokens, NOTHING, teacher, **limits).massive_tokens == tokens.numel()
     for name in limits:
@@ -95,7 +96,7 @@ def test_the_thresholds_decide_which_activations_are_massive(
 def test_the_weight_on_the_first_token_is_a_mean_over_queries_after_it(
     model: PreTrainedModel, tokens: Tensor
 ) -> None:
-    found = score(model, tokens, NOTHING, Subject(model=model, lead=NOTHING))
+    found = score(model, tokens, NOTHING, Subject(decoder=Decoder(model, LLAMA), lead=NOTHING))
     model.set_attn_implementation("eager")
     weights = model(tokens, output_attentions=True).attentions
     expected = torch.stack(weights)[:, :, :, 1:, 0].mean()
@@ -104,10 +105,10 @@ def test_the_weight_on_the_first_token_is_a_mean_over_queries_after_it(
 
 @torch.no_grad()
 def test_a_neutral_twin_scores_like_its_original(model: PreTrainedModel, tokens: Tensor) -> None:
-    teacher = Subject(model=model, lead=NOTHING)
-    student = Subject(model=twin(model, LLAMA), lead=NOTHING)
+    teacher = Subject(decoder=Decoder(model, LLAMA), lead=NOTHING)
+    student = Subject(decoder=twin(Decoder(model, LLAMA)), lead=NOTHING)
     original, converted = evaluate(
-        [teacher, student], teacher, LLAMA, tokens, tokens, Thresholds(), ("w8a8-static", "nvfp4")
+        [teacher, student], teacher, tokens, tokens, Thresholds(), ("w8a8-static", "nvfp4")
     )
     assert converted.perplexity == pytest.approx(original.perplexity, rel=1e-5)
     assert converted.quantised == pytest.approx(original.quantised, rel=1e-3)

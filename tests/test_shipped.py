@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from absorb.fold.graft import twin
 from absorb.fold.sinks.forms import KeySink
 from absorb.models import modeling_absorb
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES, family_of
 from absorb.models.modeling_absorb import NEUTRAL, stock_classes
 from tests.helpers.tiny import HEAD_DIM, LAYERS, kv_heads, tiny
@@ -59,7 +60,7 @@ def with_everything(family: str) -> Any:
     """A model with keys in its first layer, logits in the others, and scales."""
     room = torch.zeros(kv_heads(family), 2, HEAD_DIM)
     keys = [KeySink(keys=room, values=room), *[None] * (LAYERS - 1)]
-    model = twin(tiny(family, torch.float32), family_of(family), keys)
+    model = twin(Decoder(tiny(family, torch.float32), family_of(family)), keys).model
     for seed, (name, parameter) in enumerate(model.named_parameters()):
         if name.rpartition(".")[2] in NEUTRAL.keys() - {"bias"}:
             drawn = draw(*parameter.shape, seed=seed)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from absorb.fold import smoothing
 from absorb.fold.graft import twin
 from absorb.fold.smoothing import searched_scales, smooth, smoothing_scales
-from absorb.models.decoder import each_name, weight_at
+from absorb.models.decoder import Decoder, site_at
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
 from absorb.quantize.grids import INT4_ROW, INT8_ROW, INT8_TENSOR, rounded
@@ -38,9 +38,9 @@ def uneven(seed: int = 0) -> PreTrainedModel:
 @ORDERS
 def test_every_channel_is_read_as_large_as_its_weights_are(tokens: Tensor, order: float) -> None:
     model = uneven()
-    before = input_peaks(model, LLAMA, tokens, order=order)[DOWN]
-    smooth(model, LLAMA, smoothing_scales(model, LLAMA, tokens, order=order))
-    read = input_peaks(model, LLAMA, tokens, order=order)[DOWN]
+    before = input_peaks(Decoder(model, LLAMA), tokens, order=order)[DOWN]
+    smooth(Decoder(model, LLAMA), smoothing_scales(Decoder(model, LLAMA), tokens, order=order))
+    read = input_peaks(Decoder(model, LLAMA), tokens, order=order)[DOWN]
     weight = power_mean(model.get_submodule(DOWN).weight.detach(), order, 0)
     # Where the largest values count, only those that were as large as most already.
     judged = before >= (before.median() if order == inf else 0)
@@ -52,10 +52,10 @@ def test_every_channel_is_read_as_large_as_its_weights_are(tokens: Tensor, order
 @torch.no_grad()
 def test_a_neuron_that_was_quiet_may_fire_on_other_text(tokens: Tensor) -> None:
     model = uneven()
-    before = input_peaks(model, LLAMA, tokens)[DOWN]
+    before = input_peaks(Decoder(model, LLAMA), tokens)[DOWN]
     quiet = before <= before.quantile(0.1)
-    smooth(model, LLAMA, smoothing_scales(model, LLAMA, tokens))
-    divisor = (before / input_peaks(model, LLAMA, tokens)[DOWN])[quiet]
+    smooth(Decoder(model, LLAMA), smoothing_scales(Decoder(model, LLAMA), tokens))
+    divisor = (before / input_peaks(Decoder(model, LLAMA), tokens)[DOWN])[quiet]
     as_loud_as_most = before.median() / divisor
     weight = model.get_submodule(DOWN).weight.detach().abs().amax(0)[quiet]
     assert (as_loud_as_most <= 1.001 * weight).all()  # read no larger than its weights are
@@ -72,8 +72,8 @@ def test_the_exponent_is_the_one_with_the_least_error(
 
     model = uneven()
     monkeypatch.setattr(smoothing, "_errors", errors)
-    found = searched_scales(model, LLAMA, tokens)
-    for link, scale in smoothing_scales(model, LLAMA, tokens, exponent).items():
+    found = searched_scales(Decoder(model, LLAMA), tokens)
+    for link, scale in smoothing_scales(Decoder(model, LLAMA), tokens, exponent).items():
         assert torch.equal(found[link], scale)
 
 
@@ -84,17 +84,18 @@ def test_the_errors_are_those_of_a_model_with_these_scales(
 ) -> None:
     monkeypatch.setattr(smoothing, "_EVERY", 1)
     family, model = FAMILIES[model_type], tiny(model_type)
-    scales = smoothing_scales(model, family, tokens)
-    found = smoothing._errors(model, family, tokens, input_peaks(model, family, tokens), [scales])
+    decoder = Decoder(model, family)
+    scales = smoothing_scales(decoder, tokens)
+    found = smoothing._errors(decoder, tokens, input_peaks(decoder, tokens), [scales])
     for link, readers in family.links.items():
-        student = twin(model, family)
-        smooth(student, family, {link: scales[link]})
+        student = twin(Decoder(model, family)).model
+        smooth(Decoder(student, family), {link: scales[link]})
         read: dict[str, Tensor] = {}
-        with watching_inputs(student, family, read.__setitem__):
+        with watching_inputs(Decoder(student, family), read.__setitem__):
             student.base_model(tokens)
         for layer in range(LAYERS):
-            names = [each_name(student, family, reader)[layer] for reader in readers]
-            expected = sum(int8_error(read[name], weight_at(student, name)) for name in names)
+            names = [Decoder(student, family).names(reader)[layer] for reader in readers]
+            expected = sum(int8_error(read[name], site_at(student, name).weight) for name in names)
             assert float(found[link][0, layer]) == pytest.approx(float(expected), rel=1e-3)
 
 
@@ -108,7 +109,9 @@ def test_what_is_read_is_measured(tokens: Tensor, order: float) -> None:
     model, seen = uneven(), []
     linear = model.get_submodule("model.layers.0.self_attn.q_proj")
     linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
-    found = input_peaks(model, LLAMA, tokens, order=order)["model.layers.0.self_attn.q_proj"]
+    found = input_peaks(Decoder(model, LLAMA), tokens, order=order)[
+        "model.layers.0.self_attn.q_proj"
+    ]
     size = seen[0].abs().amax(0) if order == inf else seen[0].square().mean(0).sqrt()
     assert found.shape == (HIDDEN,)
     torch.testing.assert_close(found, size)
@@ -133,7 +136,7 @@ def rounding_error(model: PreTrainedModel, tokens: Tensor, order: float | None) 
     inputs, weight = seen[0], down.weight.detach()
     scale = torch.ones(NEURONS)
     if order is not None:
-        scale = smoothing_scales(model, LLAMA, tokens, order=order)["mlp.up_proj"][0]
+        scale = smoothing_scales(Decoder(model, LLAMA), tokens, order=order)["mlp.up_proj"][0]
     read, matrix = rotated(inputs / scale), rotated(weight * scale)
     product = rounded(read, INT4_ROW) @ rounded(matrix, INT4_ROW).T
     return float((product - inputs @ weight.T).square().mean())

@@ -21,6 +21,7 @@ from absorb.measure.tally import (
     token_attention,
     token_ratios,
 )
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.runtime.reading import Subject
 from absorb.schema.settings import Thresholds
@@ -59,7 +60,7 @@ def test_a_measurement_does_not_depend_on_how_many_rows_are_read_at_once(
         model.get_input_embeddings().weight[2] *= 3000  # an outlier token, and a massive one
 
     def measured() -> Measurement:
-        return measure(model, FAMILIES[family], text, LEAD)
+        return measure(Decoder(model, FAMILIES[family]), text, LEAD)
 
     alone, *others = in_batches(measured, "absorb.measure.outliers._ROWS", (1, 3, ROWS))
     found = find(alone, Thresholds())
@@ -76,14 +77,14 @@ def test_a_measurement_does_not_depend_on_how_many_rows_are_read_at_once(
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_no_figure_depends_on_how_many_rows_are_read_at_once(family: str, text: Tensor) -> None:
     model, teacher = tiny(family, torch.float32), tiny(family, torch.float32)
+    decoder = Decoder(model, FAMILIES[family])
     with torch.no_grad():
         model.get_input_embeddings().weight[2] *= 3000
-    subjects = [Subject(model=model), Subject(model=model, lead=LEAD)]
-    families = [FAMILIES[family]] * 2
+    subjects = [Subject(decoder=decoder), Subject(decoder=decoder, lead=LEAD)]
 
     def scored() -> list[dict[str, Any]]:
-        reference = Subject(model=teacher, lead=LEAD)
-        return [shown(t) for t in tallies(subjects, families, reference, text, inputs=True)]
+        reference = Subject(decoder=Decoder(teacher, FAMILIES[family]), lead=LEAD)
+        return [shown(t) for t in tallies(subjects, reference, text, inputs=True)]
 
     length = text.shape[1]
     alone, *others = in_batches(
@@ -109,9 +110,9 @@ def test_what_is_found_and_what_is_scored_are_the_same_figures(text: Tensor) -> 
     model, family = tiny("llama"), FAMILIES["llama"]  # in float64 no product is hastened
     with torch.no_grad():
         model.get_input_embeddings().weight[2] *= 3000
-    subject = Subject(model=model, lead=LEAD)
-    measurement = measure(model, family, text, LEAD)
-    [tally] = tallies([subject], [family], subject, text)
+    subject = Subject(decoder=Decoder(model, family), lead=LEAD)
+    measurement = measure(Decoder(model, family), text, LEAD)
+    [tally] = tallies([subject], subject, text)
     torch.testing.assert_close(tally.peaks.all(), measurement.token_peak)
     torch.testing.assert_close(tally.medians.mean(), measurement.median)
     torch.testing.assert_close(tally.head_weights, measurement.first_weight)

@@ -14,6 +14,7 @@ from absorb.cli.main import main
 from absorb.measure import timing
 from absorb.measure.score import losses
 from absorb.measure.tasks import answered, questions_in, tasks_of
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.pipelines import compare
 from absorb.quantize.formats import FORMATS
@@ -91,7 +92,7 @@ def test_questions_of_a_file_are_answered_in_float_and_in_a_format(
     model = tiny("llama", torch.float32)
     for place in found["tasks"]:
         if place in FORMATS:
-            with quantised(model, FAMILIES["llama"], FORMATS["w4a4"], {}):
+            with quantised(Decoder(model, FAMILIES["llama"]), FORMATS["w4a4"], {}):
                 expected = [accuracy(model, by_length=by_length) for by_length in (False, True)]
         else:
             expected = [accuracy(model, by_length=by_length) for by_length in (False, True)]
@@ -184,7 +185,9 @@ def test_perplexity_is_that_of_the_harness(dtype: torch.dtype, tmp_path: Path) -
             [Instance("loglikelihood_rolling", {}, (tokenizer.decode(row),), 0)], disable_tqdm=True
         )
         total -= likelihood
-    lead = Subject(model=model, lead=torch.tensor([tokenizer.bos_token_id]))
+    lead = Subject(
+        decoder=Decoder(model, FAMILIES["llama"]), lead=torch.tensor([tokenizer.bos_token_id])
+    )
     first = [nll_of_first(lead, row) for row in rows]
     expected = math.exp((total - sum(first)) / (rows.numel() - len(rows)))
     found = float(losses(lead, rows, "test").mean().exp())

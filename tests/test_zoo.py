@@ -22,6 +22,7 @@ from absorb.measure.divergence import divergence
 from absorb.measure.findings import find
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.score import evaluate
+from absorb.models.decoder import Decoder
 from absorb.models.families import family_of
 from absorb.models.family import Family
 from absorb.runtime.reading import Subject
@@ -61,12 +62,16 @@ class Catch:
     measurement: Measurement
     findings: Findings
 
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(self.animal.model, self.family)
+
 
 @cache
 def caught(make: Make) -> Catch:
     animal, calibration, unseen = zoo.caught(make)
     family = family_of(animal.model.config.model_type)
-    measurement = measure(animal.model, family, calibration, tensor(animal.lead))
+    measurement = measure(Decoder(animal.model, family), calibration, tensor(animal.lead))
     return Catch(
         animal=animal,
         family=family,
@@ -88,8 +93,7 @@ def planned(make: Make, form: Sink) -> Plan:
 
 def plan_of(catch: Catch, form: Sink) -> Plan:
     return decide(
-        catch.animal.model,
-        catch.family,
+        catch.decoder,
         catch.findings,
         residual_scales(catch.measurement, catch.findings, target=1),
         catch.animal.prefix,
@@ -103,29 +107,28 @@ def plan_of(catch: Catch, form: Sink) -> Plan:
 @cache
 def converted(make: Make, form: Sink) -> Score:
     catch = caught(make)
-    student = graft(catch.animal.model, catch.family, planned(make, form))
-    scales = searched_scales(student, catch.family, catch.calibration)
-    smooth(student, catch.family, scales)
-    return judged(catch, Subject(model=student))
+    student = graft(catch.decoder, planned(make, form))
+    smooth(student, searched_scales(student, catch.calibration))
+    return judged(catch, Subject(decoder=student))
 
 
 @cache
 def original(make: Make) -> Score:
     catch = caught(make)
-    return judged(catch, Subject(model=catch.animal.model, lead=tensor(catch.animal.lead)))
+    return judged(catch, Subject(decoder=catch.decoder, lead=tensor(catch.animal.lead)))
 
 
 def judged(catch: Catch, subject: Subject) -> Score:
-    teacher = Subject(model=catch.animal.model, lead=tensor(catch.animal.prefix))
+    teacher = Subject(decoder=catch.decoder, lead=tensor(catch.animal.prefix))
     texts = catch.unseen, catch.calibration
-    [score] = evaluate([subject], teacher, catch.family, *texts, Thresholds(), [INT8])
+    [score] = evaluate([subject], teacher, *texts, Thresholds(), [INT8])
     return score
 
 
 def divergence_of(make: Make, plan: Plan, length: int = zoo.LENGTH) -> float:
     """KL(teacher | student) of the plan on the beginnings of texts."""
     catch = caught(make)
-    student = graft(catch.animal.model, catch.family, plan)
+    student = graft(catch.decoder, plan).model
     prefix = tensor(catch.animal.prefix)
     return divergence(catch.animal.model, student, prefix, catch.unseen[:, :length])
 

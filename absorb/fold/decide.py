@@ -1,26 +1,29 @@
-"""The plan that holds: one whose student was grafted and seen to do what it should.
+"""Findings → the plan that holds: one whose student was grafted and seen to do what it should.
 
 A plan is drawn up from what the original does. Only a student shows whether sinks fit well enough
 together, and whether outlier tokens are left.
 """
 
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from absorb.fold.graft import graft
-from absorb.fold.neurons import removable_after
-from absorb.fold.plan import Plan, make_plan
+from absorb.fold.neurons import removable, removable_after, without
+from absorb.fold.plan import Plan
+from absorb.fold.sinks.choose import fit_sinks
+from absorb.fold.sinks.forms import LayerSink, LogitSink
+from absorb.fold.sinks.prefix_cache import Prefix, prefix_of
 from absorb.measure.divergence import divergence
-from absorb.models.family import Family
-from absorb.schema.findings import Findings
+from absorb.models.decoder import Decoder
+from absorb.schema.findings import Findings, Removal
 from absorb.schema.settings import Sink
 
 # The share of the prefix's effect beyond which the form `auto` keeps a layer's keys. Further on the
 # list where the student is too far from the teacher: what a share costs depends on the model.
-_MOST_LEFT_OUT = (0.05, 0.01, 0.002)
+MOST_LEFT_OUT = (0.05, 0.01, 0.002)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +35,14 @@ class Decision:
     """
 
     plan: Plan
-    student: PreTrainedModel
+    student: Decoder
     divergence: float
     logit_divergence: float | None = None
 
 
+@torch.no_grad()
 def decide(
-    model: PreTrainedModel,
-    family: Family,
+    decoder: Decoder,
     findings: Findings,
     residual: Tensor,
     prefix: tuple[int, ...],
@@ -53,38 +56,68 @@ def decide(
     Both are (rows, length). `budget` is the KL in nats per token that removing neurons may cost,
     and so may the layers that `auto` leaves to logits.
     """
-    for most in _MOST_LEFT_OUT:
-        plan = make_plan(model, family, findings, residual, prefix, tokens, budget, form, most)
-        plan, student = without_outlier_tokens(model, family, plan, tokens, budget)
-        decision = judged(model, family, plan, student, validation)
-        if form != "auto" or decision.divergence <= budget:
+    known = prefix_of(decoder.model, torch.tensor(prefix))
+    removals = removable(decoder, known, findings, tokens, budget)
+    for most in MOST_LEFT_OUT if form == "auto" else (inf,):
+        plan = Plan(
+            prefix=prefix,
+            sinks=sinks_for(decoder, known, removals, tokens, form, most),
+            removals=removals,
+            residual=residual,
+            smoothing={},
+        )
+        plan, student = without_outlier_tokens(decoder, plan, tokens, budget)
+        decision = judged(decoder, plan, student, validation)
+        if decision.divergence <= budget:
             break
     return decision
 
 
+def sinks_for(
+    decoder: Decoder,
+    prefix: Prefix,
+    removals: tuple[Removal, ...],
+    tokens: Tensor,
+    form: Sink,
+    most: float,
+) -> tuple[LayerSink, ...]:
+    """Each layer's sink in the form that is asked for, from text (rows, length).
+
+    Logits are fitted with the spike neurons already gone, as the student will be. In the form
+    `auto` a layer whose logits leave out more than the share `most` of the prefix's effect keeps
+    the keys.
+    """
+    # The student's text starts at 0, behind the keys. With learned positions, none of which is
+    # negative, the text moves instead.
+    start = 0 if decoder.family.positions else -len(prefix.tokens)
+    kept = prefix_of(decoder.model, prefix.tokens, start).layers
+    if form == "key":
+        return kept
+    with without(decoder, tuple(removal.spike for removal in removals)):
+        fits = fit_sinks(decoder, prefix, tokens, most if form == "auto" else inf)
+    return tuple(
+        fit if isinstance(fit, LogitSink) else replace(keys, error=fit.error, fit=fit.fit)
+        for keys, fit in zip(kept, fits, strict=True)
+    )
+
+
 def without_outlier_tokens(
-    model: PreTrainedModel, family: Family, plan: Plan, tokens: Tensor, budget: float
-) -> tuple[Plan, PreTrainedModel]:
+    decoder: Decoder, plan: Plan, tokens: Tensor, budget: float
+) -> tuple[Plan, Decoder]:
     """The plan and its student without the neurons that make outlier tokens of the student."""
-    student, prefix = graft(model, family, plan), torch.tensor(plan.prefix)
-    more = removable_after(model, student, family, prefix, tokens, budget)
+    student, prefix = graft(decoder, plan), torch.tensor(plan.prefix)
+    more = removable_after(decoder, student, prefix, tokens, budget)
     if not more:
         return plan, student
     plan = replace(plan, removals=(*plan.removals, *more))
-    return plan, graft(model, family, plan)
+    return plan, graft(decoder, plan)
 
 
-def judged(
-    model: PreTrainedModel,
-    family: Family,
-    plan: Plan,
-    student: PreTrainedModel,
-    validation: Tensor,
-) -> Decision:
+def judged(decoder: Decoder, plan: Plan, student: Decoder, validation: Tensor) -> Decision:
     """How far the student of a plan is from the teacher on text `validation` (rows, length)."""
 
-    def gap(student: PreTrainedModel) -> float:
-        return divergence(model, student, torch.tensor(plan.prefix), validation)
+    def gap(student: Decoder) -> float:
+        return divergence(decoder.model, student.model, torch.tensor(plan.prefix), validation)
 
     logits = plan.as_logits
     mixed = plan.keyed_layers != logits.keyed_layers
@@ -92,5 +125,5 @@ def judged(
         plan=plan,
         student=student,
         divergence=gap(student),
-        logit_divergence=gap(graft(model, family, logits)) if mixed else None,
+        logit_divergence=gap(graft(decoder, logits)) if mixed else None,
     )

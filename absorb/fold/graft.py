@@ -1,4 +1,8 @@
-"""Stock model + Plan → absorbed model. The only code that writes weights, save the fine-tune."""
+"""Stock model + Plan → absorbed model: the executor of a plan.
+
+Each kind of absorption is a module with `write(student, plan)`, which changes a student that does
+nothing new yet. Nothing else writes weights, save the fine-tune.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -8,46 +12,37 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from absorb.fold.neurons import remove_neurons
+from absorb.fold import neurons, place, residual, smoothing
 from absorb.fold.plan import Plan
-from absorb.fold.residual import rescale_stream
 from absorb.fold.sinks.forms import KeySink, LayerSink
-from absorb.fold.sinks.place import place_keys, place_logits, shift_positions
-from absorb.fold.smoothing import smooth
 from absorb.models import modeling_absorb
-from absorb.models.decoder import is_norm, layers_of
+from absorb.models.decoder import Decoder
 from absorb.models.family import Family
 from absorb.runtime.quiet import quiet
 
+_FOLDS = (place, neurons, residual, smoothing)
+
 
 @torch.no_grad()
-def graft(model: PreTrainedModel, family: Family, plan: Plan) -> PreTrainedModel:
-    """A new absorbed model that does without a prefix what `model` does with the plan's."""
-    student = twin(model, family, plan.sinks)
-    shift_positions(student, family, len(plan.prefix))
-    for layer, sink in zip(layers_of(student, family), plan.sinks, strict=True):
-        if isinstance(sink, KeySink):
-            place_keys(layer, family, sink)
-        else:
-            place_logits(student, family, layer, sink)
-    remove_neurons(student, family, plan.removals)
-    rescale_stream(student, family, plan.residual.to(student.device))
-    smooth(student, family, plan.smoothing)
+def graft(decoder: Decoder, plan: Plan) -> Decoder:
+    """A new absorbed model that does without a prefix what the stock one does with the plan's."""
+    student = twin(decoder, plan.sinks)
+    for fold in _FOLDS:
+        fold.write(student, plan)
     return student
 
 
-def twin(
-    model: PreTrainedModel, family: Family, sinks: Sequence[LayerSink] = ()
-) -> PreTrainedModel:
+def twin(decoder: Decoder, sinks: Sequence[LayerSink] = ()) -> Decoder:
     """The absorbed form of a stock model: copies of its weights, and neutral sinks and scales.
 
     A layer for which `sinks` holds keys has room for them, all others have logits.
     """
+    model: Any = decoder.model
     cls: Any = modeling_absorb.absorbed(type(model))
     settings = model.config.to_dict()
     for ours in ("model_type", "architectures", "auto_map", "transformers_version"):
         settings.pop(ours, None)
-    config = cls.config_class(**settings, absorb=sites(model, family, sinks))
+    config = cls.config_class(**settings, absorb=sites(decoder, sinks))
     config._experts_implementation = model.config._experts_implementation
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with quiet():
@@ -57,25 +52,26 @@ def twin(
     student.generation_config = copy.deepcopy(model.generation_config)
     module: nn.Module = student
     module.to(model.device).eval()
-    return student
+    return Decoder(student, decoder.family)
 
 
-def sites(
-    model: PreTrainedModel, family: Family, sinks: Sequence[LayerSink]
-) -> dict[str, list[str] | list[int]]:
+def sites(decoder: Decoder, sinks: Sequence[LayerSink]) -> dict[str, list[str] | list[int]]:
     """Which modules carry which parameter, as patterns of names in the model without its head."""
-    layer, count = layers_of(model, family)[0], len(layers_of(model, family))
-    stem = f"{model.base_model_prefix}."
+    family = decoder.family
+    stem = f"{decoder.model.base_model_prefix}."
     layers = f"{family.layers.removeprefix(stem)}.*."
+
+    def is_norm(name: str) -> bool:
+        return decoder.site(0, name).is_norm
 
     def kept_apart(name: str) -> bool:
         # (1 + w) / c - 1 would lie near -1, where bfloat16 keeps few digits of the sum.
-        return family.norm_offset != 0 and is_norm(layer, name)
+        return family.norm_offset != 0 and is_norm(name)
 
-    read_by_norms = [name for name in family.reads if is_norm(layer, name)]
+    read_by_norms = [name for name in family.reads if is_norm(name)]
     outputs = (*family.writes, *(norm for norm, _ in family.feeds))
     return {
-        **_sites_of_sinks(family, layers, count, sinks),
+        **_sites_of_sinks(family, layers, len(decoder.layers), sinks),
         "input_scale": [*(layers + n for n in read_by_norms), family.final_norm.removeprefix(stem)],
         "output_scale": [
             family.embedding.removeprefix(stem),

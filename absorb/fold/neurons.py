@@ -6,15 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
+from absorb.fold.plan import Plan
 from absorb.fold.sinks.prefix_cache import Prefix, prefixed
 from absorb.measure.findings import neurons_behind_outliers
 from absorb.measure.outliers import measure
-from absorb.models.decoder import column, layers_of, weight_at
-from absorb.models.family import Family
+from absorb.models.decoder import Decoder
 from absorb.runtime.losses import mean_kl
-from absorb.runtime.reading import led
+from absorb.runtime.reading import Subject
 from absorb.schema.findings import Findings, Removal, SpikeNeuron
 
 # Sink tokens are among the first of a text, and on them spike neurons write.
@@ -22,12 +21,9 @@ _ROWS, _BEGINNING = 4, 128
 
 
 @contextmanager
-def without(
-    model: PreTrainedModel, family: Family, neurons: tuple[SpikeNeuron, ...]
-) -> Iterator[None]:
+def without(decoder: Decoder, neurons: tuple[SpikeNeuron, ...]) -> Iterator[None]:
     """The model with what reads `neurons` at zero, for a while."""
-    down = [weight_at(layer, family.down) for layer in layers_of(model, family)]
-    columns = [column(down[spike.layer].detach(), spike.neuron) for spike in neurons]
+    columns = [_column(decoder, spike).detach() for spike in neurons]
     before = [part.clone() for part in columns]
     for part in columns:
         part.zero_()
@@ -40,8 +36,7 @@ def without(
 
 @torch.no_grad()
 def removable(
-    model: PreTrainedModel,
-    family: Family,
+    decoder: Decoder,
     prefix: Prefix,
     findings: Findings,
     tokens: Tensor,
@@ -52,23 +47,22 @@ def removable(
     Divergence is KL(teacher | without them) in nats per token on the beginnings of a few rows. Both
     have the prefix as constant keys and values, so that the neurons alone make the difference.
     """
-    text = _beginnings(model, tokens)
+    text = _beginnings(decoder, tokens)
 
     def logits() -> Tensor:
-        with prefixed(model, family, prefix):
+        with prefixed(decoder, prefix):
             positions = prefix.positions(text.shape[1])
-            found: Tensor = model(text, position_ids=positions, use_cache=False).logits
+            found: Tensor = decoder.model(text, position_ids=positions, use_cache=False).logits
         return found
 
-    teacher = _teacher_logits(model, prefix.tokens, text)
-    return _removed(model, family, findings.spike_neurons, teacher, logits, budget)
+    teacher = Subject(decoder=decoder, lead=prefix.tokens).logits(text)
+    return _removed(decoder, findings.spike_neurons, teacher, logits, budget)
 
 
 @torch.no_grad()
 def removable_after(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    family: Family,
+    teacher: Decoder,
+    student: Decoder,
     prefix: Tensor,
     tokens: Tensor,
     budget: float,
@@ -79,31 +73,24 @@ def removable_after(
     as if nothing were before it, and smaller neurons make a sink of it again.
     """
     text = _beginnings(student, tokens)
-    spikes = neurons_behind_outliers(measure(student, family, text, tokens.new_empty(0)))
+    spikes = neurons_behind_outliers(measure(student, text, tokens.new_empty(0)))
     if not spikes:
         return ()
 
     def logits() -> Tensor:
-        found: Tensor = student(text, use_cache=False).logits
-        return found
+        return Subject(decoder=student).logits(text)
 
-    target = _teacher_logits(teacher, prefix, text)
+    target = Subject(decoder=teacher, lead=prefix).logits(text)
     most = float(mean_kl(target, logits())) + budget
-    return _removed(student, family, spikes, target, logits, most)
+    return _removed(student, spikes, target, logits, most)
 
 
-def _beginnings(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    return tokens[:_ROWS, :_BEGINNING].to(model.device)
-
-
-def _teacher_logits(model: PreTrainedModel, prefix: Tensor, text: Tensor) -> Tensor:
-    logits: Tensor = model(led(text, prefix), use_cache=False).logits
-    return logits[:, len(prefix) :]
+def _beginnings(decoder: Decoder, tokens: Tensor) -> Tensor:
+    return tokens[:_ROWS, :_BEGINNING].to(decoder.device)
 
 
 def _removed(
-    model: PreTrainedModel,
-    family: Family,
+    decoder: Decoder,
     spikes: tuple[SpikeNeuron, ...],
     teacher: Tensor,
     logits: Callable[[], Tensor],
@@ -115,7 +102,7 @@ def _removed(
     """
 
     def divergence(removed: tuple[SpikeNeuron, ...]) -> float:
-        with without(model, family, removed):
+        with without(decoder, removed):
             return float(mean_kl(teacher, logits()))
 
     removals: tuple[Removal, ...] = ()
@@ -131,8 +118,12 @@ def _removed(
     return removals
 
 
-def remove_neurons(student: PreTrainedModel, family: Family, removals: tuple[Removal, ...]) -> None:
-    layers = layers_of(student, family)
-    for removal in removals:
-        weight = weight_at(layers[removal.spike.layer], family.down)
-        column(weight, removal.spike.neuron).zero_()
+def write(student: Decoder, plan: Plan) -> None:
+    """Zero what reads the spike neurons that can go."""
+    for removal in plan.removals:
+        _column(student, removal.spike).zero_()
+
+
+def _column(decoder: Decoder, spike: SpikeNeuron) -> Tensor:
+    """What reads a spike neuron: (hidden,), a view."""
+    return decoder.site(spike.layer, decoder.family.down).column(spike.neuron)

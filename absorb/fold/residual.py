@@ -3,11 +3,10 @@
 from math import log2
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from absorb.fold.plan import Plan
 from absorb.measure.outliers import Measurement
-from absorb.models.decoder import divide_output, layers_of, multiply_input, place_at
-from absorb.models.family import Family
+from absorb.models.decoder import Decoder
 from absorb.schema.findings import Findings
 
 # Half of the largest number in float16: other text may reach further than that of the calibration.
@@ -27,15 +26,17 @@ def residual_scales(measurement: Measurement, findings: Findings, target: float)
     return scales.clamp_min(1)
 
 
-def rescale_stream(student: PreTrainedModel, family: Family, scale: Tensor) -> None:
-    """Write the stream divided by `scale` (hidden,), and read it multiplied: the same function."""
+def write(student: Decoder, plan: Plan) -> None:
+    """Write the stream divided by λ, and read it multiplied: the same function."""
+    family, scale = student.family, plan.residual.to(student.device)
     # A table of tokens may be tied to the language model head, one of positions is tied to nothing.
-    place_at(student, family.embedding).output_scale /= scale
+    student.named(family.embedding).module.output_scale /= scale
     if family.positions is not None:
-        place_at(student, family.positions).weight /= scale
-    multiply_input(student, family.final_norm, scale)
-    for layer in layers_of(student, family):
-        for name in family.writes:
-            divide_output(layer, name, scale)
-        for name in family.reads:
-            multiply_input(layer, name, scale)
+        student.named(family.positions).module.weight /= scale
+    student.named(family.final_norm).multiply_input(scale)
+    for name in family.writes:
+        for site in student.sites(name):
+            site.divide_output(scale)
+    for name in family.reads:
+        for site in student.sites(name):
+            site.multiply_input(scale)

@@ -5,27 +5,19 @@ in SmoothQuant (arXiv 2211.10438), with the inputs x seen on calibration text.
 """
 
 from math import inf
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from absorb.models.decoder import (
-    divide_output,
-    each_name,
-    fused_rows_of,
-    heads_of,
-    layers_of,
-    multiply_input,
-    read_by_heads,
-    weight_at,
-)
-from absorb.models.family import Family
+from absorb.fold.plan import Plan
+from absorb.models.decoder import Decoder
+from absorb.quantize.formats import FORMATS
 from absorb.quantize.grids import INT8_ROW, INT8_TENSOR, rounded
+from absorb.quantize.training import FORMAT_FOR
 from absorb.runtime.inputs import input_peaks, power_mean, watching_inputs
 from absorb.runtime.precision import hastened
+from absorb.schema.settings import Purpose
 
 _ALPHA = 0.5  # activations and weights share the range
 # The exponents that are tried. Some text is read best with others, which spoil more of other text.
@@ -34,14 +26,21 @@ _ALPHAS = (0.4, 0.5, 0.6, 0.7)
 _ROWS, _EVERY = 4, 4
 
 
+def scales_for(student: Decoder, tokens: Tensor, purpose: Purpose) -> dict[str, Tensor]:
+    """The scales of a student that has none yet, for what is to be done to it afterwards."""
+    goal = FORMAT_FOR.get(purpose)
+    if goal is not None and FORMATS[goal].rotates:
+        return smoothing_scales(student, tokens, order=2)
+    return searched_scales(student, tokens)
+
+
 def smoothing_scales(
-    student: PreTrainedModel,
-    family: Family,
+    student: Decoder,
     tokens: Tensor,
     alpha: float = _ALPHA,
     order: float = inf,
 ) -> dict[str, Tensor]:
-    """Scales by the name of what they divide, as `graft.smooth` takes them, with one exponent.
+    """Scales by the name of what they divide, as a plan holds them, with one exponent.
 
     tokens is text (rows, length). The order 2 takes root mean squares for the largest values. This
     is for what is rotated before it is rounded: outliers are spread anyway, the error is as the
@@ -49,12 +48,12 @@ def smoothing_scales(
     share the range, channel by channel.
     """
     with hastened(student.device):
-        inputs = input_peaks(student, family, tokens, order=order)
-    return _scales(_sizes(student, family, inputs, order), alpha)
+        inputs = input_peaks(student, tokens, order=order)
+    return _scales(_sizes(student, inputs, order), alpha)
 
 
 @torch.no_grad()
-def searched_scales(student: PreTrainedModel, family: Family, tokens: Tensor) -> dict[str, Tensor]:
+def searched_scales(student: Decoder, tokens: Tensor) -> dict[str, Tensor]:
     """The same with the exponent for each link of each layer that does best in static INT8.
 
     It is what leaves the least squared error in the outputs. Scales by the first half of the text
@@ -63,13 +62,13 @@ def searched_scales(student: PreTrainedModel, family: Family, tokens: Tensor) ->
     """
     first, second = tokens.tensor_split(2)
     with hastened(student.device):
-        known, other = (input_peaks(student, family, half) for half in (first, second))
+        known, other = (input_peaks(student, half) for half in (first, second))
     both = {name: peaks.maximum(other[name]) for name, peaks in known.items()}
     tried, scales = (
         [_scales(sizes, alpha) for alpha in _ALPHAS]
-        for sizes in (_sizes(student, family, inputs) for inputs in (known, both))
+        for sizes in (_sizes(student, inputs) for inputs in (known, both))
     )
-    errors = _errors(student, family, second[:_ROWS], other, tried)
+    errors = _errors(student, second[:_ROWS], other, tried)
     return {
         link: torch.stack([scales[best][link][i] for i, best in enumerate(error.argmin(0))])
         for link, error in errors.items()
@@ -87,7 +86,7 @@ def _scales(sizes: dict[str, tuple[Tensor, Tensor]], alpha: float) -> dict[str, 
 
 
 def _sizes(
-    student: PreTrainedModel, family: Family, inputs: dict[str, Tensor], order: float = inf
+    student: Decoder, inputs: dict[str, Tensor], order: float = inf
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """How large inputs, as `input_peaks` gives them, and weights are, by link: (layers, channels).
 
@@ -95,40 +94,36 @@ def _sizes(
     may fire, and if it had been made louder, it would widen the range of all.
     """
     sizes = {}
-    for name, readers in family.links.items():
-        size = torch.stack([inputs[reader] for reader in each_name(student, family, readers[0])])
-        reach = [_reach(student, family, r, size[0], order) for r in readers]
+    for name, readers in student.family.links.items():
+        size = torch.stack([inputs[reader] for reader in student.names(readers[0])])
+        reach = [_reach(student, r, size[0], order) for r in readers]
         weight = power_mean(torch.stack(reach), order, 0)
-        if name == family.up and order == inf:
+        if name == student.family.up and order == inf:
             size = size.maximum(size.median(-1, keepdim=True).values)
-        if name == family.value:
-            size, weight = (_shared(part, student, family, order) for part in (size, weight))
+        if name == student.family.value:
+            size, weight = (_shared(part, student, order) for part in (size, weight))
         sizes[name] = size, weight
     return sizes
 
 
-def _reach(
-    student: PreTrainedModel, family: Family, name: str, size: Tensor, order: float
-) -> Tensor:
+def _reach(student: Decoder, name: str, size: Tensor, order: float) -> Tensor:
     """How large the weights of every input channel are, in the shape (layers, ...) of `size`.
 
     Experts that read the same channels share it.
     """
-    layers = layers_of(student, family)
-    reaches = [power_mean(weight_at(layer, name).detach(), order, -2) for layer in layers]
+    reaches = [power_mean(site.weight.detach(), order, -2) for site in student.sites(name)]
     return torch.stack([power_mean(reach.view(-1, *size.shape), order, 0) for reach in reaches])
 
 
-def _shared(channels: Tensor, student: PreTrainedModel, family: Family, order: float) -> Tensor:
+def _shared(channels: Tensor, student: Decoder, order: float) -> Tensor:
     """The power mean over the query heads (layers, heads * head_dim) of a value channel."""
-    heads, kv_heads = heads_of(student.config, family)
+    heads, kv_heads = student.heads
     grouped = channels.view(len(channels), kv_heads, heads // kv_heads, -1)
     return power_mean(grouped, order, 2).flatten(1)
 
 
 def _errors(
-    student: PreTrainedModel,
-    family: Family,
+    student: Decoder,
     tokens: Tensor,
     peaks: dict[str, Tensor],
     tried: list[dict[str, Tensor]],
@@ -137,13 +132,14 @@ def _errors(
 
     tokens is text (rows, length), peaks are those of inputs, which the grids reach to.
     """
+    family = student.family
     places = {
         name: (link, layer)
         for link, readers in family.links.items()
         for reader in readers
-        for layer, name in enumerate(each_name(student, family, reader))
+        for layer, name in enumerate(student.names(reader))
     }
-    layers = len(layers_of(student, family))
+    layers = len(student.layers)
     errors = {link: torch.zeros(len(tried), layers) for link in family.links}
     bar = tqdm(total=len(peaks), desc="choosing exponents of scales", unit="matrix")
 
@@ -152,17 +148,17 @@ def _errors(
         if name not in places:
             return
         link, layer = places[name]
-        read, weight = inputs[::_EVERY].float(), weight_at(student, name).detach().float()
+        read, weight = inputs[::_EVERY].float(), student.named(name).weight.detach().float()
         exact = _product(read, weight)
         for error, scales in zip(errors[link], tried, strict=True):
             scale = scales[link][layer].to(read.device)
             if link == family.value:
-                scale = read_by_heads(scale, student.config, family)
+                scale = student.read_by_heads(scale)
             product = _int8_product(read, weight, scale, peaks[name])
             error[layer] += float((product - exact).square().sum())
 
-    with bar, watching_inputs(student, family, see):
-        student.base_model(tokens.to(student.device), use_cache=False)
+    with bar, watching_inputs(student, see):
+        student.model.base_model(tokens.to(student.device), use_cache=False)
     return errors
 
 
@@ -176,32 +172,34 @@ def _product(inputs: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("t...c,...oc->t...o", inputs, weight)
 
 
+def write(student: Decoder, plan: Plan) -> None:
+    """Give a student the scales of a plan."""
+    smooth(student, plan.smoothing)
+
+
 @torch.no_grad()
-def smooth(student: PreTrainedModel, family: Family, smoothing: dict[str, Tensor]) -> None:
+def smooth(decoder: Decoder, smoothing: dict[str, Tensor]) -> None:
     """Divide outputs that few matrices read, and multiply the columns of those matrices.
 
     smoothing holds the divisors (layers, channels), for experts (layers, experts, channels), under
     the name of what is divided.
     """
     for name, scales in smoothing.items():
-        for layer, scale in zip(layers_of(student, family), scales.to(student.device), strict=True):
-            if name == family.value:
-                columns = _smooth_values(student, family, layer, scale)
+        for layer, scale in enumerate(scales.to(decoder.device)):
+            if name == decoder.family.value:
+                columns = _smooth_values(decoder, layer, scale)
             else:
-                divide_output(layer, name, scale)
+                decoder.site(layer, name).divide_output(scale)
                 columns = scale
-            for reader in family.links[name]:
-                multiply_input(layer, reader, columns)
+            for reader in decoder.family.links[name]:
+                decoder.site(layer, reader).multiply_input(columns)
 
 
-def _smooth_values(
-    student: PreTrainedModel, family: Family, layer: nn.Module, scale: Tensor
-) -> Tensor:
+def _smooth_values(student: Decoder, layer: int, scale: Tensor) -> Tensor:
     """Divide values by `scale` (kv_heads * head_dim,); what columns are to be multiplied by."""
-    vectors = scale.view(heads_of(student.config, family)[1], -1)
-    rows = fused_rows_of(student, family, layer, family.value, vectors)
-    divide_output(layer, family.value, scale, rows)
-    attention: Any = layer.get_submodule(family.attention)
+    value, vectors = student.site(layer, student.family.value), scale.view(student.heads[1], -1)
+    value.divide_output(scale, student.rows_of(value, vectors))
+    attention = student.site(layer, student.family.attention).module
     if hasattr(attention, "sink_value"):
         attention.sink_value /= vectors[:, None]
-    return read_by_heads(scale, student.config, family)
+    return student.read_by_heads(scale)

@@ -25,6 +25,7 @@ from absorb.errors import AbsorbError
 from absorb.load import checks, download, gguf_file
 from absorb.load.unlisted import outlined
 from absorb.models import modeling_absorb
+from absorb.models.decoder import Decoder
 from absorb.models.family import Family
 from absorb.runtime.quiet import quiet_load
 from absorb.schema.settings import ModelRef, expanded
@@ -45,6 +46,10 @@ class Source:
     dtype: torch.dtype  # that most weights were stored in; float32 for a quantised .gguf file
     license: str | None
     commit: str | None  # of the Hub repository
+
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(self.model, self.family)
 
     @property
     def converted(self) -> bool:

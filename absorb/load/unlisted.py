@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from absorb.models.decoder import each_layers, is_linear
+from absorb.models.decoder import Decoder, is_linear
 from absorb.models.family import Family, UnsupportedFamilyError
 from absorb.runtime.hooks import eager
 
@@ -37,7 +37,7 @@ def outlined(model: PreTrainedModel, name: str) -> Family:
         key=None,
         up=None,
     )
-    weights = _weights(model, family) if attention else None
+    weights = _weights(Decoder(model, family)) if attention else None
     if weights is None:
         raise _refusal(name, "its layers have no attention that gives its weights")
     if weights.triu(1).any():
@@ -77,14 +77,14 @@ def _positions(model: PreTrainedModel) -> str | None:
 
 
 @torch.no_grad()
-def _weights(model: PreTrainedModel, family: Family) -> Tensor | None:
+def _weights(decoder: Decoder) -> Tensor | None:
     """The attention weights (1, heads, queries, keys) of a first layer on a few tokens."""
     seen: list[Any] = []
-    module = each_layers(model, family, family.attention)[0]
+    module = decoder.site(0, decoder.family.attention).module
     handle = module.register_forward_hook(lambda _, args, out: seen.append(out))
     try:
-        with eager(model):
-            model(torch.tensor([[0, 1, 0]]), use_cache=False)
+        with eager(decoder.model):
+            decoder.model(torch.tensor([[0, 1, 0]]), use_cache=False)
     finally:
         handle.remove()
     given = seen[0][1] if isinstance(seen[0], tuple) and len(seen[0]) > 1 else None

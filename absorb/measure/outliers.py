@@ -9,7 +9,6 @@ from itertools import chain
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from absorb.measure.tally import (
     ByLayer,
@@ -18,8 +17,7 @@ from absorb.measure.tally import (
     row_medians,
     token_attention,
 )
-from absorb.models.decoder import layers_of, module_at, weight_at
-from absorb.models.family import Family
+from absorb.models.decoder import Decoder
 from absorb.runtime.experts import watching_neurons
 from absorb.runtime.hooks import watching, watching_attention
 from absorb.runtime.inputs import watching_inputs
@@ -57,7 +55,7 @@ class Measurement:
 class _Tally:
     """What the hooks of a measurement collect."""
 
-    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         # Of each row: sums over its ordinary tokens, and how many these are.
         self.sizes, self.shares, self.ordinary = ByLayer(), ByLayer(), ByLayer()
         self.median, self.peak, self.channel = ByLayer(), ByLayer(), ByLayer()
@@ -65,8 +63,8 @@ class _Tally:
         self.reach: list[Tensor] = []
         self.neuron: dict[int, Tensor] = {}
         self.columns = [
-            weight_at(layer, family.down).detach().abs().amax(-2).flatten()
-            for layer in layers_of(model, family)
+            site.weight.detach().abs().amax(-2).flatten()
+            for site in decoder.sites(decoder.family.down)
         ]
         self.fired: dict[int, Tensor] = {}
         self.down_peak: dict[int, Tensor] = {}
@@ -122,29 +120,29 @@ class _Tally:
 
 
 @contextmanager
-def _counting(model: PreTrainedModel, family: Family, tally: _Tally) -> Iterator[None]:
-    layers = layers_of(model, family)
-    down = [module_at(layer, family.down) for layer in layers]
-    reads = [module_at(layer, name) for layer in layers for name in family.reads]
-    writes = [[module_at(layer, name) for layer in layers] for name in family.writes]
+def _counting(decoder: Decoder, tally: _Tally) -> Iterator[None]:
+    family = decoder.family
+    down, *writes = (
+        [site.module for site in decoder.sites(name)] for name in (family.down, *family.writes)
+    )
+    reads = [site.module for name in family.reads for site in decoder.sites(name)]
+    last = decoder.named(family.final_norm).module
     with ExitStack() as stack:
-        stack.enter_context(watching(layers, tally.stream))
+        stack.enter_context(watching(decoder.layers, tally.stream))
         stack.enter_context(watching_neurons(down, tally.activation))
         stack.enter_context(watching(down, tally.down))
         stack.enter_context(watching(writes[-1], tally.written))
         # Inside a layer a channel may be larger than in what the layer hands on.
-        last = model.get_submodule(family.final_norm)
         stack.enter_context(watching([*reads, last], tally.channels, inputs=True))
         stack.enter_context(watching(chain(*writes), tally.channels))
-        stack.enter_context(watching_inputs(model, family, tally.inputs))
-        stack.enter_context(watching_attention(model, family, tally.weights))
+        stack.enter_context(watching_inputs(decoder, tally.inputs))
+        stack.enter_context(watching_attention(decoder, tally.weights))
         yield
 
 
 @torch.inference_mode()
 def measure(
-    model: PreTrainedModel,
-    family: Family,
+    decoder: Decoder,
     tokens: Tensor,
     lead: Tensor,
     read: Callable[[Tensor], object] | None = None,
@@ -153,12 +151,12 @@ def measure(
 
     `read` lets the model read a batch, lead included; by default its head is left out.
     """
-    read = read or partial(model.base_model, use_cache=False)
-    tally = _Tally(model, family)
+    read = read or partial(decoder.model.base_model, use_cache=False)
+    tally = _Tally(decoder)
     rows = led(tokens, lead)
-    with _counting(model, family, tally), hastened(model.device):
+    with _counting(decoder, tally), hastened(decoder.device):
         for batch in tqdm(rows.split(_ROWS), desc="measuring the stream", unit="batch"):
-            read(batch.to(model.device))
+            read(batch.to(decoder.device))
     return Measurement(
         tokens=rows.cpu(),
         channel_mean=tally.per_ordinary_token(tally.sizes).cpu(),

@@ -73,7 +73,7 @@ def _measured(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> tuple[
     def read(rows: Tensor) -> None:
         losses.append(_losses(source.model, rows, len(prefix)))
 
-    measurement = measure(source.model, source.family, tokens, torch.tensor(prefix), read)
+    measurement = measure(source.decoder, tokens, torch.tensor(prefix), read)
     return Trial(prefix=prefix, loss=torch.cat(losses).mean().item()), measurement
 
 

@@ -10,15 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from absorb.measure.tally import Tally, perplexity_of
-from absorb.models.decoder import layers_of
-from absorb.models.family import Family
 from absorb.quantize.formats import FORMATS, Format
 from absorb.quantize.simulate import in_format
 from absorb.runtime.hooks import watching, watching_attention
 from absorb.runtime.inputs import watching_inputs
 from absorb.runtime.losses import row_losses
 from absorb.runtime.memory import release_freed_memory
-from absorb.runtime.reading import Subject, led
+from absorb.runtime.reading import Subject
 from absorb.schema.scores import Score
 from absorb.schema.settings import FormatName, Thresholds
 
@@ -33,22 +31,21 @@ ROWS_AT_ONCE = {"cpu": 1, "cuda": 8}
 def evaluate(
     subjects: Sequence[Subject],
     teacher: Subject,
-    family: Family,
     held_out: Tensor,
     calibration: Tensor,
     thresholds: Thresholds,
     formats: Sequence[FormatName],
 ) -> list[Score]:
-    """Score every subject, all of one family, on `held_out` (rows, length).
+    """Score every subject on `held_out` (rows, length).
 
     Fixed ranges of formats come from `calibration` (rows, length); `thresholds` say which
     activations are massive.
     """
-    seen = tallies(subjects, [family] * len(subjects), teacher, held_out)
+    seen = tallies(subjects, teacher, held_out)
     return [
         Score(
             **asdict(tally.figures(thresholds)),
-            quantised=in_formats(subject, family, formats, held_out, calibration),
+            quantised=in_formats(subject, formats, held_out, calibration),
         )
         for subject, tally in zip(subjects, seen, strict=True)
     ]
@@ -57,7 +54,6 @@ def evaluate(
 @torch.no_grad()
 def tallies(
     subjects: Sequence[Subject],
-    families: Sequence[Family],
     teacher: Subject,
     held_out: Tensor,
     *,
@@ -71,59 +67,51 @@ def tallies(
     seen = [Tally() for _ in subjects]
     known = next((i for i, subject in enumerate(subjects) if subject.reads_as(teacher)), None)
     for batch in tqdm(held_out.split(_rows(held_out)), desc="evaluating", unit="batch"):
-        tokens = batch.to(teacher.model.device)
+        tokens = batch.to(teacher.decoder.device)
         given = [
-            watched_logits(subject, family, tokens, tally, inputs=inputs)
-            for subject, family, tally in zip(subjects, families, seen, strict=True)
+            watched_logits(subject, tokens, tally, inputs=inputs)
+            for subject, tally in zip(subjects, seen, strict=True)
         ]
-        target = _logits(teacher, tokens) if known is None else given[known]
+        target = teacher.logits(tokens) if known is None else given[known]
         for logits, tally in zip(given, seen, strict=True):
             tally.see_logits(logits, target, tokens)
     return seen
 
 
-def _logits(subject: Subject, tokens: Tensor) -> Tensor:
-    """Logits (rows, length, vocabulary) of the text, those of the lead left out."""
-    rows = led(tokens, subject.lead)
-    logits: Tensor = subject.model(rows, use_cache=False).logits
-    return logits[:, len(subject.lead) :]
-
-
 def watched_logits(
-    subject: Subject, family: Family, tokens: Tensor, tally: Tally, *, inputs: bool = False
+    subject: Subject, tokens: Tensor, tally: Tally, *, inputs: bool = False
 ) -> Tensor:
     """Logits (rows, length, vocabulary) of the text; the tally sees what the model does on it."""
-    model = subject.model
+    decoder = subject.decoder
     release_freed_memory()  # what a tally keeps lies among what was freed
     with ExitStack() as stack:
-        stack.enter_context(watching_attention(model, family, tally.see_attention))
-        stack.enter_context(watching(layers_of(model, family), tally.see_stream))
+        stack.enter_context(watching_attention(decoder, tally.see_attention))
+        stack.enter_context(watching(decoder.layers, tally.see_stream))
         if inputs:
             see = partial(tally.see_input, len(tokens))
-            stack.enter_context(watching_inputs(model, family, see))
-        return _logits(subject, tokens)
+            stack.enter_context(watching_inputs(decoder, see))
+        return subject.logits(tokens)
 
 
 def in_formats(
     subject: Subject,
-    family: Family,
     formats: Sequence[FormatName],
     held_out: Tensor,
     calibration: Tensor,
 ) -> dict[FormatName, float]:
     """Perplexity in each format; fixed ranges, where a format has them, are of `calibration`."""
     return {
-        name: perplexity_of(quantised_losses(subject, family, FORMATS[name], held_out, calibration))
+        name: perplexity_of(quantised_losses(subject, FORMATS[name], held_out, calibration))
         for name in formats
     }
 
 
 @torch.no_grad()
 def quantised_losses(
-    subject: Subject, family: Family, form: Format, held_out: Tensor, calibration: Tensor
+    subject: Subject, form: Format, held_out: Tensor, calibration: Tensor
 ) -> Tensor:
     """What `losses` gives in a format, which takes fixed ranges, if any, from `calibration`."""
-    with in_format(subject, family, form, calibration):
+    with in_format(subject, form, calibration):
         return losses(subject, held_out, form.label, alone=form.mixes_rows)
 
 
@@ -138,11 +126,11 @@ def losses(subject: Subject, rows: Tensor, label: str, *, alone: bool = False) -
 
     Rows are read `alone` where what a model makes of one would depend on those read with it.
     """
-    device, found = subject.model.device, []
+    device, found = subject.decoder.device, []
     at_once = 1 if alone else max(_rows(rows), ROWS_AT_ONCE[device.type])
     for batch in tqdm(rows.split(at_once), desc=label, unit="batch" if at_once > 1 else "row"):
         tokens = batch.to(device)
-        found.append(row_losses(_logits(subject, tokens), tokens).cpu())
+        found.append(row_losses(subject.logits(tokens), tokens).cpu())
     return torch.cat(found)
 
 

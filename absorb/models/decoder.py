@@ -1,157 +1,182 @@
-"""Linear, Conv1D, router and expert tensors alike: rows give outputs, columns read inputs."""
+"""A model and its places: where each part that a family's entry names is, found once."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from absorb.models.family import Family
 
 
-def layers_of(model: PreTrainedModel, family: Family) -> list[Any]:
-    """The decoder layers, first to last."""
-    return list(model.get_submodule(family.layers).children())
-
-
-def each_layers(model: PreTrainedModel, family: Family, name: str) -> list[Any]:
-    """The submodule `name` of every decoder layer, first to last."""
-    return [layer.get_submodule(name) for layer in layers_of(model, family)]
-
-
-def each_name(model: PreTrainedModel, family: Family, name: str) -> list[str]:
-    """The name in the model of the submodule `name` of every decoder layer."""
-    return [f"{family.layers}.{index}.{name}" for index in range(len(layers_of(model, family)))]
-
-
-def linears_of(model: PreTrainedModel, family: Family) -> dict[str, Any]:
-    """Every Linear or Conv1D inside a decoder layer, under its name in the model."""
-    stem = f"{family.layers}."
-    return {n: m for n, m in model.named_modules() if n.startswith(stem) and is_linear(m)}
-
-
 def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a matrix that text is multiplied by."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def place_at(layer: nn.Module, name: str) -> Any:
-    """The module or parameter under a name of a family."""
-    place: Any = layer
-    for part in name.split("."):
-        place = getattr(place, part)
-    return place
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place that a family names: a norm, a Linear, a Conv1D, a router or the tensor of experts.
 
-
-def module_at(layer: nn.Module, name: str) -> Any:
-    """The module under a name, or the one that holds the parameter under it."""
-    place = place_at(layer, name)
-    return layer.get_submodule(name.rpartition(".")[0]) if torch.is_tensor(place) else place
-
-
-def is_norm(layer: nn.Module, name: str) -> bool:
-    place = place_at(layer, name)
-    weight = place if torch.is_tensor(place) else getattr(place, "weight", None)
-    return weight is None or weight.ndim == 1
-
-
-def weight_at(layer: nn.Module, name: str) -> Tensor:
-    """The weight (outputs, inputs), or (experts, outputs, inputs), under a name that is no norm's.
-
-    A view: what is written to it is written to the model.
+    In a matrix rows give outputs and columns read inputs, however it is stored. Tensors are looked
+    up when they are asked for, so a site stays true where a layer's weights are loaded or replaced.
     """
-    place = place_at(layer, name)
-    weight: Tensor = place if torch.is_tensor(place) else place.weight
-    # GPT-2's Conv1D is a Linear that stores its weight transposed.
-    return weight.mT if isinstance(place, Conv1D) else weight
+
+    module: Any  # that is called, and that hooks go on
+    parameter: str = "weight"
+
+    @property
+    def is_norm(self) -> bool:
+        weight = getattr(self.module, self.parameter, None)
+        return weight is None or weight.ndim == 1
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether it is one tensor with a matrix for every expert."""
+        return self.parameter != "weight"
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (outputs, inputs), or (experts, outputs, inputs); of no norm.
+
+        A view: what is written to it is written to the model.
+        """
+        weight: Tensor = getattr(self.module, self.parameter)
+        # GPT-2's Conv1D is a Linear that stores its weight transposed.
+        return weight.mT if isinstance(self.module, Conv1D) else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(outputs,), if there is one."""
+        return None if self.is_of_experts else getattr(self.module, "bias", None)
+
+    def column(self, neuron: int) -> Tensor:
+        """What reads a neuron: (outputs,), a view.
+
+        Neurons of experts are counted one expert after the other.
+        """
+        weight = self.weight
+        expert, inside = divmod(neuron, weight.shape[-1])
+        return weight.view(-1, *weight.shape[-2:])[expert, :, inside]
+
+    def divide_output(self, scale: Tensor, rows: Tensor | slice | None = None) -> None:
+        """Divide what a norm or matrix gives by `scale`: in the rows given, or its last ones."""
+        if hasattr(self.module, "output_scale"):
+            self.module.output_scale /= scale
+            return
+        rows = slice(-scale.shape[-1], None) if rows is None else rows
+        if self.is_norm:
+            self.module.weight /= scale
+        else:
+            self.weight[..., rows, :] /= scale[..., None]
+        bias = self.bias
+        if bias is not None:
+            bias[rows] /= scale
+
+    def multiply_input(self, scale: Tensor) -> None:
+        """Let a norm or matrix read its input times `scale`."""
+        if self.is_norm:
+            self.module.input_scale *= scale
+        else:
+            self.weight.mul_(scale[..., None, :])
 
 
-def bias_at(layer: nn.Module, name: str) -> Tensor | None:
-    """The bias (outputs,) under a name, if there is one."""
-    bias: Tensor | None = getattr(place_at(layer, name), "bias", None)
-    return bias
+def site_at(root: nn.Module, name: str) -> Site:
+    """The site under a name, relative to a model or a decoder layer."""
+    owner, _, last = name.rpartition(".")
+    holder = root.get_submodule(owner)
+    place = getattr(holder, last)
+    return Site(holder, last) if torch.is_tensor(place) else Site(place)
 
 
-def column(weight: Tensor, neuron: int) -> Tensor:
-    """What reads a neuron: (outputs,), a view.
+class Decoder:
+    """A decoder-only model, and its family: what says where its parts are."""
 
-    Neurons of experts are counted one expert after the other.
-    """
-    expert, inside = divmod(neuron, weight.shape[-1])
-    return weight.view(-1, *weight.shape[-2:])[expert, :, inside]
+    def __init__(self, model: PreTrainedModel, family: Family):
+        self.model, self.family = model, family
 
+    @property
+    def config(self) -> Any:
+        return self.model.config
 
-def heads_of(config: PretrainedConfig, family: Family) -> tuple[int, int]:
-    """Query heads, and key and value heads."""
-    heads: int = config.num_attention_heads
-    return heads, config.num_key_value_heads if family.grouped else heads
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
+    @cached_property
+    def layers(self) -> list[Any]:
+        """First to last."""
+        return list(self.model.get_submodule(self.family.layers).children())
 
-def read_by_heads(values: Tensor, config: PretrainedConfig, family: Family) -> Tensor:
-    """What the query heads (heads * head_dim,) read of value channels (kv_heads * head_dim,)."""
-    heads, kv_heads = heads_of(config, family)
-    return values.reshape(kv_heads, -1).repeat_interleave(heads // kv_heads, 0).flatten()
+    def each(self, name: str) -> list[Any]:
+        """The submodule `name` of every layer, first to last."""
+        return [layer.get_submodule(name) for layer in self.layers]
 
+    def names(self, name: str) -> list[str]:
+        """The name in the model of the place `name` of every layer."""
+        return [f"{self.family.layers}.{index}.{name}" for index in range(len(self.layers))]
 
-def fused_rows(family: Family, rows: int, block: int, heads: int, head_dim: int) -> Tensor:
-    """Which of the `rows` of a projection are its block-th block from the end.
+    def sites(self, name: str) -> list[Site]:
+        """The site `name` of every layer, first to last."""
+        return [self.site(index, name) for index in range(len(self.layers))]
 
-    A block is (heads * head_dim,): all keys or all values, in the order of the heads.
-    """
-    parts = heads if family.interleaved else 1
-    width = heads * head_dim // parts
-    start = rows // parts - block * width
-    assert start >= 0
-    return torch.arange(rows).view(parts, -1)[:, start : start + width].flatten()
+    def site(self, layer: int, name: str) -> Site:
+        return self.named(f"{self.family.layers}.{layer}.{name}")
 
+    def named(self, name: str) -> Site:
+        """The site under a name in the model."""
+        if name not in self._sites:
+            self._sites[name] = site_at(self.model, name)
+        return self._sites[name]
 
-def experts_of(model: PreTrainedModel, family: Family) -> dict[tuple[str, str], Any]:
-    """The module of experts of every layer, under the names of its `up` and `down` in the model.
-
-    Empty where `down` belongs to a Linear.
-    """
-    layers = layers_of(model, family)
-    if family.up is None or not torch.is_tensor(place_at(layers[0], family.down)):
+    @cached_property
+    def _sites(self) -> dict[str, Site]:
         return {}
-    names = zip(
-        each_name(model, family, family.up), each_name(model, family, family.down), strict=True
-    )
-    return dict(zip(names, (module_at(layer, family.down) for layer in layers), strict=True))
 
+    @cached_property
+    def linears(self) -> dict[str, Any]:
+        """Every Linear or Conv1D inside a layer, under its name in the model."""
+        stem = f"{self.family.layers}."
+        known = self.model.named_modules()
+        return {name: m for name, m in known if name.startswith(stem) and is_linear(m)}
 
-def fused_rows_of(
-    student: PreTrainedModel,
-    family: Family,
-    layer: nn.Module,
-    name: str,
-    vectors: Tensor,
-    block: int = 1,
-) -> Tensor:
-    """The rows of a projection that give a vector for every KV head: (kv_heads, head_dim)."""
-    outputs = len(weight_at(layer, name))
-    return fused_rows(family, outputs, block, *vectors.shape).to(student.device)
+    @cached_property
+    def experts(self) -> dict[tuple[str, str], Any]:
+        """The module of experts of every layer, under the names of its `up` and `down`.
 
+        Empty where `down` belongs to a Linear.
+        """
+        up, down = self.family.up, self.family.down
+        if up is None or not self.site(0, down).is_of_experts:
+            return {}
+        names = zip(self.names(up), self.names(down), strict=True)
+        return dict(zip(names, (site.module for site in self.sites(down)), strict=True))
 
-def divide_output(
-    layer: nn.Module, name: str, scale: Tensor, rows: Tensor | slice | None = None
-) -> None:
-    """Divide what a norm or matrix gives by `scale`: in the rows given, or its last ones."""
-    module = place_at(layer, name)
-    if hasattr(module, "output_scale"):
-        module.output_scale /= scale
-        return
-    rows = slice(-scale.shape[-1], None) if rows is None else rows
-    if is_norm(layer, name):
-        module.weight /= scale
-    else:
-        weight_at(layer, name)[..., rows, :] /= scale[..., None]
-    bias = bias_at(layer, name)
-    if bias is not None:
-        bias[rows] /= scale
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Query heads, and key and value heads."""
+        heads: int = self.config.num_attention_heads
+        return heads, self.config.num_key_value_heads if self.family.grouped else heads
 
+    def read_by_heads(self, values: Tensor) -> Tensor:
+        """What query heads (heads * head_dim,) read of value channels (kv_heads * head_dim,)."""
+        heads, kv_heads = self.heads
+        return values.reshape(kv_heads, -1).repeat_interleave(heads // kv_heads, 0).flatten()
 
-def multiply_input(layer: nn.Module, name: str, scale: Tensor) -> None:
-    if is_norm(layer, name):
-        place_at(layer, name).input_scale *= scale
-    else:
-        weight_at(layer, name).mul_(scale[..., None, :])
+    def rows_of(self, site: Site, vectors: Tensor, block: int = 1) -> Tensor:
+        """The rows of a projection that give a vector for every KV head: (kv_heads * head_dim,).
+
+        vectors is (kv_heads, head_dim). They are the block-th block of that size from the end, in
+        a projection that gives more than values.
+        """
+        heads, head_dim = vectors.shape
+        rows = len(site.weight)
+        parts = heads if self.family.interleaved else 1
+        width = heads * head_dim // parts
+        start = rows // parts - block * width
+        assert start >= 0
+        every = torch.arange(rows, device=self.device).view(parts, -1)
+        return every[:, start : start + width].flatten()

@@ -44,8 +44,7 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
         nn.Module.to(source.model, device)
     texts = gather_windows(sources[0], wish)
     reference = min(1, len(wish.against))
-    families = [source.family for source in sources]
-    seen = tallies(subjects, families, subjects[reference], texts.held_out, inputs=True)
+    seen = tallies(subjects, subjects[reference], texts.held_out, inputs=True)
     asked = partial(_asked, tasks=tasks, limit=wish.limit)
     took = speeds([source.model for source in sources], texts.held_out[:1].to(device))
     return Comparison(
@@ -73,8 +72,8 @@ def _loaded(name: str, wish: Evaluation, say: Callable[[str], None]) -> Source:
 def _subject(source: Source) -> Subject:
     """A converted model is given nothing before a text: its sinks stand for that."""
     if source.converted:
-        return Subject(model=source.model)
-    return Subject(model=source.model, lead=lead_of(source.tokenizer))
+        return Subject(decoder=source.decoder)
+    return Subject(decoder=source.decoder, lead=lead_of(source.tokenizer))
 
 
 def _refuse_other_tokens(sources: list[Source]) -> None:
@@ -108,7 +107,7 @@ def _standing(
     formats: tuple[FormatName, ...],
     asked: Callable[..., Answers],
 ) -> Standing:
-    measured = in_formats(subject, source.family, formats, texts.held_out, texts.calibration)
+    measured = in_formats(subject, formats, texts.held_out, texts.calibration)
     usable = [name for name, value in measured.items() if math.isfinite(value)]
     return Standing(
         **asdict(tally.figures(Thresholds())),
@@ -142,7 +141,7 @@ def _asked(
     found = {"float": ask(rows)}
     for name in formats:
         form = FORMATS[name]
-        with in_format(subject, source.family, form, calibration):
+        with in_format(subject, form, calibration):
             found[name] = ask(1 if form.mixes_rows else rows)
     return found
 

@@ -1,15 +1,16 @@
 """The story of a conversion, from a model's name to a folder."""
 
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 from torch import nn
 
 from absorb.errors import Say
+from absorb.fold.graft import graft
 from absorb.load.tokenizer import lead_of
 from absorb.measure.score import evaluate
-from absorb.pipelines.prepare import Draft, prepare, smoothed
+from absorb.models.decoder import Decoder
+from absorb.pipelines.prepare import Draft, completed, prepare
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import FORMAT_FOR, rehearsing
 from absorb.runtime.precision import as_stored, device_of
@@ -33,19 +34,18 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
     """
     with staged(job.out, job.force) as folder:
         fine_tune = recipe(job.distillation, device_of(job.device))
-        draft = prepare(job, say, fine_tune.training_rows, resume)
-        if not draft.plan.smoothing:  # a plan that was read holds the scales, and they are grafted
-            scales = smoothed(draft.student, draft, fine_tune.purpose)
-            draft = replace(draft, plan=replace(draft.plan, smoothing=scales))
+        prepared = prepare(job, say, fine_tune.training_rows, resume)
+        draft = completed(prepared, fine_tune.purpose)
         if draft.progress is not None:
             draft.progress.keep_draft(draft.texts, draft.plan, draft.inspection)
             say(f"kept in {draft.progress.folder}; the same command goes on from here")
         write_plan(folder / PLAN, draft.plan, draft.inspection)
+        student = graft(draft.source.decoder, draft.plan)
         say(f"fine-tune: {fine_tune}")
-        losses = fine_tuned(draft, fine_tune, job.calibration.seed)
+        losses = fine_tuned(student, draft, fine_tune, job.calibration.seed)
         if losses.training and not losses.kept:
             say("no step came closer to the teacher on validation text; the model stays untrained")
-        original, converted = before_and_after(draft, fine_tune.purpose)
+        original, converted = before_and_after(student, draft, fine_tune.purpose)
         report = Report(
             inspection=draft.inspection,
             recipe=fine_tune,
@@ -56,31 +56,32 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
             probe=Probe(tokens=(), logits=()),
         )
         say(f"writing {job.out}")
-        written = write(folder, draft.student, draft.source.tokenizer, report)
+        written = write(folder, student.model, draft.source.tokenizer, report)
     forget(job.out)
     return written
 
 
-def fine_tuned(draft: Draft, fine_tune: Recipe, seed: int) -> Losses:
-    """Train the student of a draft in place: as if quantised, where that is the purpose."""
-    teacher, family, student = draft.source.model, draft.source.family, draft.student
-    prefix, goal = torch.tensor(draft.plan.prefix), FORMAT_FOR.get(fine_tune.purpose)
-    with rehearsing(student, family, FORMATS[goal], draft.texts.scaling) if goal else nullcontext():
-        return distill(teacher, student, prefix, draft.texts, fine_tune, seed, draft.progress)
+def fine_tuned(student: Decoder, draft: Draft, fine_tune: Recipe, seed: int) -> Losses:
+    """Train a student in place: as if quantised, where that is the purpose."""
+    texts, prefix = draft.texts, torch.tensor(draft.plan.prefix)
+    goal = FORMAT_FOR.get(fine_tune.purpose)
+    with rehearsing(student, FORMATS[goal], texts.scaling) if goal else nullcontext():
+        return distill(
+            draft.source.model, student.model, prefix, texts, fine_tune, seed, draft.progress
+        )
 
 
-def before_and_after(draft: Draft, purpose: Purpose) -> tuple[Score, Score]:
+def before_and_after(student: Decoder, draft: Draft, purpose: Purpose) -> tuple[Score, Score]:
     """The original and the student on held-out text, both as they are stored."""
     source, goal = draft.source, FORMAT_FOR.get(purpose)
-    as_stored(draft.student, source.dtype)
+    as_stored(student.model, source.dtype)
     nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
     original, converted = evaluate(
         [
-            Subject(model=source.model, lead=lead_of(source.tokenizer)),
-            Subject(model=draft.student),
+            Subject(decoder=source.decoder, lead=lead_of(source.tokenizer)),
+            Subject(decoder=student),
         ],
-        Subject(model=source.model, lead=torch.tensor(draft.plan.prefix)),
-        source.family,
+        Subject(decoder=source.decoder, lead=torch.tensor(draft.plan.prefix)),
         draft.texts.held_out,
         draft.texts.calibration,
         draft.inspection.job.thresholds,  # a plan brings its own

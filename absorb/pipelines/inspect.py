@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from absorb.errors import Say
+from absorb.fold.graft import graft
 from absorb.measure.outliers import measure
-from absorb.pipelines.prepare import prepare, smoothed
+from absorb.pipelines.prepare import completed, prepare
 from absorb.schema.codec import to_json
 from absorb.schema.report import Inspection
 from absorb.schema.settings import Job
@@ -23,11 +24,13 @@ def inspect(job: Job, say: Say) -> Inspection:
 def exhibit(job: Job, say: Say) -> Exhibit:
     """The same, with how the model looks before and after what convert does before a fine-tune."""
     draft = prepare(job, say, training_rows=None)
-    assert draft.measurement is not None  # no plan is read to inspect
-    smoothed(draft.student, draft)
+    before = draft.measurement
+    assert before is not None  # no plan is read to inspect
+    draft = completed(draft)
+    student = graft(draft.source.decoder, draft.plan)
     tokens, nothing = draft.texts.calibration, torch.tensor([], dtype=torch.long)
-    after = measure(draft.student, draft.source.family, tokens, nothing)
-    return exhibit_of(draft.inspection, draft.source, draft.measurement, after)
+    after = measure(student, tokens, nothing)
+    return exhibit_of(draft.inspection, draft.source, before, after)
 
 
 def picture(job: Job, html: Path | None, png: Path | None, say: Say) -> Inspection:

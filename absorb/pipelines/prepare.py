@@ -1,23 +1,20 @@
-"""A conversion before its fine-tune: the model, the text, the plan, and a student by it."""
+"""A conversion before its fine-tune: the model, the text and the plan."""
 
 import logging
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 
 from absorb.errors import Say
 from absorb.fold.decide import judged
 from absorb.fold.graft import graft
 from absorb.fold.plan import Plan
-from absorb.fold.smoothing import searched_scales, smooth, smoothing_scales
+from absorb.fold.smoothing import scales_for
 from absorb.load.source import Source, load
 from absorb.load.tokenizer import lead_of, without_bos
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import find_prefix
 from absorb.pipelines.survey import recalled, survey
-from absorb.quantize.formats import FORMATS
-from absorb.quantize.training import FORMAT_FOR
 from absorb.runtime.precision import device_of, sketch_of
 from absorb.schema.findings import Trial
 from absorb.schema.report import Inspection
@@ -32,39 +29,18 @@ _MOST_IS_LEFT_OUT = 0.5  # a share of the effect of the prefix
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A conversion before its fine-tune."""
+    """All that is known of a conversion before anything of a checkpoint is made."""
 
     source: Source
     texts: Texts
     plan: Plan
-    student: PreTrainedModel
     inspection: Inspection
     measurement: Measurement | None  # of the original; none where a plan was read
     progress: Progress | None = None
 
 
-def smoothed(
-    student: PreTrainedModel, draft: Draft, purpose: Purpose = "none"
-) -> dict[str, Tensor]:
-    """Smooth a student of the draft in place; the scales, as a plan holds them."""
-    family, text, goal = draft.source.family, draft.texts.scaling, FORMAT_FOR.get(purpose)
-    if goal and FORMATS[goal].rotates:
-        scales = smoothing_scales(student, family, text, order=2)
-    else:
-        scales = searched_scales(student, family, text)
-    smooth(student, family, scales)
-    return scales
-
-
-def fresh(draft: Draft, purpose: Purpose = "none") -> PreTrainedModel:
-    """Another untrained student, smoothed, for those who make several of one draft."""
-    student = graft(draft.source.model, draft.source.family, draft.plan)
-    smoothed(student, draft, purpose)
-    return student
-
-
 def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False) -> Draft:
-    """Plan the conversion, or take the plan that the user names, and graft it onto a copy."""
+    """Draw up the plan, but for its smoothing, or take that which the user names."""
     device = device_of(job.device)
     say(f"loading {job.model.name}")
     source = load(job.model)
@@ -81,7 +57,6 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
         source=source,
         texts=texts,
         plan=plan,
-        student=graft(source.model, source.family, plan),
         inspection=inspection,
         measurement=None,
         progress=progress,
@@ -96,16 +71,16 @@ def planned(
     say: Say,
 ) -> Draft:
     """A draft by the plan that is `made`, or by one of its own."""
-    model, family = source.model, source.family
+    decoder = source.decoder
     texts, trials = read(job, source, training_rows)
     measurement = None
     if made is None:
-        measurement = measure(model, family, texts.calibration, lead_of(source.tokenizer))
+        measurement = measure(decoder, texts.calibration, lead_of(source.tokenizer))
         decision, inspection = survey(job, source, measurement, texts, trials)
     else:
         plan, found = made
         say(f"plan: read from {job.plan}, so nothing is measured or fitted")
-        decision = judged(model, family, plan, graft(model, family, plan), texts.validation)
+        decision = judged(decoder, plan, graft(decoder, plan), texts.validation)
         inspection = recalled(job, source, texts, found, decision)
     warn_of_misfits(inspection)
     say(f"KL from the teacher after the graft, untrained: {_nats(inspection)}")
@@ -113,10 +88,18 @@ def planned(
         source=source,
         texts=texts,
         plan=decision.plan,
-        student=decision.student,
         inspection=inspection,
         measurement=measurement,
     )
+
+
+def completed(draft: Draft, purpose: Purpose = "none") -> Draft:
+    """The draft with a plan that has its smoothing, which depends on what a student reads."""
+    if draft.plan.smoothing:  # as that of a plan that was read
+        return draft
+    student = graft(draft.source.decoder, draft.plan)
+    scales = scales_for(student, draft.texts.scaling, purpose)
+    return replace(draft, plan=replace(draft.plan, smoothing=scales))
 
 
 def _nats(inspection: Inspection) -> str:

@@ -38,8 +38,7 @@ def survey(
     """What a measurement shows, and the plan by it: for the last prefix that was tried."""
     findings = find(measurement, job.thresholds)
     decision = decide(
-        source.model,
-        source.family,
+        source.decoder,
         findings,
         residual_scales(measurement, findings, job.residual_target),
         trials[-1].prefix,

@@ -54,7 +54,7 @@ class Format:
     label: str
     weights: Grid = FLOAT32
     inputs: Grid = FLOAT32
-    # Takes (model, family, tokens, lead) and gives the fixed ranges of inputs, as `input_peaks`.
+    # Takes (decoder, tokens, lead) and gives the fixed ranges of inputs, as `input_peaks`.
     ranges: Callable[..., dict[str, Tensor]] | None = None
     turn: Callable[[Tensor], Tensor] = _as_they_are  # of both, before they are rounded
     stream: Grid | None = None

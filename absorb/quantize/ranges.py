@@ -5,10 +5,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from absorb.models.decoder import weight_at
-from absorb.models.family import Family
+from absorb.models.decoder import Decoder
 from absorb.quantize.grids import INT8_TENSOR, rounded
 from absorb.runtime.inputs import ROWS, watching_inputs
 from absorb.runtime.reading import led
@@ -21,7 +19,7 @@ _TRIED = 512
 
 @torch.no_grad()
 def clipped_ranges(
-    model: PreTrainedModel, family: Family, tokens: Tensor, lead: Tensor | None = None
+    decoder: Decoder, tokens: Tensor, lead: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Where a static INT8 grid had best end: a scalar under each name that `input_peaks` gives.
 
@@ -40,12 +38,12 @@ def clipped_ranges(
         peaks[name].append(value.abs().max())
         read[name] += len(value)
 
-    with watching_inputs(model, family, see):
+    with watching_inputs(decoder, see):
         for batch in tqdm(rows.split(ROWS), desc="measuring inputs of Linears", unit="batch"):
-            model.base_model(batch.to(model.device), use_cache=False)
+            decoder.model.base_model(batch.to(decoder.device), use_cache=False)
     return {
         name: _best_range(
-            torch.cat(parts).float(), torch.stack(peaks[name]).max(), weight_at(model, name)
+            torch.cat(parts).float(), torch.stack(peaks[name]).max(), decoder.named(name).weight
         )
         for name, parts in tqdm(tried.items(), desc="choosing INT8 ranges", unit="matrix")
     }

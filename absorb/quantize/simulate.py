@@ -7,10 +7,8 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from absorb.models.decoder import experts_of, linears_of, weight_at
-from absorb.models.family import Family
+from absorb.models.decoder import Decoder
 from absorb.quantize.formats import Format
 from absorb.quantize.grids import rounded
 from absorb.quantize.stream_and_cache import stored
@@ -19,29 +17,27 @@ from absorb.runtime.memory import release_freed_memory
 from absorb.runtime.reading import Subject
 
 
-def _multiplied(model: PreTrainedModel, family: Family) -> list[str]:
+def _multiplied(decoder: Decoder) -> list[str]:
     """The names of all Linears, and of `up` and `down` of all experts."""
-    return [*linears_of(model, family), *chain(*experts_of(model, family))]
+    return [*decoder.linears, *chain(*decoder.experts)]
 
 
 @contextmanager
-def quantised(
-    model: PreTrainedModel, family: Family, form: Format, ranges: dict[str, Tensor]
-) -> Iterator[None]:
+def quantised(decoder: Decoder, form: Format, ranges: dict[str, Tensor]) -> Iterator[None]:
     """All that decoder layers multiply is rounded for a while: weights, and what they read.
 
     So are the stream and the cache, where the format says so. Fixed ranges are needed for a format
     that has them, and none for any other.
     """
-    weights = [weight_at(model, name).detach() for name in _multiplied(model, family)]
+    weights = [decoder.named(name).weight.detach() for name in _multiplied(decoder)]
     before = [weight.clone() for weight in weights]
     try:
         for weight in weights:
             for matrix in weight.view(-1, *weight.shape[-2:]):
                 matrix.copy_(rounded(form.turn(matrix), form.weights))
         with (
-            quantised_inputs(model, family, form, ranges),
-            stored(model, family, form.stream, form.cache),
+            quantised_inputs(decoder, form, ranges),
+            stored(decoder, form.stream, form.cache),
         ):
             yield
     finally:
@@ -50,9 +46,7 @@ def quantised(
 
 
 @contextmanager
-def quantised_inputs(
-    model: PreTrainedModel, family: Family, form: Format, ranges: dict[str, Tensor]
-) -> Iterator[None]:
+def quantised_inputs(decoder: Decoder, form: Format, ranges: dict[str, Tensor]) -> Iterator[None]:
     """What every Linear and expert reads is rounded for a while, with a gradient.
 
     A fixed range is the largest of the tensor under the name that `input_peaks` gives. A format
@@ -62,7 +56,7 @@ def quantised_inputs(
     peaks: dict[str, Tensor] = {}
     known: dict[float, Tensor] = {}
     for name, values in ranges.items():
-        peak = values.max().to(model.device)
+        peak = values.max().to(decoder.device)
         peaks[name] = known.setdefault(float(peak), peak)  # so that it shows which are the same
 
     entrance = _Entrance(form)
@@ -72,9 +66,9 @@ def quantised_inputs(
 
     handles = [
         linear.register_forward_pre_hook(_before(entering(name)))
-        for name, linear in linears_of(model, family).items()
+        for name, linear in decoder.linears.items()
     ]
-    experts = experts_of(model, family)
+    experts = decoder.experts
     for (up, down), module in experts.items():
         module.forward = partial(_rounded_experts, module, entering(up), entering(down))
     try:
@@ -117,12 +111,10 @@ def _rounded_experts(
 
 
 @contextmanager
-def in_format(
-    subject: Subject, family: Family, form: Format, calibration: Tensor
-) -> Iterator[None]:
+def in_format(subject: Subject, form: Format, calibration: Tensor) -> Iterator[None]:
     """The subject in a format for a while, with fixed ranges, if any, from `calibration`."""
     release_freed_memory()  # each format has tensors of other sizes
     find = form.ranges
-    ranges = {} if find is None else find(subject.model, family, calibration, subject.lead)
-    with quantised(subject.model, family, form, ranges):
+    ranges = {} if find is None else find(subject.decoder, calibration, subject.lead)
+    with quantised(subject.decoder, form, ranges):
         yield

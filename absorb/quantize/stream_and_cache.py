@@ -6,18 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from absorb.models.decoder import layers_of
-from absorb.models.family import Family
+from absorb.models.decoder import Decoder
 from absorb.quantize.grids import Grid, rounded
 from absorb.runtime.reading import remembering
 
 
 @contextmanager
-def stored(
-    model: PreTrainedModel, family: Family, stream: Grid | None, cache: Grid | None
-) -> Iterator[None]:
+def stored(decoder: Decoder, stream: Grid | None, cache: Grid | None) -> Iterator[None]:
     """What every decoder layer gives is rounded for a while, and what its attention caches.
 
     A row of the stream is a token, a row of the cache the key or value of a token in one head. The
@@ -26,10 +22,10 @@ def stored(
     """
     with ExitStack() as stack:
         if stream is not None:
-            for layer in layers_of(model, family):
+            for layer in decoder.layers:
                 stack.callback(layer.register_forward_hook(_rounding(stream)).remove)
         if cache is not None:
-            module: nn.Module = model
+            module: nn.Module = decoder.model
             hook = module.register_forward_pre_hook(_with_cache(cache), with_kwargs=True)
             stack.callback(hook.remove)
         yield

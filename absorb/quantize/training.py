@@ -6,11 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from absorb.models.decoder import experts_of, linears_of
-from absorb.models.family import Family
+from absorb.models.decoder import Decoder
 from absorb.quantize.formats import Format
 from absorb.quantize.grids import rounded
 from absorb.quantize.simulate import quantised_inputs
@@ -24,32 +22,30 @@ FORMAT_FOR: dict[Purpose, FormatName] = {
 
 
 @contextmanager
-def rehearsing(
-    model: PreTrainedModel, family: Family, form: Format, text: Tensor
-) -> Iterator[None]:
+def rehearsing(decoder: Decoder, form: Format, text: Tensor) -> Iterator[None]:
     """Within it all that decoder layers multiply is rounded, and its gradient is as if it were not.
 
     What is stored, and trained, stays as fine as it was (straight through, arXiv 1308.3432). Fixed
     ranges, where the format has them, are found on text (rows, length) and stay.
     """
-    ranges = {} if form.ranges is None else form.ranges(model, family, text)
-    weights = _weights_of(model, family)
+    ranges = {} if form.ranges is None else form.ranges(decoder, text)
+    weights = _weights_of(decoder)
     for module, name in weights:
         on_grid = _OnGrid(form, transposed=isinstance(module, Conv1D))
         parametrize.register_parametrization(module, name, on_grid, unsafe=True)
     try:
-        with quantised_inputs(model, family, form, ranges):
+        with quantised_inputs(decoder, form, ranges):
             yield
     finally:
         for module, name in weights:
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
 
 
-def _weights_of(model: PreTrainedModel, family: Family) -> list[tuple[nn.Module, str]]:
+def _weights_of(decoder: Decoder) -> list[tuple[nn.Module, str]]:
     """Modules, and the names of the parameters in them that the decoder layers multiply."""
-    experts = experts_of(model, family).items()
+    experts = decoder.experts.items()
     return [
-        *((linear, "weight") for linear in linears_of(model, family).values()),
+        *((linear, "weight") for linear in decoder.linears.values()),
         *((module, name.rpartition(".")[2]) for names, module in experts for name in names),
     ]
 

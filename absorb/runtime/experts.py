@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from absorb.models.decoder import experts_of
-from absorb.models.family import Family
+from absorb.models.decoder import Decoder
 from absorb.runtime.hooks import See
 
 
@@ -46,9 +44,7 @@ def _shared(neurons: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
 
 
 @contextmanager
-def watching_experts(
-    model: PreTrainedModel, family: Family, see: Callable[[str, Tensor], None]
-) -> Iterator[None]:
+def watching_experts(decoder: Decoder, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call see(name, inputs) with what `up` and `down` of all experts are given.
 
     Inputs are (tokens, hidden) and (tokens, experts, neurons).
@@ -64,7 +60,7 @@ def watching_experts(
 
     handles = [
         experts.register_forward_pre_hook(before(*names))
-        for names, experts in experts_of(model, family).items()
+        for names, experts in decoder.experts.items()
     ]
     try:
         yield

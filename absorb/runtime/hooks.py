@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from absorb.models.decoder import each_layers
-from absorb.models.family import Family
+from absorb.models.decoder import Decoder
 
 See = Callable[[int, Tensor], None]
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
@@ -67,7 +66,7 @@ def eager(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def watching_attention(model: PreTrainedModel, family: Family, see: See) -> Iterator[None]:
+def watching_attention(decoder: Decoder, see: See) -> Iterator[None]:
     """Call see(layer, weights (rows, heads, queries, keys)) with what the attention gives to what.
 
     Attention is eager meanwhile: no other form has weights to show.
@@ -76,10 +75,10 @@ def watching_attention(model: PreTrainedModel, family: Family, see: See) -> Iter
     def after(layer: int) -> Callable[..., None]:
         return lambda _, args, out: see(layer, out[1].detach())
 
-    modules = enumerate(each_layers(model, family, family.attention))
+    modules = enumerate(decoder.each(decoder.family.attention))
     handles = [module.register_forward_hook(after(layer)) for layer, module in modules]
     try:
-        with eager(model):
+        with eager(decoder.model):
             yield
     finally:
         for handle in handles:

@@ -7,10 +7,8 @@ from math import inf
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from absorb.models.decoder import linears_of
-from absorb.models.family import Family
+from absorb.models.decoder import Decoder
 from absorb.runtime.experts import watching_experts
 from absorb.runtime.hooks import watching
 from absorb.runtime.reading import led
@@ -20,8 +18,7 @@ ROWS = 4
 
 @torch.no_grad()
 def input_peaks(
-    model: PreTrainedModel,
-    family: Family,
+    decoder: Decoder,
     tokens: Tensor,
     lead: Tensor | None = None,
     order: float = inf,
@@ -38,9 +35,9 @@ def input_peaks(
         seen.setdefault(name, []).append(power_mean(value, order, 0))
 
     rows = tokens if lead is None else led(tokens, lead)
-    with watching_inputs(model, family, see):
+    with watching_inputs(decoder, see):
         for batch in tqdm(rows.split(ROWS), desc="measuring inputs of Linears", unit="batch"):
-            model.base_model(batch.to(model.device), use_cache=False)
+            decoder.model.base_model(batch.to(decoder.device), use_cache=False)
     return {name: power_mean(torch.stack(means), order, 0) for name, means in seen.items()}
 
 
@@ -54,16 +51,14 @@ def power_mean(values: Tensor, order: float, dim: int) -> Tensor:
 
 
 @contextmanager
-def watching_inputs(
-    model: PreTrainedModel, family: Family, see: Callable[[str, Tensor], None]
-) -> Iterator[None]:
+def watching_inputs(decoder: Decoder, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call see(name, inputs (tokens, ..., channels)) with what each Linear and expert reads."""
-    linears = linears_of(model, family)
+    linears = decoder.linears
     names = list(linears)
 
     def see_linear(index: int, value: Tensor) -> None:
         see(names[index], value.flatten(0, -2))
 
-    inside = watching_experts(model, family, see)
+    inside = watching_experts(decoder, see)
     with inside, watching(linears.values(), see_linear, inputs=True):
         yield

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from absorb.models.decoder import Decoder
+
 
 def led(tokens: Tensor, lead: Tensor) -> Tensor:
     """Text `tokens` (batch, length), each row after the tokens `lead` (n,): (batch, n + length)."""
@@ -55,9 +57,14 @@ def remembering(
 class Subject:
     """A model, and the tokens (n,) that it is to be given before every row of text, if any."""
 
-    model: PreTrainedModel
+    decoder: Decoder
     lead: Tensor = field(default_factory=lambda: torch.tensor([], dtype=torch.long))
 
     def reads_as(self, other: "Subject") -> bool:
         """Whether both are one model that is given the same lead."""
-        return self.model is other.model and torch.equal(self.lead, other.lead)
+        return self.decoder.model is other.decoder.model and torch.equal(self.lead, other.lead)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits (rows, length, vocabulary) of text (rows, length), without those of the lead."""
+        found: Tensor = self.decoder.model(led(tokens, self.lead), use_cache=False).logits
+        return found[:, len(self.lead) :]

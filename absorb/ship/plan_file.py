@@ -19,7 +19,6 @@ from absorb.errors import AbsorbError
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.forms import KeySink, LayerSink, LogitSink
 from absorb.load.source import Source
-from absorb.models.decoder import heads_of, layers_of, weight_at
 from absorb.schema.codec import from_json, to_json
 from absorb.schema.report import Inspection
 
@@ -51,7 +50,7 @@ def read_plan(path: Path, source: Source) -> tuple[Plan, Inspection]:
     tensors, inspection = _read(file)
     _refuse_another_model(file, inspection, source)
     _refuse_damage(file, tensors, inspection, source)
-    layers = range(len(layers_of(source.model, source.family)))
+    layers = range(len(source.decoder.layers))
     plan = Plan(
         prefix=inspection.prefix,
         sinks=tuple(_sink(layer, inspection, tensors) for layer in layers),
@@ -151,17 +150,19 @@ def _refuse_damage(
 
 def _out_of_range(inspection: Inspection, source: Source) -> list[str]:
     """What an inspection names that the model does not have: tokens, layers or neurons."""
-    model, family = source.model, source.family
-    layers = layers_of(model, family)
-    down = weight_at(layers[0], family.down)
+    decoder = source.decoder
+    down = decoder.site(0, decoder.family.down).weight
     neurons = down.numel() // down.shape[-2]
     removed = [removal.spike for removal in inspection.removals]
     channels = inspection.residual_scales
     named = {
-        "token": (inspection.prefix, model.config.vocab_size),
-        "layer": ([*inspection.keyed_layers, *(spike.layer for spike in removed)], len(layers)),
+        "token": (inspection.prefix, decoder.config.vocab_size),
+        "layer": (
+            [*inspection.keyed_layers, *(spike.layer for spike in removed)],
+            len(decoder.layers),
+        ),
         "neuron": ([spike.neuron for spike in removed], neurons),
-        "channel": ([*channels], model.config.hidden_size),
+        "channel": ([*channels], decoder.config.hidden_size),
     }
     strange = [
         f"names {kind} {number}, which {source.name} does not have"
@@ -179,11 +180,11 @@ def _shapes(
 
     Keys come with a fit where one was made: where any of it is among the names that are `held`.
     """
-    model, family = source.model, source.family
-    layers, hidden = layers_of(model, family), model.config.hidden_size
-    heads, kv_heads = heads_of(model.config, family)
-    head_dim = weight_at(layers[0], family.output).shape[-1] // heads
-    *experts, _, neurons = weight_at(layers[0], family.down).shape
+    decoder, family = source.decoder, source.family
+    layers, hidden = decoder.layers, decoder.config.hidden_size
+    heads, kv_heads = decoder.heads
+    head_dim = decoder.site(0, family.output).weight.shape[-1] // heads
+    *experts, _, neurons = decoder.site(0, family.down).weight.shape
     tokens, vectors = (kv_heads, len(inspection.prefix), head_dim), (kv_heads, head_dim)
     fitted = {"logits": (heads,), "value": vectors, "key_bias": vectors, "error": ()}
     keyed = {"keys": tokens, "values": tokens, "error": ()}

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from absorb.fold.graft import twin
 from absorb.fold.sinks.forms import KeySink
 from absorb.measure.timing import growth, interleaved
+from absorb.models.decoder import Decoder
 from absorb.models.families import family_of
 from absorb.show.tables import table
 from scripts import bench
@@ -51,7 +52,7 @@ def with_sinks(original: PreTrainedModel, form: str) -> PreTrainedModel:
     room = torch.zeros(config.num_key_value_heads, PREFIX, config.head_dim)
     keys = KeySink(keys=room, values=room)
     layers = [keys if i in KEYED[form] else None for i in range(config.num_hidden_layers)]
-    converted = twin(original, family_of("llama"), layers)
+    converted = twin(Decoder(original, family_of("llama")), layers).model
     for name, parameter in converted.named_parameters():
         if "sink" in name:
             parameter.data.normal_()

@@ -15,13 +15,14 @@ from typing import Any
 
 import click
 import torch
-from transformers import PreTrainedModel
 
+from absorb.fold.graft import graft
 from absorb.load.source import load
 from absorb.load.tokenizer import lead_of
 from absorb.measure.score import evaluate, perplexity
+from absorb.models.decoder import Decoder
 from absorb.pipelines.convert import fine_tuned
-from absorb.pipelines.prepare import Draft, fresh, prepare
+from absorb.pipelines.prepare import Draft, completed, prepare
 from absorb.runtime.precision import as_stored
 from absorb.runtime.reading import Subject
 from absorb.schema.scores import Score
@@ -125,13 +126,14 @@ class Bench:
         """Figures of the original and of the converted model, and what the fine-tune took."""
         training_rows = TRAINING_ROWS if choice.steps else LEAST
         draft = self.draft(choice.sink, choice.seed, choice.given, training_rows)
-        student = fresh(draft, choice.purpose)
+        draft = completed(draft, choice.purpose)
+        student = graft(draft.source.decoder, draft.plan)
         start = time.perf_counter()
         kept = trained(draft, student, choice)
         seconds = time.perf_counter() - start
-        as_stored(student, draft.source.dtype)
-        converted = self.score(draft, Subject(model=student), choice.formats)
-        again = Subject(model=student, lead=lead_of(draft.source.tokenizer))
+        as_stored(student.model, draft.source.dtype)
+        converted = self.score(draft, Subject(decoder=student), choice.formats)
+        again = Subject(decoder=student, lead=lead_of(draft.source.tokenizer))
         original = self.original(draft)
         ratios = {
             "perplexity": converted.perplexity,
@@ -151,25 +153,23 @@ class Bench:
         """The untouched model, in every format that any row is measured in."""
         prefix = draft.plan.prefix
         if prefix not in self.originals:
-            subject = Subject(model=draft.source.model, lead=lead_of(draft.source.tokenizer))
+            subject = Subject(decoder=draft.source.decoder, lead=lead_of(draft.source.tokenizer))
             self.originals[prefix] = self.score(draft, subject, (*USUAL, *FOUR_BITS))
         return self.originals[prefix]
 
     def score(self, draft: Draft, subject: Subject, formats: tuple[FormatName, ...]) -> Score:
-        teacher = Subject(model=draft.source.model, lead=torch.tensor(draft.plan.prefix))
-        family = draft.source.family
-        rows, seen = self.rows, self.seen
-        return evaluate([subject], teacher, family, rows, seen, Thresholds(), formats)[0]
+        teacher = Subject(decoder=draft.source.decoder, lead=torch.tensor(draft.plan.prefix))
+        return evaluate([subject], teacher, self.rows, self.seen, Thresholds(), formats)[0]
 
 
-def trained(draft: Draft, student: PreTrainedModel, choice: Choice) -> int:
+def trained(draft: Draft, student: Decoder, choice: Choice) -> int:
     """Fine-tune the student in place: the step that was kept."""
     wish = Distillation(steps=choice.steps, train=choice.train, purpose=choice.purpose)
     fine_tune = recipe(wish, student.device)
     if choice.rate is not None:
         fine_tune = replace(fine_tune, rate=choice.rate)
     texts = replace(draft.texts, training=draft.texts.training[: choice.rows])
-    return fine_tuned(replace(draft, student=student, texts=texts), fine_tune, choice.seed).kept
+    return fine_tuned(student, replace(draft, texts=texts), fine_tune, choice.seed).kept
 
 
 def line(name: str, run: Any) -> Row:

@@ -33,6 +33,7 @@ from absorb.errors import AbsorbError
 from absorb.load.tokenizer import lead_of
 from absorb.measure.findings import find
 from absorb.measure.outliers import measure
+from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
 from absorb.runtime.precision import device_of, hastened
@@ -207,7 +208,7 @@ def pace(past: float, warm_up: float) -> float:
 def found(model: PreTrainedModel, family: Family, rows: Tensor, lead: Tensor) -> str:
     """The sinks and the largest activations of every layer on text (rows, length), as a table."""
     thresholds = Thresholds()
-    measurement = measure(model, family, rows, lead)
+    measurement = measure(Decoder(model, family), rows, lead)
     findings = find(measurement, thresholds)
     weight, peak = measurement.first_weight, measurement.token_peak.flatten(1).amax(1)
     table_rows: list[Row] = [("layer", "weight on BOS", "of a head", "largest |x|", "/ median")]

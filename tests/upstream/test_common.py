@@ -23,6 +23,7 @@ from transformers.models.auto import modeling_auto
 from absorb.fold.graft import twin
 from absorb.fold.sinks.prefix_cache import prefix_of
 from absorb.models import modeling_absorb
+from absorb.models.decoder import Decoder
 from absorb.models.families import family_of
 from tests.helpers.tiny import HEAD_DIM, HEADS, HIDDEN, VOCABULARY, tiny
 
@@ -92,7 +93,7 @@ def subject(family: str, form: str) -> tuple[PreTrainedConfig, Any, Any]:
     """The configuration of an absorbed model, its class, and that with a language model head."""
     stock = tiny(family, torch.float32, num_hidden_layers=LAYERS, **FAMILIES[family])
     sinks = prefix_of(stock, torch.tensor([1, 9])).layers[: KEYED[form]]
-    config = twin(stock, family_of(family), sinks).config
+    config = twin(Decoder(stock, family_of(family)), sinks).model.config
     config._attn_implementation = None  # as before there is a model
     base, causal = (modeling_absorb.absorbed(type(model)) for model in (stock.base_model, stock))
     register(type(config), base, causal)

@@ -15,21 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from absorb.fold.sinks.attention import rotations_of, scene_of
 from absorb.fold.sinks.fit import sink_of
 from absorb.fold.sinks.forms import LayerSink
 from absorb.fold.sinks.prefix_cache import Prefix, heads_last
-from absorb.models.decoder import each_layers
-from absorb.models.family import Family
+from absorb.models.decoder import Decoder
 from absorb.runtime.hooks import attending
 from absorb.runtime.precision import hastened
 
 
 @torch.no_grad()
 def fit_sinks(
-    model: PreTrainedModel, family: Family, prefix: Prefix, tokens: Tensor, most: float = inf
+    decoder: Decoder, prefix: Prefix, tokens: Tensor, most: float = inf
 ) -> list[LayerSink]:
     """Each layer's sink, fitted to what the prefix does to its attention on text (rows, length).
 
@@ -38,7 +36,9 @@ def fit_sinks(
     out more than the share `most` keeps the prefix's keys, if these leave out less. Linears are
     hastened; attention is not, as logits in the hundreds would be rounded to whole numbers.
     """
-    modules = each_layers(model, family, family.attention)
+    model: Any = decoder.model
+    family = decoder.family
+    modules = decoder.each(family.attention)
     sinks: list[LayerSink] = []
     bar = tqdm(total=len(modules), desc="fitting sinks", unit="layer")
 

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from absorb.fold.sinks.attention import scene_of
 from absorb.fold.sinks.forms import KeySink
-from absorb.models.decoder import each_layers
-from absorb.models.family import Family
+from absorb.models.decoder import Decoder
 from absorb.runtime.hooks import attending
 from absorb.runtime.reading import remembering
 
@@ -55,19 +54,19 @@ def prefix_of(model: PreTrainedModel, tokens: Tensor, start: int = 0) -> Prefix:
 
 
 @contextmanager
-def prefixed(model: PreTrainedModel, family: Family, prefix: Prefix) -> Iterator[None]:
+def prefixed(decoder: Decoder, prefix: Prefix) -> Iterator[None]:
     """Let a stock model attend to the prefix without reading it: the teacher, exactly.
 
     Text must be read at `prefix.positions`.
     """
-    layers = {m: i for i, m in enumerate(each_layers(model, family, family.attention))}
+    layers = {m: i for i, m in enumerate(decoder.each(decoder.family.attention))}
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         layer = prefix.layers[layers[module]]
         scene = scene_of(module, None, *args, **kwargs)
         return heads_last(scene.with_prefix(layer.keys, layer.values)), None
 
-    with attending(model, attend):
+    with attending(decoder.model, attend):
         yield
 
 

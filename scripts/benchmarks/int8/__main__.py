@@ -23,6 +23,7 @@ from tqdm import tqdm
 from absorb.cli.terminal import Refusals
 from absorb.load.source import Source, load
 from absorb.load.tokenizer import lead_of
+from absorb.models.decoder import Decoder
 from absorb.runtime.inputs import input_peaks
 from absorb.runtime.reading import led
 from absorb.schema.settings import ModelRef
@@ -44,7 +45,7 @@ def measured(source: Source, arithmetic: str, rows: Tensor, seen: Tensor) -> dic
     lead = lead_of(source.tokenizer)
     if arithmetic != "float32":
         static = arithmetic == "INT8, static"
-        peaks = input_peaks(source.model, source.family, seen, lead) if static else None
+        peaks = input_peaks(Decoder(source.model, source.family), seen, lead) if static else None
         to_int8(source.model, source.family, peaks, reduced=needs_reducing())
     losses, seconds = run_over(torch.compile(source.model, dynamic=False), rows, lead)
     return {

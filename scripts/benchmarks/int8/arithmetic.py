@@ -14,7 +14,7 @@ from torchao.quantization import (
 from torchao.utils import should_reduce_range
 from transformers import PreTrainedModel
 
-from absorb.models.decoder import linears_of
+from absorb.models.decoder import Decoder
 from absorb.models.family import Family
 
 
@@ -28,7 +28,7 @@ def to_int8(
     without VNNI would add products of full ones in 16 bits.
     """
     top = 63 if reduced else 127
-    for name, linear in linears_of(model, family).items():
+    for name, linear in Decoder(model, family).linears.items():
         config: Any = Int8DynamicActivationInt8WeightConfig(reduce_range=reduced)
         if peaks is not None:
             config = Int8StaticActivationInt8WeightConfig(

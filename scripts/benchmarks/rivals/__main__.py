@@ -32,7 +32,7 @@ def all_losses(bench: Bench, rival: Rival, rows: Tensor) -> dict[str, Tensor]:
     for name in formats():
         # What is rotated already is not rotated again.
         form = FORMATS["w4a4" if rival.turned and name == "w4a4-hadamard" else name]
-        found[name] = quantised_losses(rival.subject, bench.family, form, rows, bench.seen)
+        found[name] = quantised_losses(rival.subject, form, rows, bench.seen)
     return found
 
 

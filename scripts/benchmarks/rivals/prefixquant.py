@@ -8,7 +8,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from absorb.load.source import Source
-from absorb.models.decoder import each_layers
 from absorb.runtime.hooks import watching
 
 _RATIO = 64  # to the median token's largest input of down_proj, in the same row of text
@@ -25,7 +24,7 @@ def prefix_tokens(source: Source, rows: Tensor) -> tuple[int, ...]:
     """
     found: Counter[int] = Counter()
     numbers = []
-    downs = each_layers(source.model, source.family, source.family.down)
+    downs = source.decoder.each(source.family.down)
     for row in tqdm(rows, desc="looking for outlier tokens", unit="row"):
         places: list[list[int]] = []
         with watching(downs, lambda _, x, p=places: p.append(outliers(x)), inputs=True):

@@ -16,15 +16,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
+from absorb.fold.decide import sinks_for
 from absorb.fold.graft import graft, twin
-from absorb.fold.plan import Plan, sinks_for
+from absorb.fold.plan import Plan
 from absorb.fold.sinks.prefix_cache import prefix_of
 from absorb.fold.smoothing import smooth, smoothing_scales
 from absorb.load.source import Source, load
 from absorb.load.tokenizer import lead_of
 from absorb.measure.score import quantised_losses
-from absorb.models.decoder import experts_of, is_norm, layers_of
-from absorb.models.family import Family
+from absorb.models.decoder import Decoder
 from absorb.quantize.formats import FORMATS
 from absorb.runtime.hooks import watching
 from absorb.runtime.precision import as_stored, device_of, sketch_of
@@ -67,8 +67,8 @@ class Bench:
         return self.source.model
 
     @property
-    def family(self) -> Family:
-        return self.source.family
+    def decoder(self) -> Decoder:
+        return self.source.decoder
 
     @property
     def recipe(self) -> Recipe:
@@ -91,7 +91,7 @@ def bench_of(original: str, folder: Path, calibration: Path, device: str) -> Ben
     source = load(ModelRef(name=original))
     converted = load(ModelRef(name=str(folder)), measured=True)
     plan, _ = read_plan(folder, source)
-    if experts_of(source.model, source.family):
+    if source.decoder.experts:
         raise AbsorbError(f"{original} is a mixture of experts; rivals are made of dense models")
     for model in (source.model, converted.model):
         nn.Module.to(model, device_of(device))
@@ -114,17 +114,20 @@ def untouched(bench: Bench) -> Rival:
 
 
 def original(bench: Bench) -> Subject:
-    return Subject(model=bench.model, lead=lead_of(bench.source.tokenizer))
+    return Subject(decoder=bench.decoder, lead=lead_of(bench.source.tokenizer))
 
 
 def fine_tuned(bench: Bench) -> Rival:
     """The original, all weights trained on the next token of the text that absorb trains on."""
-    model = copy.deepcopy(bench.model)
-    subject = replace(original(bench), model=model)
+    subject = replace(original(bench), decoder=copied(bench.decoder))
     losses = train_on_text(subject, bench.texts, bench.recipe)
-    as_if_saved(model, bench)
+    as_if_saved(subject.decoder.model, bench)
     chosen = {"steps": bench.recipe.steps, "kept": losses.kept, "loss": losses.held_out[-1][1]}
     return Rival(subject=subject, chosen=chosen)
+
+
+def copied(decoder: Decoder) -> Decoder:
+    return Decoder(copy.deepcopy(decoder.model), decoder.family)
 
 
 def as_if_saved(model: PreTrainedModel, bench: Bench) -> None:
@@ -137,26 +140,25 @@ def train_on_text(subject: Subject, texts: Texts, recipe: Recipe) -> Losses:
     """Train the subject's model in place by the cross-entropy of its next tokens."""
 
     def loss(tokens: Tensor) -> Tensor:
-        text = tokens.to(subject.model.device)
-        logits = subject.model(led(text, subject.lead), use_cache=False).logits
-        predicted = logits[:, len(subject.lead) : -1].float().mT
+        text = tokens.to(subject.decoder.device)
+        predicted = subject.logits(text)[:, :-1].float().mT
         return nn.functional.cross_entropy(predicted, text[:, 1:])
 
-    return train(subject.model, loss, texts, recipe, seed=0)
+    return train(subject.decoder.model, loss, texts, recipe, seed=0)
 
 
 def smoothed(bench: Bench) -> Rival:
     """SmoothQuant (arXiv 2211.10438): behind norms, with the α that does best in W8A8."""
-    first = layers_of(bench.model, bench.family)[0]
-    norms = [name for name in bench.family.links if is_norm(first, name)]
-    rough = twin(bench.model, bench.family)
+    links = bench.decoder.family.links
+    norms = [name for name in links if bench.decoder.site(0, name).is_norm]
+    rough = twin(bench.decoder)
     text = led(bench.texts.scaling, lead_of(bench.source.tokenizer))
 
     def with_alpha(alpha: float) -> Subject:
-        model = copy.deepcopy(rough)
-        scales = smoothing_scales(bench.model, bench.family, text, alpha)
-        smooth(model, bench.family, {name: scales[name] for name in norms})
-        return replace(original(bench), model=model)
+        student = copied(rough)
+        scales = smoothing_scales(bench.decoder, text, alpha)
+        smooth(student, {name: scales[name] for name in norms})
+        return replace(original(bench), decoder=student)
 
     subject, alpha = best(bench, with_alpha, ALPHAS)
     return Rival(subject=subject, chosen={"alpha": alpha})
@@ -172,26 +174,26 @@ def with_prefix(bench: Bench) -> Rival:
     nothing = torch.empty(0, 0, dtype=torch.long)
     cache = Plan(
         prefix=tokens,
-        sinks=sinks_for(bench.model, bench.family, prefix, (), nothing, "key"),
+        sinks=sinks_for(bench.decoder, prefix, (), nothing, "key", 0.0),
         removals=(),
         residual=torch.ones_like(bench.plan.residual),
         smoothing={},
     )
-    student = graft(bench.model, bench.family, cache)
-    return Rival(subject=Subject(model=student), chosen={"prefix": tokens})
+    student = graft(bench.decoder, cache)
+    return Rival(subject=Subject(decoder=student), chosen={"prefix": tokens})
 
 
 def with_prefix_and_turned(bench: Bench) -> Rival:
     """All of PrefixQuant but its training: it rotates as QuaRot does."""
     rival = with_prefix(bench)
-    turn(rival.subject.model, bench.family)
+    turn(rival.subject.decoder)
     return replace(rival, turned=True)
 
 
 def turned(bench: Bench) -> Rival:
     """QuaRot (arXiv 2404.00456): random Hadamard matrices before every Linear."""
-    model = turn(twin(bench.model, bench.family), bench.family)
-    return Rival(subject=replace(original(bench), model=model), turned=True)
+    student = turn(twin(bench.decoder))
+    return Rival(subject=replace(original(bench), decoder=student), turned=True)
 
 
 def clipped(bench: Bench) -> Rival:
@@ -201,18 +203,18 @@ def clipped(bench: Bench) -> Rival:
     def see(layer: int, stream: Tensor) -> None:
         sizes.setdefault(layer, []).append(stream.abs().flatten())
 
-    with torch.no_grad(), watching(layers_of(bench.model, bench.family), see):
+    with torch.no_grad(), watching(bench.decoder.layers, see):
         for row in tqdm(bench.texts.scaling.split(1), desc="measuring the stream", unit="row"):
             text = led(row.to(bench.model.device), lead_of(bench.source.tokenizer))
             bench.model.base_model(text, use_cache=False)
     ordered = [torch.cat(seen).sort().values for seen in sizes.values()]
 
     def with_share(share: float) -> Subject:
-        model = copy.deepcopy(bench.model)
+        decoder = copied(bench.decoder)
         limits = [float(values[int(share * (len(values) - 1))]) for values in ordered]
-        for layer, limit in zip(layers_of(model, bench.family), limits, strict=True):
+        for layer, limit in zip(decoder.layers, limits, strict=True):
             layer.register_forward_hook(clipping(limit))
-        return replace(original(bench), model=model)
+        return replace(original(bench), decoder=decoder)
 
     subject, share = best(bench, with_share, SHARES)
     return Rival(subject=subject, chosen={"share": share})
@@ -231,20 +233,20 @@ def clipping(limit: float) -> Callable[..., Any]:
 
 def untrained(bench: Bench) -> Rival:
     """absorb right after its graft."""
-    student = graft(bench.model, bench.family, bench.plan)
-    as_if_saved(student, bench)
-    return Rival(subject=Subject(model=student))
+    student = graft(bench.decoder, bench.plan)
+    as_if_saved(student.model, bench)
+    return Rival(subject=Subject(decoder=student))
 
 
 def absorbed(bench: Bench) -> Rival:
-    return Rival(subject=Subject(model=bench.converted.model))
+    return Rival(subject=Subject(decoder=bench.converted.decoder))
 
 
 def absorbed_and_turned(bench: Bench) -> Rival:
     # Residual scales, which no rotation of the stream passes, would multiply what rounding rotated
     # outputs leaves on other channels: the stream stays as it is.
-    model = turn_inputs(copy.deepcopy(bench.converted.model), bench.family)
-    return Rival(subject=Subject(model=model), turned=True)
+    student = turn_inputs(copied(bench.converted.decoder))
+    return Rival(subject=Subject(decoder=student), turned=True)
 
 
 def best(bench: Bench, make: Callable[[float], Subject], settings: list[float]) -> Any:
@@ -252,7 +254,7 @@ def best(bench: Bench, make: Callable[[float], Subject], settings: list[float]) 
 
     def loss(subject: Subject) -> float:
         form, seen = FORMATS["w8a8-static"], bench.seen
-        return float(quantised_losses(subject, bench.family, form, seen, seen).mean())
+        return float(quantised_losses(subject, form, seen, seen).mean())
 
     setting = min(settings, key=lambda setting: loss(make(setting)))
     return make(setting), setting
