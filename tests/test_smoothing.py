@@ -12,7 +12,6 @@ from absorb.fold.graft import twin
 from absorb.fold.smoothing import searched_scales, smooth, smoothing_scales
 from absorb.models.decoder import Decoder, site_at
 from absorb.models.families import FAMILIES
-from absorb.models.family import Family
 from absorb.quantize.grids import INT4_ROW, INT8_ROW, INT8_TENSOR, rounded
 from absorb.quantize.rotation import rotated
 from absorb.runtime.inputs import input_peaks, power_mean, watching_inputs
@@ -66,9 +65,9 @@ def test_a_neuron_that_was_quiet_may_fire_on_other_text(tokens: Tensor) -> None:
 def test_the_exponent_is_the_one_with_the_least_error(
     tokens: Tensor, exponent: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def errors(_: object, family: Family, *__: object) -> dict[str, Tensor]:
+    def errors(decoder: Decoder, *_: object) -> dict[str, Tensor]:
         best = torch.tensor([float(tried != exponent) for tried in smoothing._ALPHAS])
-        return {link: best[:, None].expand(-1, LAYERS) for link in family.links}
+        return {link: best[:, None].expand(-1, LAYERS) for link in decoder.family.links}
 
     model = uneven()
     monkeypatch.setattr(smoothing, "_errors", errors)

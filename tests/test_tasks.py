@@ -196,5 +196,5 @@ def test_perplexity_is_that_of_the_harness(dtype: torch.dtype, tmp_path: Path) -
 
 @torch.no_grad()
 def nll_of_first(subject: Subject, row: Tensor) -> float:
-    logs = subject.model(subject.lead[None]).logits[0, -1].float().log_softmax(-1)
+    logs = subject.decoder.model(subject.lead[None]).logits[0, -1].float().log_softmax(-1)
     return -float(logs[row[0]])
