@@ -174,7 +174,7 @@ def test_sink_keys_are_the_prefix_they_were_read_from(family: str) -> None:
     model.set_attn_implementation("eager")  # stock sdpa drops the softcap of Gemma 2, or refuses it
     prefix = torch.tensor([1, 9])
     student = in_form("key", twin(Decoder(model, family_of(family))).model).double()
-    read = prefix_of(model, prefix)
+    read = prefix_of(Decoder(model, family_of(family)), prefix)
     before = model.base_model(prefix[None], position_ids=torch.arange(-N, 0)[None], use_cache=True)
     expected = model(led(texts(), prefix)).logits[:, N:]
     here = [sink.keys for sink in read.layers]

@@ -72,14 +72,19 @@ def test_only_what_was_asked_for_is_trained(
     assert not any(parameter.requires_grad for parameter in student.parameters())
 
 
+def pair(teacher: PreTrainedModel, student: PreTrainedModel) -> tuple[Decoder, Decoder]:
+    family = FAMILIES[teacher.config.model_type]
+    return Decoder(teacher, family), Decoder(student, family)
+
+
 def test_training_brings_the_student_closer(
     teacher: PreTrainedModel, student: PreTrainedModel
 ) -> None:
-    start = divergence(teacher, student, PREFIX, texts().validation)
+    start = divergence(*pair(teacher, student), PREFIX, texts().validation)
     fine_tune = Recipe(steps=30, train="all", rows=8)
     losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
     assert losses.held_out[0] == (0, pytest.approx(start))
-    reached = divergence(teacher, student, PREFIX, texts().validation)
+    reached = divergence(*pair(teacher, student), PREFIX, texts().validation)
     assert reached < 0.9 * start
     assert dict(losses.held_out)[losses.kept] == pytest.approx(reached, rel=1e-4)
     assert [step for step, _ in losses.training] == list(range(1, 31))
@@ -118,7 +123,7 @@ def test_a_student_that_gives_no_numbers_is_told(
 ) -> None:
     student.model.norm.input_scale.data.fill_(float("nan"))
     with pytest.raises(AbsorbError, match="not a number"):
-        divergence(teacher, student, PREFIX, texts().validation)
+        divergence(*pair(teacher, student), PREFIX, texts().validation)
 
 
 def test_the_same_seed_gives_the_same_student(teacher: PreTrainedModel) -> None:
@@ -167,7 +172,7 @@ def test_the_experts_of_a_mixture_are_trained_too() -> None:
 def test_dropout_does_not_blur_the_student() -> None:
     teacher = tiny("gpt2", torch.float32)
     student = twin(Decoder(teacher, FAMILIES["gpt2"])).model
-    start = divergence(teacher, student, PREFIX, texts().validation)
+    start = divergence(*pair(teacher, student), PREFIX, texts().validation)
     fine_tune = Recipe(steps=1, train="all", rows=4)
     losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
     assert losses.held_out[0][1] == pytest.approx(start, rel=1e-5)

@@ -204,14 +204,18 @@ def test_a_head_that_ignores_the_prefix_gets_a_finite_sink_that_takes_little() -
 @torch.no_grad()
 def test_the_error_of_a_layer_is_what_its_fit_leaves_out(tokens: Tensor) -> None:
     model = tiny("llama")
-    fits = fit_sinks(Decoder(model, FAMILIES["llama"]), prefix_of(model, torch.tensor([1])), tokens)
+    fits = fit_sinks(
+        Decoder(model, FAMILIES["llama"]),
+        prefix_of(Decoder(model, FAMILIES["llama"]), torch.tensor([1])),
+        tokens,
+    )
     assert all(0 < fit.error < 1 for fit in fits)
 
 
 @torch.no_grad()
 def test_a_fit_that_leaves_out_too_much_makes_room_for_keys(tokens: Tensor) -> None:
     model, family = tiny("llama"), FAMILIES["llama"]
-    prefix = prefix_of(model, torch.tensor([1, 9]))
+    prefix = prefix_of(Decoder(model, FAMILIES["llama"]), torch.tensor([1, 9]))
     errors = [float(fit.error) for fit in fit_sinks(Decoder(model, family), prefix, tokens)]
     worst = max(errors)
     layer = errors.index(worst)

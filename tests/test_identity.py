@@ -119,7 +119,7 @@ def test_smoothing_changes_nothing(family: Family, tokens: Tensor) -> None:
 @torch.no_grad()
 def test_constant_keys_and_values_are_the_prefix(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
-    prefix = prefix_of(model, torch.tensor([1, 9]))
+    prefix = prefix_of(Decoder(model, family), torch.tensor([1, 9]))
     with prefixed(Decoder(model, family), prefix):
         positions = prefix.positions(tokens.shape[1])
         absorbed = model(tokens, position_ids=positions, use_cache=False).logits
@@ -158,7 +158,7 @@ def planned(
 def test_the_grafted_model_does_what_the_fit_did(family: Family, tokens: Tensor) -> None:
     """Logits, values and key biases land in the right rows of the right modules."""
     model = tiny(family.model_type)
-    prefix = prefix_of(model, torch.tensor([1, 9]))
+    prefix = prefix_of(Decoder(model, family), torch.tensor([1, 9]))
     with last_output(model, family) as fitted:
         sinks = fit_sinks(Decoder(model, family), prefix, tokens)
     assert all(sink.error < 1 for sink in sinks)
@@ -179,7 +179,7 @@ def test_keys_in_some_layers_do_what_the_fit_of_the_others_reckoned_with(
     family: Family, tokens: Tensor
 ) -> None:
     model = tiny(family.model_type)
-    prefix = prefix_of(model, torch.tensor([1, 9]))
+    prefix = prefix_of(Decoder(model, family), torch.tensor([1, 9]))
     errors = [float(fit.error) for fit in fit_sinks(Decoder(model, family), prefix, tokens)]
     with last_output(model, family) as fitted:
         plan = planned(model, family, "auto", tokens, 0.999 * max(errors))
@@ -231,7 +231,9 @@ def test_text_starts_at_the_position_where_it_stood_behind_the_prefix(
 @torch.no_grad()
 def test_without_rotation_one_token_is_absorbed_exactly(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
-    sinks = fit_sinks(Decoder(model, family), prefix_of(model, torch.tensor([1])), tokens)
+    sinks = fit_sinks(
+        Decoder(model, family), prefix_of(Decoder(model, family), torch.tensor([1])), tokens
+    )
     student = graft(Decoder(model, family), neutral_plan(family, prefix=(1,), sinks=sinks)).model
     teacher = model(led(tokens, torch.tensor([1]))).logits[:, 1:]
     assert drift(student(tokens).logits, teacher) < TOLERANCE
@@ -289,7 +291,7 @@ def test_the_key_form_is_the_teacher(
     """Keys, values, residual scales and smoothing together: nothing but a prefix less to read."""
     model = tiny(family.model_type)
     start = 0 if family.positions else -len(prefix)
-    constants = prefix_of(model, torch.tensor(prefix), start)
+    constants = prefix_of(Decoder(model, family), torch.tensor(prefix), start)
     plan = neutral_plan(family, prefix=prefix, sinks=constants.layers, residual=powers_of_two())
     student = graft(Decoder(model, family), plan).model
     smooth(Decoder(student, family), searched_scales(Decoder(student, family), tokens))

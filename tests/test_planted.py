@@ -192,7 +192,9 @@ def test_keys_are_kept_where_no_logit_fits_and_only_there(text: Tensor) -> None:
     assert logit.keyed_layers == ()
     assert auto.keyed_layers == (1,)
     left = [
-        divergence(model, graft(Decoder(model, family), plan).model, torch.tensor([BOS]), unseen)
+        divergence(
+            Decoder(model, family), graft(Decoder(model, family), plan), torch.tensor([BOS]), unseen
+        )
         for plan in (logit, auto)
     ]
     assert left[1] < 0.1 * left[0]

@@ -65,7 +65,9 @@ def test_a_student_learns_to_be_quantised(purpose: Purpose) -> None:
 
     def gap(model: PreTrainedModel) -> float:
         with torch.no_grad(), quantised(Decoder(model, family), form, ranges):
-            return divergence(teacher, model, PREFIX, text.validation)
+            return divergence(
+                Decoder(teacher, family), Decoder(model, family), PREFIX, text.validation
+            )
 
     fine_tune = recipe(Distillation(steps=30, train="all", purpose=purpose), student.device)
     distill(teacher, plain, PREFIX, text, fine_tune, seed=0)

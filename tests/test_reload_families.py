@@ -121,7 +121,7 @@ def logits_of(model_type: str, form: str, tokens: Tensor, folder: Path) -> Tenso
     """
     family, model = FAMILIES[model_type], tiny(model_type, torch.float32)
     model.set_experts_implementation("grouped_mm" if "experts" in family.down else "eager")
-    prefix = prefix_of(model, torch.tensor([1, 9]))
+    prefix = prefix_of(Decoder(model, family), torch.tensor([1, 9]))
     sinks = fit_sinks(Decoder(model, family), prefix, tokens)
     if form == "mixed":
         sinks[1] = prefix.layers[1]

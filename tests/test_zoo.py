@@ -128,9 +128,9 @@ def judged(catch: Catch, subject: Subject) -> Score:
 def divergence_of(make: Make, plan: Plan, length: int = zoo.LENGTH) -> float:
     """KL(teacher | student) of the plan on the beginnings of texts."""
     catch = caught(make)
-    student = graft(catch.decoder, plan).model
+    student = graft(catch.decoder, plan)
     prefix = tensor(catch.animal.prefix)
-    return divergence(catch.animal.model, student, prefix, catch.unseen[:, :length])
+    return divergence(catch.decoder, student, prefix, catch.unseen[:, :length])
 
 
 # What each animal is
@@ -188,7 +188,7 @@ def attention_to_first(model: PreTrainedModel, text: Tensor, layer: int) -> Tens
 def test_the_generous_sink_says_more_than_text_does() -> None:
     catch = caught(zoo.generous)
     own, text = (
-        prefix_of(catch.animal.model, tokens).layers[1].values.norm(dim=-1)
+        prefix_of(catch.decoder, tokens).layers[1].values.norm(dim=-1)
         for tokens in (tensor(catch.animal.prefix), catch.unseen[0])
     )
     assert own.min() > 2 * text.median()

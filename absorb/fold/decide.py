@@ -56,7 +56,7 @@ def decide(
     Both are (rows, length). `budget` is the KL in nats per token that removing neurons may cost,
     and so may the layers that `auto` leaves to logits.
     """
-    known = prefix_of(decoder.model, torch.tensor(prefix))
+    known = prefix_of(decoder, torch.tensor(prefix))
     removals = removable(decoder, known, findings, tokens, budget)
     for most in MOST_LEFT_OUT if form == "auto" else (inf,):
         plan = Plan(
@@ -90,7 +90,7 @@ def sinks_for(
     # The student's text starts at 0, behind the keys. With learned positions, none of which is
     # negative, the text moves instead.
     start = 0 if decoder.family.positions else -len(prefix.tokens)
-    kept = prefix_of(decoder.model, prefix.tokens, start).layers
+    kept = prefix_of(decoder, prefix.tokens, start).layers
     if form == "key":
         return kept
     with without(decoder, tuple(removal.spike for removal in removals)):
@@ -117,7 +117,7 @@ def judged(decoder: Decoder, plan: Plan, student: Decoder, validation: Tensor) -
     """How far the student of a plan is from the teacher on text `validation` (rows, length)."""
 
     def gap(student: Decoder) -> float:
-        return divergence(decoder.model, student.model, torch.tensor(plan.prefix), validation)
+        return divergence(decoder, student, torch.tensor(plan.prefix), validation)
 
     logits = plan.as_logits
     mixed = plan.keyed_layers != logits.keyed_layers

@@ -1,7 +1,8 @@
 """Stock model + Plan → absorbed model: the executor of a plan.
 
-Each kind of absorption is a module with `write(student, plan)`, which changes a student that does
-nothing new yet. Nothing else writes weights, save the fine-tune.
+Each kind of absorption is a module with `write(student, plan, layer)`, which changes a layer that
+does nothing new yet. Nothing else writes weights, save the fine-tune. A layer is a function of the
+original's weights and the plan: where weights stream, it is made anew whenever it is asked for.
 """
 
 import copy
@@ -16,7 +17,7 @@ from absorb.fold import neurons, place, residual, smoothing
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.forms import KeySink, LayerSink
 from absorb.models import modeling_absorb
-from absorb.models.decoder import Decoder
+from absorb.models.decoder import Decoder, streamed
 from absorb.models.family import Family
 from absorb.runtime.quiet import quiet
 
@@ -27,15 +28,26 @@ _FOLDS = (place, neurons, residual, smoothing)
 def graft(decoder: Decoder, plan: Plan) -> Decoder:
     """A new absorbed model that does without a prefix what the stock one does with the plan's."""
     student = twin(decoder, plan.sinks)
-    for fold in _FOLDS:
-        fold.write(student, plan)
+    place.shift_positions(student, len(plan.prefix))
+    residual.write_ends(student, plan)
+
+    def write(layer: int) -> None:
+        for fold in _FOLDS:
+            fold.write(student, plan, layer)
+
+    if student.streaming:
+        student.streaming.edits.append(write)
+    else:
+        for layer in range(len(student.layers)):
+            write(layer)
     return student
 
 
 def twin(decoder: Decoder, sinks: Sequence[LayerSink] = ()) -> Decoder:
-    """The absorbed form of a stock model: copies of its weights, and neutral sinks and scales.
+    """The absorbed form of a stock model: its weights, and neutral sinks and scales.
 
-    A layer for which `sinks` holds keys has room for them, all others have logits.
+    A layer for which `sinks` holds keys has room for them, all others have logits. The weights are
+    copies, save where they stream: there both models share them.
     """
     model: Any = decoder.model
     cls: Any = modeling_absorb.absorbed(type(model))
@@ -44,14 +56,19 @@ def twin(decoder: Decoder, sinks: Sequence[LayerSink] = ()) -> Decoder:
         settings.pop(ours, None)
     config = cls.config_class(**settings, absorb=sites(decoder, sinks))
     config._experts_implementation = model.config._experts_implementation
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = model.state_dict()
+    if decoder.streaming is None:
+        weights = {name: tensor.clone() for name, tensor in weights.items()}
     with quiet():
         student: PreTrainedModel = cls.from_pretrained(
             None, config=config, state_dict=weights, dtype=model.dtype
         )
     student.generation_config = copy.deepcopy(model.generation_config)
     module: nn.Module = student
-    module.to(model.device).eval()
+    module.eval()
+    if decoder.streaming is not None:
+        return streamed(student, decoder.family, decoder.device)
+    module.to(model.device)
     return Decoder(student, decoder.family)
 
 

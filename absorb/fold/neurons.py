@@ -23,15 +23,16 @@ _ROWS, _BEGINNING = 4, 128
 @contextmanager
 def without(decoder: Decoder, neurons: tuple[SpikeNeuron, ...]) -> Iterator[None]:
     """The model with what reads `neurons` at zero, for a while."""
-    columns = [_column(decoder, spike).detach() for spike in neurons]
-    before = [part.clone() for part in columns]
-    for part in columns:
-        part.zero_()
-    try:
+
+    def columns(layer: int) -> list[Tensor]:
+        return [_column(decoder, spike).detach() for spike in neurons if spike.layer == layer]
+
+    def edit(layer: int) -> None:
+        for column in columns(layer):
+            column.zero_()
+
+    with decoder.edited(edit, columns):
         yield
-    finally:
-        for part, kept in zip(columns, before, strict=True):
-            part.copy_(kept)
 
 
 @torch.no_grad()
@@ -118,10 +119,11 @@ def _removed(
     return removals
 
 
-def write(student: Decoder, plan: Plan) -> None:
-    """Zero what reads the spike neurons that can go."""
+def write(student: Decoder, plan: Plan, layer: int) -> None:
+    """Zero what reads the spike neurons of a layer that can go."""
     for removal in plan.removals:
-        _column(student, removal.spike).zero_()
+        if removal.spike.layer == layer:
+            _column(student, removal.spike).zero_()
 
 
 def _column(decoder: Decoder, spike: SpikeNeuron) -> Tensor:

@@ -10,17 +10,16 @@ from absorb.fold.sinks.forms import KeySink, LogitSink
 from absorb.models.decoder import Decoder
 
 
-def write(student: Decoder, plan: Plan) -> None:
-    """Give every layer its sink, and the text the positions that it had behind the prefix."""
-    _shift_positions(student, len(plan.prefix))
-    for layer, sink in enumerate(plan.sinks):
-        if isinstance(sink, KeySink):
-            _place_keys(student, layer, sink)
-        else:
-            _place_logits(student, layer, sink)
+def write(student: Decoder, plan: Plan, layer: int) -> None:
+    """Give a layer its sink."""
+    sink = plan.sinks[layer]
+    if isinstance(sink, KeySink):
+        _place_keys(student, layer, sink)
+    else:
+        _place_logits(student, layer, sink)
 
 
-def _shift_positions(student: Decoder, count: int) -> None:
+def shift_positions(student: Decoder, count: int) -> None:
     """Let text start at the learned position where it stood behind a prefix of `count` tokens."""
     if student.family.positions is None:
         return

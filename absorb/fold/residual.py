@@ -26,17 +26,22 @@ def residual_scales(measurement: Measurement, findings: Findings, target: float)
     return scales.clamp_min(1)
 
 
-def write(student: Decoder, plan: Plan) -> None:
-    """Write the stream divided by λ, and read it multiplied: the same function."""
-    family, scale = student.family, plan.residual.to(student.device)
+def write(student: Decoder, plan: Plan, layer: int) -> None:
+    """Let a layer read the stream multiplied by λ, and write to it divided: the same function."""
+    scale = plan.residual.to(student.device)
+    for name in student.family.writes:
+        student.site(layer, name).divide_output(scale)
+    for name in student.family.reads:
+        student.site(layer, name).multiply_input(scale)
+
+
+def write_ends(student: Decoder, plan: Plan) -> None:
+    """The same where the stream begins and ends."""
+    family = student.family
+    embedding, last = student.named(family.embedding), student.named(family.final_norm)
+    scale = plan.residual.to(last.module.input_scale)
     # A table of tokens may be tied to the language model head, one of positions is tied to nothing.
-    student.named(family.embedding).module.output_scale /= scale
+    embedding.module.output_scale /= scale
     if family.positions is not None:
         student.named(family.positions).module.weight /= scale
-    student.named(family.final_norm).multiply_input(scale)
-    for name in family.writes:
-        for site in student.sites(name):
-            site.divide_output(scale)
-    for name in family.reads:
-        for site in student.sites(name):
-            site.multiply_input(scale)
+    last.multiply_input(scale)

@@ -111,8 +111,12 @@ def _reach(student: Decoder, name: str, size: Tensor, order: float) -> Tensor:
 
     Experts that read the same channels share it.
     """
-    reaches = [power_mean(site.weight.detach(), order, -2) for site in student.sites(name)]
-    return torch.stack([power_mean(reach.view(-1, *size.shape), order, 0) for reach in reaches])
+    reaches = []
+    for layer, site in enumerate(student.sites(name)):
+        with student.fetched(layer):
+            reach = power_mean(site.weight.detach(), order, -2)
+        reaches.append(power_mean(reach.view(-1, *size.shape), order, 0))
+    return torch.stack(reaches)
 
 
 def _shared(channels: Tensor, student: Decoder, order: float) -> Tensor:
@@ -172,9 +176,9 @@ def _product(inputs: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("t...c,...oc->t...o", inputs, weight)
 
 
-def write(student: Decoder, plan: Plan) -> None:
-    """Give a student the scales of a plan."""
-    smooth(student, plan.smoothing)
+def write(student: Decoder, plan: Plan, layer: int) -> None:
+    """Give a layer the scales of a plan."""
+    _smooth(student, plan.smoothing, layer)
 
 
 @torch.no_grad()
@@ -184,15 +188,19 @@ def smooth(decoder: Decoder, smoothing: dict[str, Tensor]) -> None:
     smoothing holds the divisors (layers, channels), for experts (layers, experts, channels), under
     the name of what is divided.
     """
+    for layer in range(len(decoder.layers)):
+        _smooth(decoder, smoothing, layer)
+
+
+def _smooth(decoder: Decoder, smoothing: dict[str, Tensor], layer: int) -> None:
     for name, scales in smoothing.items():
-        for layer, scale in enumerate(scales.to(decoder.device)):
-            if name == decoder.family.value:
-                columns = _smooth_values(decoder, layer, scale)
-            else:
-                decoder.site(layer, name).divide_output(scale)
-                columns = scale
-            for reader in decoder.family.links[name]:
-                decoder.site(layer, reader).multiply_input(columns)
+        scale = columns = scales[layer].to(decoder.device)
+        if name == decoder.family.value:
+            columns = _smooth_values(decoder, layer, scale)
+        else:
+            decoder.site(layer, name).divide_output(scale)
+        for reader in decoder.family.links[name]:
+            decoder.site(layer, reader).multiply_input(columns)
 
 
 def _smooth_values(student: Decoder, layer: int, scale: Tensor) -> Tensor:

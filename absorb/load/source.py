@@ -7,12 +7,14 @@ downloaded or read.
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,14 +27,20 @@ from absorb.errors import AbsorbError
 from absorb.load import checks, download, gguf_file
 from absorb.load.unlisted import outlined
 from absorb.models import modeling_absorb
-from absorb.models.decoder import Decoder
+from absorb.models.decoder import Decoder, streamed
 from absorb.models.family import Family
+from absorb.models.streaming import Streaming
+from absorb.runtime.precision import free_memory
 from absorb.runtime.quiet import quiet_load
 from absorb.schema.settings import ModelRef, expanded
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 _FINGERPRINT_VALUES = 4096  # of each parameter, at most
+# What a conversion holds of a model at once, in bytes a weight: the original, the student, another
+# student with logits alone, the weights before they were rounded, and what a layer computes.
+_HELD = 20
+_SPARE = 2  # of the memory that weights at rest may take, to leave room for a layer at work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +54,26 @@ class Source:
     dtype: torch.dtype  # that most weights were stored in; float32 for a quantised .gguf file
     license: str | None
     commit: str | None  # of the Hub repository
+    streaming: Streaming | None = None
 
     @property
     def decoder(self) -> Decoder:
-        return Decoder(self.model, self.family)
+        return Decoder(self.model, self.family, self.streaming)
+
+    def placed(self, device: torch.device) -> "Source":
+        """The source with its model on a device, or with weights that come there one by one.
+
+        All models of a conversion are held at once, in float32: in all _HELD bytes a weight.
+        """
+        weights, free = sum(p.numel() for p in self.model.parameters()), free_memory(device)
+        if _HELD * weights <= free:
+            nn.Module.to(self.model, device, torch.float32)
+            return self
+        streaming = streamed(self.model, self.family, device).streaming
+        assert streaming is not None
+        if sum(p.nbytes for p in self.model.parameters()) * _SPARE <= free:
+            streaming.hold()
+        return replace(self, streaming=streaming)
 
     @property
     def converted(self) -> bool:
@@ -65,18 +89,19 @@ class Source:
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             every = -(-parameter.numel() // _FINGERPRINT_VALUES)
-            values = parameter.detach().flatten()[::every].cpu().contiguous()
+            values = parameter.detach().flatten()[::every].float().cpu().contiguous()
             digest.update(f"{name} {tuple(parameter.shape)} ".encode() + values.numpy().tobytes())
         return digest.hexdigest()
 
 
-def load(ref: ModelRef, *, measured: bool = False) -> Source:
+def load(ref: ModelRef, *, measured: bool = False, device: torch.device | None = None) -> Source:
     """The model that `ref` names, or an AbsorbError that says why not.
 
     Where it is only to be measured, a model that absorb has converted will do, and one of an
-    architecture that it does not know.
+    architecture that it does not know. A model that is too large for the `device` it is to compute
+    on stays in the types it is stored in, and in its files until it is asked for.
     """
-    source = _read(ref, measured)
+    source = _read(ref, measured, None if device is None else free_memory(device))
     checks.refuse_non_finite(source.model, source.name)
     checks.refuse_unusable(source.model, source.tokenizer, source.name)
     if getattr(source.model.config, "attn_logit_softcapping", None):
@@ -87,10 +112,10 @@ def load(ref: ModelRef, *, measured: bool = False) -> Source:
     return source
 
 
-def _read(ref: ModelRef, measured: bool) -> Source:
+def _read(ref: ModelRef, measured: bool, room: int | None) -> Source:
     path = expanded(ref.name)
     if ref.name != "demo" and not path.exists() and download.is_repository(ref.name):
-        return _from_hub(ref, measured)
+        return _from_hub(ref, measured, room)
     if ref.revision is not None:
         raise AbsorbError(
             f"{ref.name} is not a Hub repository and has no revisions; drop --revision"
@@ -98,7 +123,7 @@ def _read(ref: ModelRef, measured: bool) -> Source:
     if ref.name == "demo":
         return _from_gguf(gguf_file.demo(), DEMO)
     if path.is_dir():
-        return _from_folder(path, ref, path.resolve().name, None, measured)
+        return _from_folder(path, ref, path.resolve().name, None, measured, room)
     if path.is_file():
         return _from_gguf(path, path.name)
     raise AbsorbError(
@@ -121,29 +146,31 @@ def _tokenizer(folder: Path, ref: ModelRef) -> Any:
         ) from None
 
 
-def _from_hub(ref: ModelRef, measured: bool) -> Source:
+def _from_hub(ref: ModelRef, measured: bool, room: int | None) -> Source:
     folder = download.description(ref)
     checks.family_in(folder, ref.name, measured)
     commit = folder.name  # the cache keeps every commit in a folder of its name
-    return _from_folder(download.weights(ref, commit), ref, ref.name, commit, measured)
+    return _from_folder(download.weights(ref, commit), ref, ref.name, commit, measured, room)
 
 
 def _from_folder(
-    folder: Path, ref: ModelRef, name: str, commit: str | None, measured: bool
+    folder: Path, ref: ModelRef, name: str, commit: str | None, measured: bool, room: int | None
 ) -> Source:
     family = checks.family_in(folder, ref.name, measured)
     files = checks.weight_files(folder, ref.name)
     elements, tensors = checks.stored_elements(files)
     dtype = checks.stored_dtype(elements, ref.name)
     checks.refuse_deeper(folder, tensors, ref.name)
+    stays = room is not None and _HELD * elements.total() > room
     with checks.unchanged(files), checks.reading(ref.name), quiet_load(files):
         tokenizer = _tokenizer(folder, ref)
         kind = _class_of(folder)
         checks.refuse_larger(_outline(kind, folder), elements.total(), ref.name)
         loading: Any = kind.from_pretrained(
             folder,
-            disable_mmap=True,  # a file that is written to later must not change the weights
-            dtype=torch.float32,
+            # A file that is written to later must not change the weights.
+            disable_mmap=not stays,
+            dtype=_widest(elements) if stays else torch.float32,
             ignore_mismatched_sizes=True,  # they are in `info`, and refused by name
             local_files_only=True,
             output_loading_info=True,
@@ -152,7 +179,8 @@ def _from_folder(
         )
     model, info = loading
     checks.refuse_mismatch(info, model, ref.name)
-    _align(model)
+    if not stays:
+        _align(model)
     if family is None:
         with checks.reading(ref.name):
             family = outlined(model, ref.name)
@@ -165,6 +193,11 @@ def _from_folder(
         license=_license(folder),
         commit=commit,
     )
+
+
+def _widest(elements: Counter[str]) -> torch.dtype:
+    """The stored type that holds all others without loss."""
+    return max((checks.STORED[kind] for kind in elements), key=lambda dtype: dtype.itemsize)
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
+from absorb.models.decoder import Decoder
 from absorb.runtime.losses import mean_kl
-from absorb.runtime.reading import led
+from absorb.runtime.reading import Subject, led
 from absorb.schema.training import LENGTH
 
 # The mean loss in nats per token of text (rows, length).
@@ -36,15 +37,18 @@ def gap(
 
 
 @torch.no_grad()
-def divergence(
-    teacher: PreTrainedModel, student: PreTrainedModel, prefix: Tensor, tokens: Tensor
-) -> float:
-    """Mean KL(teacher | student) in nats on text `tokens` (rows, length), in parts that fit."""
+def divergence(teacher: Decoder, student: Decoder, prefix: Tensor, tokens: Tensor) -> float:
+    """Mean KL(teacher | student) in nats on text `tokens` (rows, length), in parts that fit.
+
+    The teacher reads the tokens `prefix` (n,) before every row.
+    """
+    read = Subject(decoder=teacher, lead=prefix), Subject(decoder=student)
+    rows = len(tokens) if student.streaming else rows_at_once(student.model)
 
     def loss(part: Tensor) -> Tensor:
-        return gap(teacher, student, prefix, part)
+        return mean_kl(*(subject.logits(part) for subject in read))
 
-    return max(0.0, mean_loss(loss, tokens, rows_at_once(student)))  # rounding may bring it below
+    return max(0.0, mean_loss(loss, tokens, rows))  # rounding may bring it below
 
 
 @torch.no_grad()

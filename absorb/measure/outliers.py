@@ -62,10 +62,7 @@ class _Tally:
         self.first, self.received = ByLayer(), ByLayer()
         self.reach: list[Tensor] = []
         self.neuron: dict[int, Tensor] = {}
-        self.columns = [
-            site.weight.detach().abs().amax(-2).flatten()
-            for site in decoder.sites(decoder.family.down)
-        ]
+        self.readers = decoder.sites(decoder.family.down)
         self.fired: dict[int, Tensor] = {}
         self.down_peak: dict[int, Tensor] = {}
         self.read: dict[str, Tensor] = {}
@@ -111,7 +108,8 @@ class _Tally:
         # for all neurons of a token, near enough to rank them.
         gain = out.float().abs().amax(-1) / self.down_peak.pop(layer).clamp_min(1e-12)
         added = (self.fired.pop(layer) * gain[..., None]).flatten(0, -2)
-        peak = added.amax(0) * self.columns[layer]
+        columns = self.readers[layer].weight.detach().abs().amax(-2).flatten()
+        peak = added.amax(0) * columns
         self.neuron[layer] = torch.maximum(self.neuron.get(layer, peak), peak)
 
     def per_ordinary_token(self, sums: ByLayer) -> Tensor:
@@ -155,7 +153,7 @@ def measure(
     tally = _Tally(decoder)
     rows = led(tokens, lead)
     with _counting(decoder, tally), hastened(decoder.device):
-        for batch in tqdm(rows.split(_ROWS), desc="measuring the stream", unit="batch"):
+        for batch in tqdm(decoder.batches(rows, _ROWS), desc="measuring the stream", unit="batch"):
             read(batch.to(decoder.device))
     return Measurement(
         tokens=rows.cpu(),

@@ -109,7 +109,7 @@ def _candidates(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _try(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> Trial:
-    rows = led(tokens.to(source.model.device), torch.tensor(prefix))
+    rows = led(tokens.to(source.decoder.device), torch.tensor(prefix))
     return Trial(prefix=prefix, loss=_losses(source.model, rows, len(prefix)).mean().item())
 
 

@@ -66,7 +66,9 @@ def tallies(
     """
     seen = [Tally() for _ in subjects]
     known = next((i for i, subject in enumerate(subjects) if subject.reads_as(teacher)), None)
-    for batch in tqdm(held_out.split(_rows(held_out)), desc="evaluating", unit="batch"):
+    for batch in tqdm(
+        teacher.decoder.batches(held_out, _rows(held_out)), desc="evaluating", unit="batch"
+    ):
         tokens = batch.to(teacher.decoder.device)
         given = [
             watched_logits(subject, tokens, tally, inputs=inputs)
@@ -128,7 +130,9 @@ def losses(subject: Subject, rows: Tensor, label: str, *, alone: bool = False) -
     """
     device, found = subject.decoder.device, []
     at_once = 1 if alone else max(_rows(rows), ROWS_AT_ONCE[device.type])
-    for batch in tqdm(rows.split(at_once), desc=label, unit="batch" if at_once > 1 else "row"):
+    for batch in tqdm(
+        subject.decoder.batches(rows, at_once), desc=label, unit="batch" if at_once > 1 else "row"
+    ):
         tokens = batch.to(device)
         found.append(row_losses(subject.logits(tokens), tokens).cpu())
     return torch.cat(found)

@@ -1,5 +1,7 @@
 """A model and its places: where each part that a family's entry names is, found once."""
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from absorb.models.family import Family
+from absorb.models.streaming import Edit, Streaming
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -93,10 +96,13 @@ def site_at(root: nn.Module, name: str) -> Site:
 
 
 class Decoder:
-    """A decoder-only model, and its family: what says where its parts are."""
+    """A decoder-only model, and its family: what says where its parts are.
 
-    def __init__(self, model: PreTrainedModel, family: Family):
-        self.model, self.family = model, family
+    With `streaming` the weights of a layer are at hand only while it is at work, or `fetched`.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family, streaming: Streaming | None = None):
+        self.model, self.family, self.streaming = model, family, streaming
 
     @property
     def config(self) -> Any:
@@ -104,7 +110,7 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.streaming.device if self.streaming else self.model.device
 
     @cached_property
     def layers(self) -> list[Any]:
@@ -118,6 +124,10 @@ class Decoder:
     def names(self, name: str) -> list[str]:
         """The name in the model of the place `name` of every layer."""
         return [f"{self.family.layers}.{index}.{name}" for index in range(len(self.layers))]
+
+    def layer_of(self, name: str) -> int:
+        """In which layer a place is that has this name in the model."""
+        return int(name.removeprefix(f"{self.family.layers}.").partition(".")[0])
 
     def sites(self, name: str) -> list[Site]:
         """The site `name` of every layer, first to last."""
@@ -155,6 +165,37 @@ class Decoder:
         names = zip(self.names(up), self.names(down), strict=True)
         return dict(zip(names, (site.module for site in self.sites(down)), strict=True))
 
+    def fetched(self, layer: int) -> AbstractContextManager[None]:
+        """The weights of a layer at hand, to be looked at."""
+        streaming = self.streaming
+        return streaming.fetched(self.layers[layer]) if streaming else nullcontext()
+
+    def batches(self, rows: Tensor, usual: int) -> tuple[Tensor, ...]:
+        """Text (rows, length) in parts that are read at once: where weights stream, all of it."""
+        parts: tuple[Tensor, ...] = rows.split(len(rows) if self.streaming else usual)
+        return parts
+
+    @contextmanager
+    def edited(self, edit: Edit, touched: Callable[[int], Iterable[Tensor]]) -> Iterator[None]:
+        """Every layer as `edit` leaves it for a while, which changes the weights `touched`."""
+        if self.streaming:
+            self.streaming.edits.append(edit)
+            try:
+                yield
+            finally:
+                self.streaming.edits.remove(edit)
+            return
+        indices = range(len(self.layers))
+        weights = [weight.detach() for index in indices for weight in touched(index)]
+        before = [weight.clone() for weight in weights]
+        try:
+            for index in indices:
+                edit(index)
+            yield
+        finally:
+            for weight, kept in zip(weights, before, strict=True):
+                weight.copy_(kept)
+
     @property
     def heads(self) -> tuple[int, int]:
         """Query heads, and key and value heads."""
@@ -180,3 +221,9 @@ class Decoder:
         assert start >= 0
         every = torch.arange(rows, device=self.device).view(parts, -1)
         return every[:, start : start + width].flatten()
+
+
+def streamed(model: PreTrainedModel, family: Family, device: torch.device) -> Decoder:
+    """A model that computes on a device which has no room for it."""
+    layers = Decoder(model, family).layers
+    return Decoder(model, family, Streaming(model, layers, device))

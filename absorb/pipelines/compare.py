@@ -40,7 +40,7 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
     _refuse_other_tokens(sources)
     for source, subject in zip(sources, subjects, strict=True):
         _refuse_few_positions(source, subject, wish)
-        as_stored(source.model, getattr(torch, wish.dtype))
+        as_stored(source.decoder, getattr(torch, wish.dtype))
         nn.Module.to(source.model, device)
     texts = gather_windows(sources[0], wish)
     reference = min(1, len(wish.against))
@@ -136,7 +136,7 @@ def _asked(
     """The tasks in float, and in each format."""
     if not tasks:
         return {}
-    rows = ROWS_AT_ONCE[source.model.device.type]
+    rows = ROWS_AT_ONCE[source.decoder.device.type]
     ask = partial(answered, source.model, source.tokenizer, tasks, limit)
     found = {"float": ask(rows)}
     for name in formats:

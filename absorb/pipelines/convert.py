@@ -1,6 +1,7 @@
 """The story of a conversion, from a model's name to a folder."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -36,6 +37,9 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
         fine_tune = recipe(job.distillation, device_of(job.device))
         prepared = prepare(job, say, fine_tune.training_rows, resume)
         draft = completed(prepared, fine_tune.purpose)
+        if draft.source.streaming and fine_tune.trains:
+            fine_tune = replace(fine_tune, steps=0, minutes=None)
+            say("its weights stream, so it is not fine-tuned")
         if draft.progress is not None:
             draft.progress.keep_draft(draft.texts, draft.plan, draft.inspection)
             say(f"kept in {draft.progress.folder}; the same command goes on from here")
@@ -56,7 +60,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
             probe=Probe(tokens=(), logits=()),
         )
         say(f"writing {job.out}")
-        written = write(folder, student.model, draft.source.tokenizer, report)
+        written = write(folder, student, draft.source.dtype, draft.source.tokenizer, report)
     forget(job.out)
     return written
 
@@ -74,8 +78,9 @@ def fine_tuned(student: Decoder, draft: Draft, fine_tune: Recipe, seed: int) -> 
 def before_and_after(student: Decoder, draft: Draft, purpose: Purpose) -> tuple[Score, Score]:
     """The original and the student on held-out text, both as they are stored."""
     source, goal = draft.source, FORMAT_FOR.get(purpose)
-    as_stored(student.model, source.dtype)
-    nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
+    as_stored(student, source.dtype)
+    if not source.streaming:  # where it does, they are as stored already
+        nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
     original, converted = evaluate(
         [
             Subject(decoder=source.decoder, lead=lead_of(source.tokenizer)),

@@ -3,8 +3,6 @@
 import logging
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from absorb.errors import Say
 from absorb.fold.decide import judged
 from absorb.fold.graft import graft
@@ -43,11 +41,13 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
     """Draw up the plan, but for its smoothing, or take that which the user names."""
     device = device_of(job.device)
     say(f"loading {job.model.name}")
-    source = load(job.model)
+    source = load(job.model, device=device)
     without_bos(source.tokenizer)  # refused now rather than after an hour
     made = None if job.plan is None else read_plan(job.plan, source)
     progress = Progress(job, source) if resume else None
-    nn.Module.to(source.model, device)
+    source = source.placed(device)
+    if source.streaming:
+        say("the model is larger than the memory for it, so its layers come there one by one")
     kept = progress.draft() if progress else None
     if kept is None:
         return replace(planned(job, source, made, training_rows, say), progress=progress)
@@ -124,7 +124,7 @@ def read(job: Job, source: Source, training_rows: int | None) -> tuple[Texts, li
     """The text, and the prefixes that were tried on it: none where a plan has the prefix."""
     text = job.calibration.prefix
     wish = None if text is None else encoded(source, text)  # refused before any text is sampled
-    sketch = replace(source, model=sketch_of(source.model))
+    sketch = replace(source, model=sketch_of(source.decoder))
     texts = gather(sketch, job.calibration, training_rows)
     if job.plan is not None:
         return texts, []

@@ -39,14 +39,16 @@ def clipped_ranges(
         read[name] += len(value)
 
     with watching_inputs(decoder, see):
-        for batch in tqdm(rows.split(ROWS), desc="measuring inputs of Linears", unit="batch"):
+        for batch in tqdm(
+            decoder.batches(rows, ROWS), desc="measuring inputs of Linears", unit="batch"
+        ):
             decoder.model.base_model(batch.to(decoder.device), use_cache=False)
-    return {
-        name: _best_range(
-            torch.cat(parts).float(), torch.stack(peaks[name]).max(), decoder.named(name).weight
-        )
-        for name, parts in tqdm(tried.items(), desc="choosing INT8 ranges", unit="matrix")
-    }
+    found = {}
+    for name, parts in tqdm(tried.items(), desc="choosing INT8 ranges", unit="matrix"):
+        peak = torch.stack(peaks[name]).max()
+        with decoder.fetched(decoder.layer_of(name)):
+            found[name] = _best_range(torch.cat(parts).float(), peak, decoder.named(name).weight)
+    return found
 
 
 def _best_range(inputs: Tensor, peak: Tensor, weight: Tensor) -> Tensor:

@@ -17,9 +17,11 @@ from absorb.runtime.memory import release_freed_memory
 from absorb.runtime.reading import Subject
 
 
-def _multiplied(decoder: Decoder) -> list[str]:
-    """The names of all Linears, and of `up` and `down` of all experts."""
-    return [*decoder.linears, *chain(*decoder.experts)]
+def _multiplied(decoder: Decoder, layer: int) -> list[str]:
+    """The names of all Linears of a layer, and of `up` and `down` of its experts."""
+    stem = f"{decoder.family.layers}.{layer}."
+    names = chain(decoder.linears, *decoder.experts)
+    return [name for name in names if name.startswith(stem)]
 
 
 @contextmanager
@@ -29,20 +31,21 @@ def quantised(decoder: Decoder, form: Format, ranges: dict[str, Tensor]) -> Iter
     So are the stream and the cache, where the format says so. Fixed ranges are needed for a format
     that has them, and none for any other.
     """
-    weights = [decoder.named(name).weight.detach() for name in _multiplied(decoder)]
-    before = [weight.clone() for weight in weights]
-    try:
-        for weight in weights:
+
+    def weights(layer: int) -> list[Tensor]:
+        return [decoder.named(name).weight.detach() for name in _multiplied(decoder, layer)]
+
+    def edit(layer: int) -> None:
+        for weight in weights(layer):
             for matrix in weight.view(-1, *weight.shape[-2:]):
                 matrix.copy_(rounded(form.turn(matrix), form.weights))
-        with (
-            quantised_inputs(decoder, form, ranges),
-            stored(decoder, form.stream, form.cache),
-        ):
-            yield
-    finally:
-        for weight, kept in zip(weights, before, strict=True):
-            weight.copy_(kept)
+
+    with (
+        decoder.edited(edit, weights),
+        quantised_inputs(decoder, form, ranges),
+        stored(decoder, form.stream, form.cache),
+    ):
+        yield
 
 
 @contextmanager

@@ -36,7 +36,9 @@ def input_peaks(
 
     rows = tokens if lead is None else led(tokens, lead)
     with watching_inputs(decoder, see):
-        for batch in tqdm(rows.split(ROWS), desc="measuring inputs of Linears", unit="batch"):
+        for batch in tqdm(
+            decoder.batches(rows, ROWS), desc="measuring inputs of Linears", unit="batch"
+        ):
             decoder.model.base_model(batch.to(decoder.device), use_cache=False)
     return {name: power_mean(torch.stack(means), order, 0) for name, means in seen.items()}
 

@@ -1,12 +1,15 @@
 """What a computation runs on, and in which type."""
 
 import copy
+from collections.abc import Iterator
 
+import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
+from absorb.models.decoder import Decoder
 from absorb.models.modeling_absorb import NEUTRAL
 
 
@@ -24,14 +27,23 @@ def device_of(wish: str) -> torch.device:
     return torch.device(wish)
 
 
-def sketch_of(model: PreTrainedModel) -> PreTrainedModel:
+def free_memory(device: torch.device) -> int:
+    """The bytes that are free where a model would compute."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    return int(psutil.virtual_memory().available)
+
+
+def sketch_of(decoder: Decoder) -> PreTrainedModel:
     """A copy in bfloat16 where the device multiplies that faster, else the model itself.
 
-    It is good enough to sample text and to choose a prefix by.
+    It is good enough to sample text and to choose a prefix by. There is no room for another model
+    where weights stream.
     """
-    if not _bfloat16_is_fast(model.device):
-        return model
-    copied: nn.Module = copy.deepcopy(model)
+    if decoder.streaming or not _bfloat16_is_fast(decoder.device):
+        return decoder.model
+    copied: nn.Module = copy.deepcopy(decoder.model)
     sketch = copied.to(torch.bfloat16)
     assert isinstance(sketch, PreTrainedModel)
     return sketch
@@ -53,10 +65,27 @@ def _bfloat16_is_fast(device: torch.device) -> bool:
     return device.type == "cpu" and any(has for name, has in found if "bf16" in name)
 
 
-def as_stored(student: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round the weights to the type they are saved in; sinks and scales stay float32."""
-    ours = set(NEUTRAL) - {"bias"}
-    for name, parameter in student.named_parameters():
-        if name.rpartition(".")[2] not in ours:
+def as_stored(student: Decoder, dtype: torch.dtype) -> None:
+    """Round the weights to the type they are saved in; sinks and scales stay float32.
+
+    Where weights stream, those of a layer are rounded whenever they have come.
+    """
+    if student.streaming is None:
+        for parameter in stock_parameters(student.model):
             parameter.data = parameter.data.to(dtype)
+    else:
+
+        def edit(layer: int) -> None:
+            for parameter in stock_parameters(student.layers[layer]):
+                parameter.data = parameter.data.to(dtype).float()
+
+        student.streaming.edits.append(edit)
     student.config.dtype = dtype
+
+
+def stock_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those that are saved in the type of the original's weights: all but sinks and scales."""
+    ours = set(NEUTRAL) - {"bias"}
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] not in ours:
+            yield parameter

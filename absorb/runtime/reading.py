@@ -66,5 +66,6 @@ class Subject:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits (rows, length, vocabulary) of text (rows, length), without those of the lead."""
-        found: Tensor = self.decoder.model(led(tokens, self.lead), use_cache=False).logits
+        rows = led(tokens.to(self.decoder.device), self.lead)
+        found: Tensor = self.decoder.model(rows, use_cache=False).logits
         return found[:, len(self.lead) :]

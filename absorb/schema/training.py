@@ -23,6 +23,10 @@ class Recipe:
     rate: float = WEIGHT_RATES["none"]  # at which weights learn
 
     @property
+    def trains(self) -> bool:
+        return bool(self.steps or self.minutes)
+
+    @property
     def training_rows(self) -> int:
         """How much text to sample: after a few rounds over the same text, more helps little.
 

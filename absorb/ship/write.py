@@ -5,29 +5,33 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from absorb.load.tokenizer import within, without_bos
+from absorb.models.decoder import Decoder
 from absorb.models.families import family_of
 from absorb.runtime.quiet import quiet
 from absorb.schema.codec import to_json
 from absorb.schema.report import Probe, Report
 from absorb.ship.isolated import logits_after, probe_tokens
 from absorb.ship.staging import REPORT, digests
+from absorb.ship.weights import save
 from absorb.show.card import card
-
-_SHARD = "5GB"
 
 
 def write(
-    folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: Report
+    folder: Path,
+    student: Decoder,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    report: Report,
 ) -> Report:
     """Fill a folder with everything that `from_pretrained` and a reader need.
 
     Gives the report with what can be said of the files only now. The student ends on the CPU.
     """
     with quiet():
-        student.save_pretrained(folder, max_shard_size=_SHARD)
+        save(student, folder, dtype)
         plain = without_bos(tokenizer)
         if family_of(report.inspection.family).positions is not None:
             plain = within(plain, student.config.max_position_embeddings)
@@ -38,8 +42,11 @@ def write(
     return report
 
 
-def _probe(student: PreTrainedModel) -> Probe:
+def _probe(student: Decoder) -> Probe:
     """What the student says in float32, and on a CPU, where anybody can repeat it."""
-    nn.Module.to(student, "cpu", torch.float32)
+    if student.streaming:
+        student.streaming.move(torch.device("cpu"))
+    else:
+        nn.Module.to(student.model, "cpu", torch.float32)
     tokens = probe_tokens(student.config.vocab_size)
-    return Probe(tokens=tokens, logits=tuple(map(tuple, logits_after(student, tokens))))
+    return Probe(tokens=tokens, logits=tuple(map(tuple, logits_after(student.model, tokens))))

@@ -56,7 +56,7 @@ def gather(source: Source, calibration: Calibration, training_rows: int | None) 
     With None for `training_rows` there is no text to train on and none to report on.
     """
     refuse_short_model(source, LENGTH + LATEST_START + 1)
-    held_out = 0 if training_rows is None else HELD_OUT_ROWS[source.model.device.type]
+    held_out = 0 if training_rows is None else HELD_OUT_ROWS[source.decoder.device.type]
     sizes = [CALIBRATION_ROWS, VALIDATION_ROWS, held_out, training_rows or 0]
     if calibration.text is not None:
         parts = _from_file(calibration.text, source, sizes)

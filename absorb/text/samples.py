@@ -52,7 +52,7 @@ def sampled(source: Source, count: int, length: int, seed: int) -> Samples:
     What is drawn for a row follows from the seed and its number. Refuses a model whose rows are
     loops for the most part, as soon as that shows.
     """
-    steps, at_once = length + LATEST_START, _AT_ONCE[source.model.device.type]
+    steps, at_once = length + LATEST_START, _AT_ONCE[source.decoder.device.type]
     generator = torch.Generator().manual_seed(seed)
     opening, known = opening_of(source), source.model.config.vocab_size
     rows, drawn, needed = torch.empty(0, length, dtype=torch.long), 0, count
@@ -130,7 +130,7 @@ def _sample(source: Source, opening: list[int], draws: Tensor, places: Tensor, b
     draws is (rows, length + LATEST_START): where, from 0 to 1, each token lies among the likely
     ones; `places` (rows,) decides with which word a text starts and where in it its window does.
     """
-    model, device = source.model, source.model.device
+    model, device = source.model, source.decoder.device
     start = _starts(source, opening, places)
     draws = draws.to(device)
     _, remember = remembering(model, room=start.shape[1] - 1 + draws.shape[1])

@@ -66,7 +66,7 @@ def train(
     learning rate of each, depend on how fast the machine is.
     """
     student.eval()  # dropout would only blur what is to be matched
-    if not (fine_tune.steps or fine_tune.minutes):
+    if not fine_tune.trains:
         student.requires_grad_(False)
         return Losses(training=(), held_out=(), kept=0)
     parameters = choose(student, fine_tune.train)

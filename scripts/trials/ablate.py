@@ -131,7 +131,7 @@ class Bench:
         start = time.perf_counter()
         kept = trained(draft, student, choice)
         seconds = time.perf_counter() - start
-        as_stored(student.model, draft.source.dtype)
+        as_stored(student, draft.source.dtype)
         converted = self.score(draft, Subject(decoder=student), choice.formats)
         again = Subject(decoder=student, lead=lead_of(draft.source.tokenizer))
         original = self.original(draft)

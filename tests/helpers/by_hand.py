@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from absorb.fold.sinks.attention import Scene, scene_of
 from absorb.fold.sinks.forms import KeySink, LogitSink
 from absorb.fold.sinks.prefix_cache import prefix_of
+from absorb.models.decoder import Decoder
+from absorb.models.families import family_of
 from absorb.models.modeling_absorb import NEUTRAL
 from absorb.runtime.hooks import attending
 
@@ -22,7 +24,10 @@ def sinks(
     model: PreTrainedModel, prefix: tuple[int, ...], text: Tensor, choose: Choose
 ) -> tuple[LogitSink, ...]:
     """The sinks that `choose` makes of each layer, on what the layers before give with theirs."""
-    known, made = prefix_of(model, torch.tensor(prefix)), []
+    known, made = (
+        prefix_of(Decoder(model, family_of(model.config.model_type)), torch.tensor(prefix)),
+        [],
+    )
 
     def attend(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         scene = scene_of(module, None, *args, **kwargs)

@@ -24,7 +24,7 @@ def plan_of(
     most: float = 0.05,
 ) -> Plan:
     """All of a plan but its smoothing, from text (rows, length)."""
-    known = prefix_of(decoder.model, torch.tensor(prefix))
+    known = prefix_of(decoder, torch.tensor(prefix))
     removals = removable(decoder, known, findings, tokens, budget)
     sinks = sinks_for(decoder, known, removals, tokens, form, most)
     return Plan(prefix=prefix, sinks=sinks, removals=removals, residual=residual, smoothing={})

@@ -92,7 +92,7 @@ AT_WORK = {
 def subject(family: str, form: str) -> tuple[PreTrainedConfig, Any, Any]:
     """The configuration of an absorbed model, its class, and that with a language model head."""
     stock = tiny(family, torch.float32, num_hidden_layers=LAYERS, **FAMILIES[family])
-    sinks = prefix_of(stock, torch.tensor([1, 9])).layers[: KEYED[form]]
+    sinks = prefix_of(Decoder(stock, family_of(family)), torch.tensor([1, 9])).layers[: KEYED[form]]
     config = twin(Decoder(stock, family_of(family)), sinks).model.config
     config._attn_implementation = None  # as before there is a model
     base, causal = (modeling_absorb.absorbed(type(model)) for model in (stock.base_model, stock))

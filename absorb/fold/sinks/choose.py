@@ -43,7 +43,7 @@ def fit_sinks(
     bar = tqdm(total=len(modules), desc="fitting sinks", unit="layer")
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        with torch.autocast(model.device.type, enabled=False):
+        with torch.autocast(decoder.device.type, enabled=False):
             scene = scene_of(module, rotations.get(module), *args, **kwargs)
             layer = prefix.layers[len(sinks)]
             sink, out = sink_of(scene, layer, family.key is not None, most)
@@ -54,6 +54,6 @@ def fit_sinks(
     turned = modules if family.positions is None else []
     with bar, attending(model, attend), rotations_of(turned) as rotations:
         positions = prefix.positions(tokens.shape[1])
-        with hastened(model.device):
-            model.base_model(tokens.to(model.device), position_ids=positions, use_cache=False)
+        with hastened(decoder.device):
+            model.base_model(tokens.to(decoder.device), position_ids=positions, use_cache=False)
     return sinks

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from absorb.fold.sinks.attention import scene_of
 from absorb.fold.sinks.forms import KeySink
@@ -35,14 +34,14 @@ class Prefix:
 
 
 @torch.no_grad()
-def prefix_of(model: PreTrainedModel, tokens: Tensor, start: int = 0) -> Prefix:
+def prefix_of(decoder: Decoder, tokens: Tensor, start: int = 0) -> Prefix:
     """The keys and values that the prefix `tokens` (n,) has in every layer, read from `start` on.
 
     With RoPE a start of -n is no mistake: only distances count.
     """
-    cache, arguments = remembering(model)
-    positions = torch.arange(start, start + len(tokens), device=model.device)[None]
-    model.base_model(tokens[None].to(model.device), position_ids=positions, **arguments)
+    cache, arguments = remembering(decoder.model)
+    positions = torch.arange(start, start + len(tokens), device=decoder.device)[None]
+    decoder.model.base_model(tokens[None].to(decoder.device), position_ids=positions, **arguments)
     layers: list[Any] = cache.layers
     return Prefix(
         tokens=tokens,

@@ -98,7 +98,7 @@ def bench_of(original: str, folder: Path, calibration: Path, device: str) -> Ben
     report = from_json(Report, (folder / REPORT).read_text())
     settings = report.inspection.job.calibration
     wish = Calibration(text=calibration if settings.text else None, seed=settings.seed)
-    sketch = replace(source, model=sketch_of(source.model))
+    sketch = replace(source, model=sketch_of(source.decoder))
     return Bench(
         source=source,
         converted=converted,
@@ -121,7 +121,7 @@ def fine_tuned(bench: Bench) -> Rival:
     """The original, all weights trained on the next token of the text that absorb trains on."""
     subject = replace(original(bench), decoder=copied(bench.decoder))
     losses = train_on_text(subject, bench.texts, bench.recipe)
-    as_if_saved(subject.decoder.model, bench)
+    as_if_saved(subject.decoder, bench)
     chosen = {"steps": bench.recipe.steps, "kept": losses.kept, "loss": losses.held_out[-1][1]}
     return Rival(subject=subject, chosen=chosen)
 
@@ -130,10 +130,10 @@ def copied(decoder: Decoder) -> Decoder:
     return Decoder(copy.deepcopy(decoder.model), decoder.family)
 
 
-def as_if_saved(model: PreTrainedModel, bench: Bench) -> None:
+def as_if_saved(decoder: Decoder, bench: Bench) -> None:
     """Round the weights to the type that the original's were stored in, and compute in float32."""
-    as_stored(model, bench.source.dtype)
-    nn.Module.to(model, torch.float32)
+    as_stored(decoder, bench.source.dtype)
+    nn.Module.to(decoder.model, torch.float32)
 
 
 def train_on_text(subject: Subject, texts: Texts, recipe: Recipe) -> Losses:
@@ -170,7 +170,7 @@ def with_prefix(bench: Bench) -> Rival:
     A sink in the form of a key is that cache.
     """
     tokens = prefix_tokens(bench.source, bench.known)
-    prefix = prefix_of(bench.model, torch.tensor(tokens))
+    prefix = prefix_of(bench.decoder, torch.tensor(tokens))
     nothing = torch.empty(0, 0, dtype=torch.long)
     cache = Plan(
         prefix=tokens,
@@ -234,7 +234,7 @@ def clipping(limit: float) -> Callable[..., Any]:
 def untrained(bench: Bench) -> Rival:
     """absorb right after its graft."""
     student = graft(bench.decoder, bench.plan)
-    as_if_saved(student.model, bench)
+    as_if_saved(student, bench)
     return Rival(subject=Subject(decoder=student))
 
 
