@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import absorb
 from absorb.load import source as loading
+from absorb.schema.settings import Purpose
+from absorb.ship.isolated import logits_after
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
@@ -50,3 +53,45 @@ def test_weights_that_stream_become_what_others_do(
     )
     assert second["converted"]["perplexity"] == pytest.approx(first["converted"]["perplexity"])
     assert second["probe"]["logits"][0] == pytest.approx(first["probe"]["logits"][0], abs=1e-4)
+
+
+@pytest.mark.parametrize(("family", "purpose"), [("llama", "none"), ("mixtral", "int8")])
+def test_layers_that_stream_learn_one_after_the_other(
+    family: str, purpose: Purpose, in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = tmp_path / "source", tmp_path / "text.txt"
+    tiny(family, torch.float32, max_position_embeddings=512).save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    text.write_text(letters(26_000))
+    monkeypatch.setattr(loading, "_HELD", 10**9)
+    out = tmp_path / "out"
+    report = absorb.convert(
+        source, out, text=text, sink="logit", steps=8, train="all", purpose=purpose
+    )
+    (_, before), (_, after) = report.losses.held_out
+    assert report.recipe.by_layers
+    assert report.losses.kept == 8
+    assert after < before
+    assert all(left <= first for first, left in report.losses.layers)
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"plan"}
+    model = AutoModelForCausalLM.from_pretrained(out)
+    again = logits_after(model, report.probe.tokens)
+    assert again[0] == pytest.approx(report.probe.logits[0], abs=1e-4)
+
+
+def test_layers_that_come_no_closer_stay_untrained(
+    in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without rotation the graft is exact, and nothing is left to learn."""
+    source, text = tmp_path / "source", tmp_path / "text.txt"
+    tiny("gpt2", torch.float32, max_position_embeddings=512).save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    text.write_text(letters(26_000))
+    monkeypatch.setattr(loading, "_HELD", 10**9)
+    untrained = converted(source, tmp_path / "untrained", text, sink="logit")
+    report = absorb.convert(
+        source, tmp_path / "trained", text=text, sink="logit", steps=8, train="all"
+    )
+    assert report.losses.kept == 0
+    trained = load_file(tmp_path / "trained" / "model.safetensors")
+    assert all(torch.equal(trained[name], tensor) for name, tensor in untrained.items())

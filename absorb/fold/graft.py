@@ -36,7 +36,7 @@ def graft(decoder: Decoder, plan: Plan) -> Decoder:
             fold.write(student, plan, layer)
 
     if student.streaming:
-        student.streaming.edits.append(write)
+        student.streaming.fold = write
     else:
         for layer in range(len(student.layers)):
             write(layer)

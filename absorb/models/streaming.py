@@ -10,9 +10,12 @@ device. Every forward pass is then one walk through all weights.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 Edit = Callable[[int], None]
@@ -23,7 +26,9 @@ class Streaming:
 
     def __init__(self, model: nn.Module, layers: list[Any], device: torch.device):
         self.model, self.layers, self.device = model, layers, device
-        self.edits: list[Edit] = []  # what is done to a layer whenever its weights have come
+        self.fold: Edit | None = None  # what makes a student's layer of the original's
+        self.edits: list[Edit] = []  # what is done to a layer besides, whenever it has come
+        self._settled: dict[int, dict[nn.Parameter, Tensor]] = {}  # and where it rested before
         self._resting: dict[nn.Parameter, Tensor] = {}
         self._users: Counter[nn.Module] = Counter()
         self._index = {layer: index for index, layer in enumerate(layers)}
@@ -43,6 +48,26 @@ class Streaming:
         """Let the weights rest on the device, in the types they are stored in."""
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(self.device)
+
+    def settle(self, layer: int, file: Path) -> None:
+        """Let a layer rest as it is at hand from now on: in a file, in the types it rested in."""
+        unit = self.layers[layer]
+        self._settled[layer] = {p: self._resting[p] for p in unit.parameters()}
+        named = {
+            name: p.detach().to("cpu", self._resting[p].dtype).contiguous()
+            for name, p in unit.named_parameters()
+        }
+        save_file(named, file)
+        with safe_open(file, "pt") as content:
+            for name, parameter in unit.named_parameters():
+                self._resting[parameter] = content.get_tensor(name)
+
+    def unsettle(self) -> None:
+        """Let all layers be again what they were before they settled."""
+        for tensors in self._settled.values():
+            for parameter, tensor in tensors.items():
+                parameter.data = tensor
+        self._settled.clear()
 
     def move(self, device: torch.device) -> None:
         """Let the model compute elsewhere from now on."""
@@ -73,8 +98,13 @@ class Streaming:
             self._resting[parameter] = parameter.data
             parameter.data = parameter.data.to(self.device, torch.float32, copy=True)
         if unit in self._index:
-            for edit in self.edits:
-                edit(self._index[unit])
+            self._edit(self._index[unit])
+
+    def _edit(self, layer: int) -> None:
+        if self.fold is not None and layer not in self._settled:
+            self.fold(layer)
+        for edit in self.edits:
+            edit(layer)
 
     def _leave(self, unit: nn.Module) -> None:
         self._users[unit] -= 1

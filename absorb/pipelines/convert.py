@@ -1,7 +1,8 @@
 """The story of a conversion, from a model's name to a folder."""
 
 from contextlib import nullcontext
-from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -24,8 +25,9 @@ from absorb.ship.plan_file import PLAN, write_plan
 from absorb.ship.resume import forget
 from absorb.ship.staging import staged
 from absorb.ship.write import write
+from absorb.tune.blockwise import distill_layers
 from absorb.tune.distill import distill
-from absorb.tune.recipe import recipe
+from absorb.tune.recipe import by_layers, recipe
 
 
 def convert(job: Job, say: Say, resume: bool = False) -> Report:
@@ -37,17 +39,17 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
         fine_tune = recipe(job.distillation, device_of(job.device))
         prepared = prepare(job, say, fine_tune.training_rows, resume)
         draft = completed(prepared, fine_tune.purpose)
-        if draft.source.streaming and fine_tune.trains:
-            fine_tune = replace(fine_tune, steps=0, minutes=None)
-            say("its weights stream, so it is not fine-tuned")
+        if draft.source.streaming:
+            fine_tune = by_layers(fine_tune)
         if draft.progress is not None:
             draft.progress.keep_draft(draft.texts, draft.plan, draft.inspection)
             say(f"kept in {draft.progress.folder}; the same command goes on from here")
         write_plan(folder / PLAN, draft.plan, draft.inspection)
         student = graft(draft.source.decoder, draft.plan)
         say(f"fine-tune: {fine_tune}")
-        losses = fine_tuned(student, draft, fine_tune, job.calibration.seed)
-        if losses.training and not losses.kept:
+        with TemporaryDirectory(dir=folder) as scratch:
+            losses = fine_tuned(student, draft, fine_tune, job.calibration.seed, Path(scratch))
+        if fine_tune.trains and not losses.kept:
             say("no step came closer to the teacher on validation text; the model stays untrained")
         original, converted = before_and_after(student, draft, fine_tune.purpose)
         report = Report(
@@ -65,10 +67,20 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
     return written
 
 
-def fine_tuned(student: Decoder, draft: Draft, fine_tune: Recipe, seed: int) -> Losses:
-    """Train a student in place: as if quantised, where that is the purpose."""
+def fine_tuned(
+    student: Decoder, draft: Draft, fine_tune: Recipe, seed: int, scratch: Path
+) -> Losses:
+    """Train a student in place: as if quantised, where that is the purpose.
+
+    Layers that are trained one by one are kept in the folder `scratch`.
+    """
     texts, prefix = draft.texts, torch.tensor(draft.plan.prefix)
     goal = FORMAT_FOR.get(fine_tune.purpose)
+    if student.streaming and fine_tune.trains:
+        form = FORMATS[goal] if goal else None
+        return distill_layers(
+            draft.source.decoder, student, draft.plan, texts, fine_tune, form, scratch
+        )
     with rehearsing(student, FORMATS[goal], texts.scaling) if goal else nullcontext():
         return distill(
             draft.source.model, student.model, prefix, texts, fine_tune, seed, draft.progress

@@ -17,7 +17,7 @@ from absorb.runtime.memory import release_freed_memory
 from absorb.runtime.reading import Subject
 
 
-def _multiplied(decoder: Decoder, layer: int) -> list[str]:
+def multiplied(decoder: Decoder, layer: int) -> list[str]:
     """The names of all Linears of a layer, and of `up` and `down` of its experts."""
     stem = f"{decoder.family.layers}.{layer}."
     names = chain(decoder.linears, *decoder.experts)
@@ -33,7 +33,7 @@ def quantised(decoder: Decoder, form: Format, ranges: dict[str, Tensor]) -> Iter
     """
 
     def weights(layer: int) -> list[Tensor]:
-        return [decoder.named(name).weight.detach() for name in _multiplied(decoder, layer)]
+        return [decoder.named(name).weight.detach() for name in multiplied(decoder, layer)]
 
     def edit(layer: int) -> None:
         for weight in weights(layer):

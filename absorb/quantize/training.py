@@ -1,7 +1,7 @@
 """Fine-tuning for what comes after it: the model computes as if quantised and learns to bear it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from absorb.models.decoder import Decoder
 from absorb.quantize.formats import Format
 from absorb.quantize.grids import rounded
-from absorb.quantize.simulate import quantised_inputs
+from absorb.quantize.simulate import multiplied, quantised_inputs
 from absorb.schema.settings import FormatName, Purpose
 
 FORMAT_FOR: dict[Purpose, FormatName] = {
@@ -29,25 +29,31 @@ def rehearsing(decoder: Decoder, form: Format, text: Tensor) -> Iterator[None]:
     ranges, where the format has them, are found on text (rows, length) and stay.
     """
     ranges = {} if form.ranges is None else form.ranges(decoder, text)
-    weights = _weights_of(decoder)
+    with ExitStack() as stack:
+        for layer in range(len(decoder.layers)):
+            stack.enter_context(weights_on_grid(decoder, form, layer))
+        stack.enter_context(quantised_inputs(decoder, form, ranges))
+        yield
+
+
+@contextmanager
+def weights_on_grid(decoder: Decoder, form: Format, layer: int) -> Iterator[None]:
+    """The weights of one layer likewise."""
+    weights = [_owner(decoder, name) for name in multiplied(decoder, layer)]
     for module, name in weights:
         on_grid = _OnGrid(form, transposed=isinstance(module, Conv1D))
         parametrize.register_parametrization(module, name, on_grid, unsafe=True)
     try:
-        with quantised_inputs(decoder, form, ranges):
-            yield
+        yield
     finally:
         for module, name in weights:
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
 
 
-def _weights_of(decoder: Decoder) -> list[tuple[nn.Module, str]]:
-    """Modules, and the names of the parameters in them that the decoder layers multiply."""
-    experts = decoder.experts.items()
-    return [
-        *((linear, "weight") for linear in decoder.linears.values()),
-        *((module, name.rpartition(".")[2]) for names, module in experts for name in names),
-    ]
+def _owner(decoder: Decoder, name: str) -> tuple[nn.Module, str]:
+    """The module of a matrix, and the name of the parameter in it."""
+    site = decoder.named(name)
+    return site.module, site.parameter
 
 
 class _OnGrid(nn.Module):

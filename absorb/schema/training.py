@@ -21,6 +21,7 @@ class Recipe:
     rows: int  # of text in a step
     purpose: Purpose = "none"
     rate: float = WEIGHT_RATES["none"]  # at which weights learn
+    by_layers: bool = False  # each layer in so many steps, one after the other
 
     @property
     def trains(self) -> bool:
@@ -42,7 +43,8 @@ class Recipe:
         limit = "" if self.minutes is None else f"{self.minutes:g} minutes of "
         rounding = "" if self.purpose == "none" else f", for {self.purpose.upper()}"
         size = f"{self.rows} x {LENGTH} tokens"
-        return f"{limit}{length}steps of {size}, training {self.train}{rounding}"
+        order = ", layer by layer" if self.by_layers else ""
+        return f"{limit}{length}steps of {size}, training {self.train}{rounding}{order}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,3 +57,6 @@ class Losses:
     training: tuple[tuple[int, float], ...]
     held_out: tuple[tuple[int, float], ...]
     kept: int
+    # Where layers were trained one by one: the error of each one's stream on validation text, as a
+    # share of its variance, before and after.
+    layers: tuple[tuple[float, float], ...] = ()

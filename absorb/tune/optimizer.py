@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from absorb.models.modeling_absorb import NEUTRAL
 from absorb.schema.settings import Train
@@ -26,9 +25,9 @@ _TRAINED: dict[Train, tuple[str, ...]] = {
 _WARM_UP = 0.1
 
 
-def choose(student: PreTrainedModel, train: Train) -> list[nn.Parameter]:
+def choose(module: nn.Module, train: Train) -> list[nn.Parameter]:
     chosen = []
-    for name, parameter in student.named_parameters():
+    for name, parameter in module.named_parameters():
         last = name.rpartition(".")[2]
         stock = train == "all" and last not in NEUTRAL
         parameter.requires_grad_(stock or last in _TRAINED[train])
@@ -38,10 +37,10 @@ def choose(student: PreTrainedModel, train: Train) -> list[nn.Parameter]:
 
 
 def optimizer_of(
-    student: PreTrainedModel, parameters: list[nn.Parameter], weight_rate: float
+    module: nn.Module, parameters: list[nn.Parameter], weight_rate: float
 ) -> torch.optim.AdamW:
     groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in student.named_parameters():
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             rate = _RATES.get(name.rpartition(".")[2], weight_rate)
             groups.setdefault(rate, []).append(parameter)

@@ -1,7 +1,10 @@
 """What a fine-tune will do: what the user asked for, the rest chosen by device and purpose."""
 
+from dataclasses import replace
+
 import torch
 
+from absorb.errors import AbsorbError
 from absorb.schema.settings import Distillation
 from absorb.schema.training import WEIGHT_RATES, Recipe
 
@@ -23,3 +26,13 @@ def recipe(wish: Distillation, device: torch.device) -> Recipe:
         purpose=wish.purpose,
         rate=WEIGHT_RATES[wish.purpose],
     )
+
+
+def by_layers(recipe: Recipe) -> Recipe:
+    """The same for a model of which the memory holds one layer at a time."""
+    if recipe.minutes is not None:
+        raise AbsorbError(
+            "the model is larger than the memory, so its layers are trained one by one, each in so "
+            "many steps; pass --steps instead of --minutes"
+        )
+    return replace(recipe, by_layers=True)

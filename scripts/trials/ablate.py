@@ -169,7 +169,7 @@ def trained(draft: Draft, student: Decoder, choice: Choice) -> int:
     if choice.rate is not None:
         fine_tune = replace(fine_tune, rate=choice.rate)
     texts = replace(draft.texts, training=draft.texts.training[: choice.rows])
-    return fine_tuned(student, replace(draft, texts=texts), fine_tune, choice.seed).kept
+    return fine_tuned(student, replace(draft, texts=texts), fine_tune, choice.seed, Path()).kept
 
 
 def line(name: str, run: Any) -> Row:

@@ -1,0 +1,227 @@
+"""Block-wise distillation: layer after layer learns to give what the teacher's gives.
+
+Student and teacher walk through the layers side by side on the same rows. A student's layer reads
+what the student's layers before it give, and learns by the squared error of its stream, in the
+teacher's units and by channel in multiples of the teacher's root mean square. It needs the memory
+of one layer, whatever the size of the model.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from absorb.errors import AbsorbError
+from absorb.fold.plan import Plan
+from absorb.measure.divergence import divergence
+from absorb.models.decoder import Decoder
+from absorb.models.streaming import Streaming
+from absorb.quantize.formats import Format
+from absorb.quantize.simulate import quantised, quantised_inputs
+from absorb.quantize.training import weights_on_grid
+from absorb.runtime.precision import free_memory, hastened
+from absorb.runtime.reading import led
+from absorb.schema.training import Losses, Recipe
+from absorb.text.gather import Texts
+from absorb.tune.optimizer import choose, optimizer_of, rate_at
+
+_SHARE = 0.25  # of the free memory, for what one layer computes with its gradients
+
+
+class Walk:
+    """Rows of text on their way through a model: what goes into the layer that comes next.
+
+    Parts (rows, length) are all of one shape, so that a layer is called alike for each of them.
+    """
+
+    def __init__(self, decoder: Decoder, parts: list[Tensor]):
+        self.decoder = decoder
+        calls, first = _calls(decoder, parts[0])
+        self.calls = calls
+        self.streams = [first, *(_calls(decoder, part)[1] for part in parts[1:])]
+
+    def given(self, layer: int, stream: Tensor) -> Tensor:
+        """What a layer makes of a stream (rows, length, hidden), on the device, in float32."""
+        with hastened(self.decoder.device):
+            out = self.decoder.layers[layer](stream.to(self.decoder.device), **self.calls[layer])
+        found: Tensor = (out if torch.is_tensor(out) else out[0]).float()
+        return found
+
+    @torch.no_grad()
+    def pass_on(self, layer: int) -> None:
+        """Let all rows go through a layer. They wait in the memory that they came from."""
+        with self.decoder.fetched(layer):
+            self.streams = [self.given(layer, s).to(s.device) for s in self.streams]
+
+
+@torch.no_grad()
+def _calls(decoder: Decoder, rows: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
+    """With what each layer is called besides the stream, and the stream that the first one reads.
+
+    Layers hand on what they are given meanwhile, so nothing is computed.
+    """
+    calls: list[dict[str, Any]] = []
+    first: list[Tensor] = []
+
+    def forward(hidden_states: Tensor, *_: Any, **others: Any) -> Tensor:
+        first.append(hidden_states)
+        calls.append(others)
+        return hidden_states
+
+    for layer in decoder.layers:
+        layer.forward = forward
+    try:
+        decoder.model.base_model(rows.to(decoder.device), use_cache=False)
+    finally:
+        for layer in decoder.layers:
+            del layer.forward
+    return calls, first[0].float().cpu()
+
+
+def distill_layers(
+    teacher: Decoder,
+    student: Decoder,
+    plan: Plan,
+    texts: Texts,
+    fine_tune: Recipe,
+    form: Format | None,
+    scratch: Path,
+) -> Losses:
+    """Train the layers of a student whose weights stream, which are kept in the folder `scratch`.
+
+    With a format the student computes as if quantised. The layers stay untrained where all of them
+    together come no closer to the teacher on validation text. Raises an AbsorbError where the loss
+    is not a number any more.
+    """
+    streaming = student.streaming
+    assert streaming is not None
+    prefix = torch.tensor(plan.prefix)
+    ranges = {} if form is None or form.ranges is None else form.ranges(student, texts.scaling)
+
+    def judged() -> float:
+        with quantised(student, form, ranges) if form else nullcontext():
+            return divergence(teacher, student, prefix, texts.validation)
+
+    before = judged()
+    with quantised_inputs(student, form, ranges) if form else nullcontext():
+        trained = _Layers(teacher, student, plan, texts, fine_tune, form)
+        errors = tuple(trained.errors(streaming, scratch))
+    after = judged()
+    if after >= before:
+        streaming.unsettle()
+    steps = fine_tune.steps or 0
+    return Losses(
+        training=(),
+        held_out=((0, before), (steps, after)),
+        kept=steps if after < before else 0,
+        layers=errors,
+    )
+
+
+class _Layers:
+    """The training of one layer after another."""
+
+    def __init__(
+        self,
+        teacher: Decoder,
+        student: Decoder,
+        plan: Plan,
+        texts: Texts,
+        fine_tune: Recipe,
+        form: Format | None,
+    ):
+        self.student, self.fine_tune, self.form = student, fine_tune, form
+        self.prefix = len(plan.prefix)
+        self.scale = plan.residual.to(student.device)
+        rows = _rows_at_once(student, fine_tune, texts)
+        parts = [part for part in texts.training.split(rows) if len(part) == rows]
+        judges = [part for part in texts.validation.split(rows) if len(part) == rows]
+        self.parts, self.group = len(parts), max(1, fine_tune.rows // rows)
+        lead = torch.tensor(plan.prefix)
+        self.inputs = Walk(student, [*parts, *judges])
+        self.targets = Walk(teacher, [led(part, lead) for part in (*parts, *judges)])
+
+    def errors(self, streaming: Streaming, scratch: Path) -> Iterator[tuple[float, float]]:
+        """Train every layer: the error on validation text before and after, as shares."""
+        layers = range(len(self.student.layers))
+        for layer in tqdm(layers, desc="fine-tuning layer by layer", unit="layer"):
+            self.targets.pass_on(layer)
+            with self.student.fetched(layer):
+                before, after = self._trained(layer)
+                if after < before:
+                    streaming.settle(layer, scratch / f"{layer}.safetensors")
+            self.inputs.pass_on(layer)
+            yield before, min(before, after)
+
+    def _trained(self, layer: int) -> tuple[float, float]:
+        module: nn.Module = self.student.layers[layer]
+        judges = range(self.parts, len(self.inputs.streams))
+        spread = self._spread()
+        with ExitStack() as stack:
+            if self.form is not None:
+                stack.enter_context(weights_on_grid(self.student, self.form, layer))
+            before = self._error(layer, judges, spread)
+            parameters = choose(module, self.fine_tune.train)
+            self._steps(layer, parameters, spread)
+            module.requires_grad_(False)
+            return before, self._error(layer, judges, spread)
+
+    def _steps(self, layer: int, parameters: list[nn.Parameter], spread: Tensor) -> None:
+        optimizer = optimizer_of(self.student.layers[layer], parameters, self.fine_tune.rate)
+        steps = self.fine_tune.steps or 0
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
+        order = _orders(self.parts, self.group, steps, layer)
+        for group in order:
+            for part in group:
+                loss = self._loss(layer, part, spread) / len(group)
+                loss.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not isfinite(norm.item()):
+                raise AbsorbError(
+                    f"the fine-tune of layer {layer} diverged (its loss is not a number any more); "
+                    "convert with --steps 0, or with --train sinks"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+    def _loss(self, layer: int, part: int, spread: Tensor) -> Tensor:
+        given = self.inputs.given(layer, self.inputs.streams[part]) * self.scale
+        return ((given - self._target(part)) / spread).square().mean()
+
+    @torch.no_grad()
+    def _error(self, layer: int, parts: range, spread: Tensor) -> float:
+        return float(torch.stack([self._loss(layer, part, spread) for part in parts]).mean())
+
+    def _spread(self) -> Tensor:
+        """The root mean square of each channel of the teacher's stream: (hidden,)."""
+        squares = [self._target(part).square().mean((0, 1)) for part in range(self.parts)]
+        return torch.stack(squares).mean(0).sqrt().clamp_min(1e-6)
+
+    def _target(self, part: int) -> Tensor:
+        return self.targets.streams[part][:, self.prefix :].to(self.student.device)
+
+
+def _rows_at_once(student: Decoder, fine_tune: Recipe, texts: Texts) -> int:
+    """Rows that a layer computes, with what their gradients need, in a share of the memory."""
+    config = student.config
+    width = 12 * config.hidden_size + 6 * getattr(config, "intermediate_size", config.hidden_size)
+    row = 4 * width * texts.training.shape[1]
+    fit = max(1, int(_SHARE * free_memory(student.device) // row))
+    return min(fit, fine_tune.rows, len(texts.validation), len(texts.training))
+
+
+def _orders(parts: int, group: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """Which parts each step reads: every part once before any comes again."""
+    draw = torch.Generator().manual_seed(seed)
+    left: list[int] = []
+    for _ in range(steps):
+        while len(left) < group:
+            left += torch.randperm(parts, generator=draw).tolist()
+        now, left = left[:group], left[group:]
+        yield now
