@@ -1,7 +1,7 @@
 """Stock model + Plan → absorbed model. The only code that writes weights, save the fine-tune."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,13 +51,21 @@ def twin(
     config._experts_implementation = model.config._experts_implementation
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with quiet():
-        student: PreTrainedModel = cls.from_pretrained(
-            None, config=config, state_dict=weights, dtype=model.dtype
+        loading: Any = cls.from_pretrained(
+            None, config=config, state_dict=weights, dtype=model.dtype, output_loading_info=True
         )
+    student: PreTrainedModel = loading[0]
+    assert not _drawn(loading[1]), loading[1]
     student.generation_config = copy.deepcopy(model.generation_config)
     module: nn.Module = student
     module.to(model.device).eval()
     return student
+
+
+def _drawn(info: Mapping[str, Any]) -> bool:
+    """Whether a load drew weights at random, or left some: it says so nowhere else."""
+    missing = {key.rpartition(".")[2] for key in info["missing_keys"]}
+    return bool(missing - modeling_absorb.NEUTRAL.keys() or info["unexpected_keys"])
 
 
 def sites(

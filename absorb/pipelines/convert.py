@@ -4,7 +4,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from absorb.errors import Say
 from absorb.load.tokenizer import lead_of
@@ -12,7 +11,7 @@ from absorb.measure.score import evaluate
 from absorb.pipelines.prepare import Draft, prepare, smoothed
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import FORMAT_FOR, rehearsing
-from absorb.runtime.precision import as_stored, device_of
+from absorb.runtime.precision import as_stored, device_of, in_one_type
 from absorb.runtime.reading import Subject
 from absorb.schema.report import Probe, Report
 from absorb.schema.scores import Score
@@ -56,7 +55,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
             probe=Probe(tokens=(), logits=()),
         )
         say(f"writing {job.out}")
-        written = write(folder, draft.student, draft.source.tokenizer, report)
+        written = write(folder, draft.student, draft.source, report)
     forget(job.out)
     return written
 
@@ -72,8 +71,9 @@ def fine_tuned(draft: Draft, fine_tune: Recipe, seed: int) -> Losses:
 def before_and_after(draft: Draft, purpose: Purpose) -> tuple[Score, Score]:
     """The original and the student on held-out text, both as they are stored."""
     source, goal = draft.source, FORMAT_FOR.get(purpose)
-    as_stored(draft.student, source.dtype)
-    nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
+    for model in (source.model, draft.student):  # lest rounding count against the student alone
+        as_stored(model, source.dtype, source.types)
+        in_one_type(model)
     original, converted = evaluate(
         [
             Subject(model=source.model, lead=lead_of(source.tokenizer)),

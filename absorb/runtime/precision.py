@@ -1,13 +1,17 @@
 """What a computation runs on, and in which type."""
 
 import copy
+from collections.abc import Mapping
+from functools import reduce
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
 from absorb.models.modeling_absorb import NEUTRAL
+
+# The parameters that no stock model has.
+ADDED = set(NEUTRAL) - {"bias"}
 
 
 def device_of(wish: str) -> torch.device:
@@ -31,9 +35,8 @@ def sketch_of(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not _bfloat16_is_fast(model.device):
         return model
-    copied: nn.Module = copy.deepcopy(model)
-    sketch = copied.to(torch.bfloat16)
-    assert isinstance(sketch, PreTrainedModel)
+    sketch = copy.deepcopy(model)
+    as_stored(sketch, torch.bfloat16)  # but no buffer: rotary frequencies stay exact
     return sketch
 
 
@@ -53,10 +56,29 @@ def _bfloat16_is_fast(device: torch.device) -> bool:
     return device.type == "cpu" and any(has for name, has in found if "bf16" in name)
 
 
-def as_stored(student: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round the weights to the type they are saved in; sinks and scales stay float32."""
-    ours = set(NEUTRAL) - {"bias"}
-    for name, parameter in student.named_parameters():
-        if name.rpartition(".")[2] not in ours:
-            parameter.data = parameter.data.to(dtype)
-    student.config.dtype = dtype
+def as_stored(
+    model: PreTrainedModel, dtype: torch.dtype, types: Mapping[str, torch.dtype] | None = None
+) -> None:
+    """Round the weights to the types they are saved in; sinks and scales stay float32.
+
+    `types` are those of single parameters by name, and `dtype` is that of all others. A bias that
+    its stock module does not have is stored like the weight beside it.
+    """
+    known = types or {}
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if kind not in ADDED:
+            like = known.get(name, known.get(f"{module}.weight", dtype))
+            parameter.data = parameter.data.to(like)
+    model.config.dtype = dtype
+
+
+def in_one_type(model: PreTrainedModel) -> None:
+    """Hold weights of several types in one that holds them all, as no product takes two.
+
+    Sinks and scales stay float32. Values stay as they are.
+    """
+    weights = [p for name, p in model.named_parameters() if name.rpartition(".")[2] not in ADDED]
+    widest = reduce(torch.promote_types, {weight.dtype for weight in weights})
+    for weight in weights:
+        weight.data = weight.data.to(widest)

@@ -1,14 +1,20 @@
 """Absorbed model, tokenizer and report → the files of a checkpoint."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from absorb.errors import AbsorbError
+from absorb.load.checks import refuse_unfaithful
+from absorb.load.source import Source
 from absorb.load.tokenizer import within, without_bos
 from absorb.models.families import family_of
+from absorb.runtime.precision import as_stored
 from absorb.runtime.quiet import quiet
 from absorb.schema.codec import to_json
 from absorb.schema.report import Probe, Report
@@ -19,23 +25,40 @@ from absorb.show.card import card
 _SHARD = "5GB"
 
 
-def write(
-    folder: Path, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: Report
-) -> Report:
+def write(folder: Path, student: PreTrainedModel, source: Source, report: Report) -> Report:
     """Fill a folder with everything that `from_pretrained` and a reader need.
 
-    Gives the report with what can be said of the files only now. The student ends on the CPU.
+    Gives the report with what can be said of the files only now. The student ends on the CPU. What
+    was written is read again, and an AbsorbError says what of it nobody could use.
     """
+    as_stored(student, source.dtype, source.types)
     with quiet():
         student.save_pretrained(folder, max_shard_size=_SHARD)
-        plain = without_bos(tokenizer)
+        student.config.dtype = source.dtype  # transformers takes that of the first weight
+        student.config.save_pretrained(folder)
+        plain = without_bos(source.tokenizer)
         if family_of(report.inspection.family).positions is not None:
             plain = within(plain, student.config.max_position_embeddings)
         plain.save_pretrained(folder)
+        refuse_unfaithful(folder, student, f"the model converted from {source.name}")
     (folder / "README.md").write_text(card(report), encoding="utf-8")
     report = replace(report, files=digests(folder), probe=_probe(student))
     (folder / REPORT).write_text(to_json(report), encoding="utf-8")
+    for file in folder.glob("*.json"):
+        _refuse_no_numbers(file)
     return report
+
+
+def _refuse_no_numbers(file: Path) -> None:
+    """Refuse NaN and infinity, which are no JSON."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise AbsorbError(
+            f"{file.name} would hold {constant}, as something overflows in the model or in a "
+            "figure of it; convert with --steps 0, or choose another model"
+        )
+
+    json.loads(file.read_bytes(), parse_constant=refuse)
 
 
 def _probe(student: PreTrainedModel) -> Probe:
