@@ -1,5 +1,6 @@
 """The files of a model folder: which of them hold its weights, and what they say of themselves."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,8 +56,10 @@ def reading(name: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+    """What an error says first, with what it announces there and says on the next line."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return said.rstrip(".:") or type(error).__name__
 
 
 def read_json(file: Path, name: str) -> dict[str, Any]:
@@ -75,6 +78,15 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise AbsorbError(f"the {file.name} of {name} is not a JSON object; fetch it again")
     return content
+
+
+def refuse_no_numbers(folder: Path, name: str, remedy: str) -> None:
+    """Refuse NaN and infinity in what was written: they are no JSON."""
+    for file in sorted(folder.glob("*.json")):
+        found: list[str] = []
+        json.loads(file.read_bytes(), parse_constant=found.append)
+        if found:
+            raise AbsorbError(f"the {file.name} of {name} would hold {found[0]}; {remedy}")
 
 
 def refuse_pointers(folder: Path, name: str) -> None:

@@ -71,6 +71,10 @@ def header(file: Path, name: str) -> gguf.GGUFReader:
         if opened.read(4) != b"GGUF":
             raise AbsorbError(f"{name} is not a GGUF file; name a model folder or a .gguf file")
     header = gguf.GGUFReader(str(file))
+    kind = text(header, "general.type") or "model"
+    if kind != "model":
+        remedy = "merge it first" if kind == "adapter" else "name the file of the model"
+        raise AbsorbError(f"{name} is an {kind} and no model; {remedy}")
     if (number(header, "split.count") or 1) > 1:
         raise AbsorbError(f"{name} is one part of several; join them with llama-gguf-split --merge")
     return header

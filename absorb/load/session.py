@@ -15,11 +15,23 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
-from absorb.load.files import INDEX, NAMED, WEIGHTS, first_line, index_name, read_json
+from absorb.load.files import (
+    INDEX,
+    NAMED,
+    WEIGHTS,
+    first_line,
+    index_name,
+    read_json,
+    refuse_no_numbers,
+)
+from absorb.runtime.quiet import quiet
 
 # A leading underscore aside. Names are whole: a model may well have an `output_multiplier`.
 OF_A_SESSION = frozenset(
     {
+        # the type of a load: files say which types they hold
+        "dtype",
+        "torch_dtype",
         # what computes attention and experts
         "attn_implementation",
         "attn_implementation_autoset",
@@ -142,7 +154,7 @@ def rehearse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: s
         _GENERATION: (model.generation_config, type(model.generation_config)),
         "tokenizer": (tokenizer, type(tokenizer)),
     }
-    with TemporaryDirectory() as folder:
+    with quiet(), TemporaryDirectory() as folder:
         for part, (what, kind) in parts.items():
             try:
                 what.save_pretrained(folder)
@@ -152,3 +164,4 @@ def rehearse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: s
                     f"the {part} of {name} cannot be written again ({first_line(error)}); "
                     "correct it, or fetch it again"
                 ) from error
+        refuse_no_numbers(Path(folder), name, "correct it, or fetch it again")

@@ -1,16 +1,14 @@
 """Absorbed model, tokenizer and report → the files of a checkpoint."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from absorb.errors import AbsorbError
 from absorb.load.checks import refuse_unfaithful
+from absorb.load.files import refuse_no_numbers
 from absorb.load.source import Source
 from absorb.load.tokenizer import within, without_bos
 from absorb.models.families import family_of
@@ -31,6 +29,7 @@ def write(folder: Path, student: PreTrainedModel, source: Source, report: Report
     Gives the report with what can be said of the files only now. The student ends on the CPU. What
     was written is read again, and an AbsorbError says what of it nobody could use.
     """
+    name = f"the model converted from {source.name}"
     as_stored(student, source.dtype, source.types)
     with quiet():
         student.save_pretrained(folder, max_shard_size=_SHARD)
@@ -40,25 +39,12 @@ def write(folder: Path, student: PreTrainedModel, source: Source, report: Report
         if family_of(report.inspection.family).positions is not None:
             plain = within(plain, student.config.max_position_embeddings)
         plain.save_pretrained(folder)
-        refuse_unfaithful(folder, student, f"the model converted from {source.name}")
+        refuse_unfaithful(folder, student, name)
     (folder / "README.md").write_text(card(report), encoding="utf-8")
     report = replace(report, files=digests(folder), probe=_probe(student))
     (folder / REPORT).write_text(to_json(report), encoding="utf-8")
-    for file in folder.glob("*.json"):
-        _refuse_no_numbers(file)
+    refuse_no_numbers(folder, name, "convert with --steps 0, or choose another model")
     return report
-
-
-def _refuse_no_numbers(file: Path) -> None:
-    """Refuse NaN and infinity, which are no JSON."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise AbsorbError(
-            f"{file.name} would hold {constant}, as something overflows in the model or in a "
-            "figure of it; convert with --steps 0, or choose another model"
-        )
-
-    json.loads(file.read_bytes(), parse_constant=refuse)
 
 
 def _probe(student: PreTrainedModel) -> Probe:
