@@ -88,9 +88,7 @@ def test_an_adapter_in_gguf_is_refused(tmp_path: Path) -> None:
         writer.add_string("general.type", "adapter")
 
     write_gguf(tmp_path / "lora.gguf", tiny("llama"), extra=typed)
-    with pytest.raises(
-        AbsorbError, match="is an adapter and no model; merge it first"
-    ):
+    with pytest.raises(AbsorbError, match="is of the type 'adapter' and no model; merge it first"):
         load(ModelRef(name=str(tmp_path / "lora.gguf")))
 
 

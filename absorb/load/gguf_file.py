@@ -74,7 +74,7 @@ def header(file: Path, name: str) -> gguf.GGUFReader:
     kind = text(header, "general.type") or "model"
     if kind != "model":
         remedy = "merge it first" if kind == "adapter" else "name the file of the model"
-        raise AbsorbError(f"{name} is an {kind} and no model; {remedy}")
+        raise AbsorbError(f"{name} is of the type {kind!r} and no model; {remedy}")
     if (number(header, "split.count") or 1) > 1:
         raise AbsorbError(f"{name} is one part of several; join them with llama-gguf-split --merge")
     return header
