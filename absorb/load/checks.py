@@ -13,7 +13,7 @@ from absorb.errors import AbsorbError
 from absorb.load import vocabulary
 from absorb.load.files import headers, read_json, reading, refuse_pointers, weight_files
 from absorb.load.forecast import forecast
-from absorb.models.families import family_of, suited
+from absorb.models.families import FAMILIES, family_of, suited
 from absorb.models.family import Family, UnsupportedFamilyError
 
 _CONVERTED = "absorb_"
@@ -81,6 +81,14 @@ def family_of_config(config: Mapping[str, Any], name: str) -> Family:
         raise AbsorbError(
             f"{name} is a {model_type} model that does not predict the next token from a decoder "
             "alone; absorb converts decoder-only language models"
+        )
+    part = config.get("text_config")
+    inner = part.get("model_type") if isinstance(part, dict) else None
+    if model_type not in FAMILIES and inner in FAMILIES:
+        raise UnsupportedFamilyError(
+            f"absorb does not know the architecture {model_type!r} of {name}, which reads more "
+            f"than text, but that of its text part, {inner!r}: save that part by itself, with the "
+            "tokenizer, and convert it"
         )
     return suited(family_of(model_type), config)
 
