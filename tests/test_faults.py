@@ -170,14 +170,14 @@ def test_weights_lie_where_torch_puts_them(model: Path) -> None:
 def test_a_source_that_is_written_to_while_it_is_read_is_refused(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, outline = copy / "model.safetensors", source._outline
+    file, forecast = copy / "model.safetensors", source.forecast
 
-    def outlined_and_written(*arguments: Any) -> Any:
+    def told_and_written(*arguments: Any) -> Any:
         content = file.read_bytes()
         file.write_bytes(content[:-4] + b"\0\0\0\0")
-        return outline(*arguments)
+        return forecast(*arguments)
 
-    monkeypatch.setattr(source, "_outline", outlined_and_written)
+    monkeypatch.setattr(source, "forecast", told_and_written)
     refused(copy, "changed while it was read; try again once it is complete")
 
 

@@ -19,7 +19,7 @@ from absorb.measure.findings import find
 from absorb.measure.outliers import Measurement, measure
 from absorb.models import modeling_absorb
 from absorb.models.decoder import Decoder, site_at
-from absorb.models.families import FAMILIES
+from absorb.models.families import FAMILIES, family_of
 from absorb.models.family import Family
 from absorb.runtime.precision import as_stored
 from absorb.runtime.reading import led
@@ -97,14 +97,15 @@ def converted(
     prefix = tuple(BOS.tolist())
     plan = plan_of(Decoder(model, family), findings, scales, prefix, text, budget=0.0, form=form)
     student = graft(Decoder(model, family), plan).model
-    as_stored(student, torch.bfloat16)
+    as_stored(Decoder(student, family), torch.bfloat16)
     return measurement, plan, student
 
 
 def stored(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy with weights of another type."""
     copied = copy.deepcopy(model)
-    as_stored(copied, dtype)
+    family = family_of(model.config.model_type.removeprefix("absorb_"))
+    as_stored(Decoder(copied, family), dtype)
     return copied
 
 
@@ -172,7 +173,7 @@ def test_sink_logits_leave_float16_enough_room_too(model_type: str, text: Tensor
 def test_every_kind_of_norm_lets_its_scale_learn(model_type: str, text: Tensor) -> None:
     family = FAMILIES[model_type]
     _, _, student = converted(overflowing(family), family, text, "logit")
-    as_stored(student, torch.float32)
+    as_stored(Decoder(student, family), torch.float32)
     student(text).logits.square().mean().backward()
     scales = [p for name, p in student.named_parameters() if name.endswith("input_scale")]
     assert len(scales) == student.config.num_hidden_layers * len(family.reads) + 1

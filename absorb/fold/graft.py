@@ -6,7 +6,7 @@ original's weights and the plan: where weights stream, it is made anew whenever 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,9 +60,11 @@ def twin(decoder: Decoder, sinks: Sequence[LayerSink] = ()) -> Decoder:
     if decoder.streaming is None:
         weights = {name: tensor.clone() for name, tensor in weights.items()}
     with quiet():
-        student: PreTrainedModel = cls.from_pretrained(
-            None, config=config, state_dict=weights, dtype=model.dtype
+        loading: Any = cls.from_pretrained(
+            None, config=config, state_dict=weights, dtype=model.dtype, output_loading_info=True
         )
+    student: PreTrainedModel = loading[0]
+    assert not _drawn(loading[1]), loading[1]
     student.generation_config = copy.deepcopy(model.generation_config)
     module: nn.Module = student
     module.eval()
@@ -70,6 +72,12 @@ def twin(decoder: Decoder, sinks: Sequence[LayerSink] = ()) -> Decoder:
         return streamed(student, decoder.family, decoder.device)
     module.to(model.device)
     return Decoder(student, decoder.family)
+
+
+def _drawn(info: Mapping[str, Any]) -> bool:
+    """Whether a load drew weights at random, or left some: it says so nowhere else."""
+    missing = {key.rpartition(".")[2] for key in info["missing_keys"]}
+    return bool(missing - modeling_absorb.NEUTRAL.keys() or info["unexpected_keys"])
 
 
 def sites(decoder: Decoder, sinks: Sequence[LayerSink]) -> dict[str, list[str] | list[int]]:

@@ -1,9 +1,6 @@
 """What absorb refuses to convert, each with the sentence that says why and what to do."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from absorb.errors import AbsorbError
-from absorb.models.families import family_of, suited
+from absorb.load import vocabulary
+from absorb.load.files import headers, read_json, reading, refuse_pointers, weight_files
+from absorb.load.forecast import forecast
+from absorb.models.families import FAMILIES, family_of, suited
 from absorb.models.family import Family, UnsupportedFamilyError
-from absorb.schema.codec import parsed
 
-# What configurations call the number of their layers.
-_LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _CONVERTED = "absorb_"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-# What safetensors calls the types of weights that are not quantised.
-STORED = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-
-
-@contextmanager
-def reading(name: str) -> Iterator[None]:
-    """Make one sentence of whatever the libraries below raise for a damaged file."""
-    try:
-        yield
-    except AbsorbError:
-        raise
-    except Exception as error:
-        raise AbsorbError(
-            f"{name} could not be read ({_first_line(error)}); "
-            "check that its files are complete and belong together"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+_ADAPTER = "adapter_config.json"
 
 
 def family_in(folder: Path, name: str, measured: bool = False) -> Family | None:
@@ -57,7 +26,9 @@ def family_in(folder: Path, name: str, measured: bool = False) -> Family | None:
     Where it is only to be measured, that of the stock model beneath a converted one, and None for
     an architecture that absorb does not know.
     """
-    config = _read_json(folder / "config.json", name)
+    refuse_pointers(folder, name)
+    refuse_adapter(folder, name)
+    config = read_json(folder / "config.json", name)
     stock = stock_type(config) if measured else None
     if stock is not None:
         config = {key: value for key, value in config.items() if key != "absorb"}
@@ -68,11 +39,27 @@ def family_in(folder: Path, name: str, measured: bool = False) -> Family | None:
     except UnsupportedFamilyError:
         if not measured or config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+    if not any((folder / file).is_file() for file in vocabulary.FILES):
         raise AbsorbError(
-            f"{name} has no tokenizer; save one beside the model, as {TOKENIZER_FILES[0]}"
+            f"{name} has no tokenizer; save one beside the model, as {vocabulary.FILES[0]}"
         )
     return family
+
+
+def refuse_adapter(folder: Path, name: str) -> None:
+    """Refuse an adapter, or one that lies beside a model: where peft is, a load would attach it."""
+    if not (folder / _ADAPTER).is_file():
+        return
+    if (folder / "config.json").is_file():
+        raise AbsorbError(
+            f"{name} holds an adapter beside its model ({_ADAPTER}), and it is not clear which of "
+            "the two is meant; merge it, or move it away"
+        )
+    base = read_json(folder / _ADAPTER, name).get("base_model_name_or_path")
+    raise AbsorbError(
+        f"{name} is an adapter of {base or 'another model'}; merge it first, with peft's "
+        "merge_and_unload, and convert what that gives"
+    )
 
 
 def stock_type(config: Mapping[str, Any]) -> str | None:
@@ -95,6 +82,14 @@ def family_of_config(config: Mapping[str, Any], name: str) -> Family:
             f"{name} is a {model_type} model that does not predict the next token from a decoder "
             "alone; absorb converts decoder-only language models"
         )
+    part = config.get("text_config")
+    inner = part.get("model_type") if isinstance(part, dict) else None
+    if model_type not in FAMILIES and inner in FAMILIES:
+        raise UnsupportedFamilyError(
+            f"absorb does not know the architecture {model_type!r} of {name}, which reads more "
+            f"than text, but that of its text part, {inner!r}: save that part by itself, with the "
+            "tokenizer, and convert it"
+        )
     return suited(family_of(model_type), config)
 
 
@@ -113,130 +108,6 @@ def _is_causal(config: Mapping[str, Any]) -> bool:
     classes = [str(name) for name in named] if isinstance(named, list) else []
     endings = ("ForCausalLM", "LMHeadModel")
     return not classes or "text_config" in config or any(name.endswith(endings) for name in classes)
-
-
-def _read_json(file: Path, name: str) -> dict[str, Any]:
-    if not file.is_file():
-        raise AbsorbError(
-            f"{name} has no {file.name}, so it is not a transformers model; "
-            "name a folder or repository that holds one, or a .gguf file"
-        )
-    try:
-        content = parsed(file.read_bytes())
-    except ValueError as error:
-        raise AbsorbError(
-            f"the {file.name} of {name} is not JSON ({error}); fetch it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise AbsorbError(f"the {file.name} of {name} is not a JSON object; fetch it again")
-    return content
-
-
-def weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files that hold the model, all of them there."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise AbsorbError(
-            f"{name} has no weights in the safetensors format, and absorb reads no pickle files "
-            "(.bin, .pt), which can run any code; save the model again with save_pretrained"
-        )
-    shards = _shards(_read_json(folder / INDEX, name), name)
-    files = [folder / shard for shard in shards]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        raise AbsorbError(f"{name} lacks {', '.join(missing) or 'its weights'}; fetch it again")
-    return files
-
-
-def _shards(index: Mapping[str, Any], name: str) -> list[str]:
-    """The files that an index names. They lie beside it: one elsewhere is nobody's business."""
-    places = index.get("weight_map")
-    shards = {str(shard) for shard in places.values()} if isinstance(places, dict) else set()
-    for shard in shards:
-        if not shard or Path(shard).name != shard or "\0" in shard:
-            raise AbsorbError(
-                f"the {INDEX} of {name} names {shard!r}, which is no file beside it; fetch it again"
-            )
-    return sorted(shards)
-
-
-@contextmanager
-def unchanged(files: list[Path]) -> Iterator[None]:
-    """Refuse files that somebody writes to meanwhile: what is read of them may belong to two."""
-
-    def marks() -> list[tuple[int, int, int]]:
-        return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, files)]
-
-    before = marks()
-    yield
-    for file, then, now in zip(files, before, marks(), strict=True):
-        if then != now:
-            raise AbsorbError(f"{file} changed while it was read; try again once it is complete")
-
-
-def stored_elements(files: list[Path]) -> tuple[Counter[str], int]:
-    """How many elements the files hold of each type, and how many tensors, from their headers."""
-    elements: Counter[str] = Counter()
-    count = 0
-    for file in files:
-        with reading(str(file)), safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                part = tensors.get_slice(key)
-                elements[part.get_dtype()] += prod(part.get_shape())
-                count += 1
-    return elements, count
-
-
-def stored_dtype(elements: Counter[str], name: str) -> torch.dtype:
-    """The type of most weights."""
-    strange = elements.keys() - STORED.keys()
-    if strange:
-        raise AbsorbError(
-            f"{name} stores weights as {', '.join(sorted(strange))}, so it is quantised; "
-            "convert the model it was made from"
-        )
-    if not elements:
-        raise AbsorbError(f"{name} holds no weights; fetch it again")
-    return STORED[elements.most_common(1)[0][0]]
-
-
-def refuse_deeper(folder: Path, tensors: int, name: str) -> None:
-    """Refuse more layers than there are tensors: to build them takes for ever."""
-    config = _read_json(folder / "config.json", name)
-    for key in _LAYERS & config.keys():
-        if isinstance(config[key], int | float) and config[key] > tensors:
-            raise AbsorbError(
-                f"the config.json of {name} says {key} {config[key]:.6g} and there are {tensors} "
-                "tensors; fetch both again"
-            )
-
-
-def refuse_larger(model: PreTrainedModel, elements: int, name: str) -> None:
-    """Refuse a configuration of a much larger model: what is missing would fill the memory.
-
-    Tied weights are stored once, so up to twice as many may be right.
-    """
-    wanted = sum(parameter.numel() for parameter in model.parameters())
-    if wanted > 2 * elements:
-        raise AbsorbError(
-            f"the config.json of {name} describes a model of {wanted:,} weights and there are "
-            f"{elements:,}; fetch both again"
-        )
-
-
-def refuse_mismatch(info: Mapping[str, Any], model: PreTrainedModel, name: str) -> None:
-    """Refuse weights of another model: transformers would draw what is missing at random."""
-    strange = (
-        [f"lacks {key}" for key in sorted(info["missing_keys"])]
-        + [f"holds {key} in another shape" for key, *_ in sorted(info["mismatched_keys"])]
-        + [f"holds {key} without a use for it" for key in sorted(info["unexpected_keys"])]
-    )
-    if strange:
-        raise AbsorbError(
-            f"{name} {strange[0]}: its weights are not those of the {type(model).__name__} that "
-            "its configuration describes; fetch both again"
-        )
 
 
 @torch.no_grad()
@@ -259,7 +130,37 @@ def refuse_unusable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 def refuse_non_finite(model: PreTrainedModel, name: str) -> None:
     """Refuse NaN and infinity, naming the first tensor that has one."""
     for key, parameter in model.named_parameters():
-        if not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
+        if not _is_finite(parameter.detach()):
             raise AbsorbError(
                 f"{name} has NaN or infinity in {key}; fetch it again or choose another model"
             )
+
+
+def refuse_unfaithful(
+    folder: Path, model: PreTrainedModel, types: Mapping[str, torch.dtype], name: str
+) -> None:
+    """Refuse a folder unless it gives the model back: parameters of these types, finite.
+
+    What lies deeper in the folder, as the plan does, is looked at for NaN and infinity as well.
+    """
+    held = headers(weight_files(folder, name))
+    config = type(model.config).from_pretrained(folder)
+    found = forecast(type(model), config, held, name).types
+    for key, dtype in types.items():
+        if found.get(key) != dtype:
+            raise AbsorbError(
+                f"{name} has {key} in {dtype} and it was written in {found.get(key)}; "
+                "update transformers and safetensors"
+            )
+    for file in sorted(folder.rglob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a mapping
+                if not _is_finite(tensors.get_tensor(key)):
+                    raise AbsorbError(
+                        f"{name} has NaN or infinity in {key}; convert with --steps 0, or from "
+                        "weights in a type with a larger range, such as bfloat16 or float32"
+                    )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())

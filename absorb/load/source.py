@@ -5,10 +5,10 @@ downloaded or read.
 """
 
 import hashlib
-import json
 import re
-from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,14 +18,17 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from absorb.errors import AbsorbError
-from absorb.load import checks, download, gguf_file
+from absorb.load import checks, download, gguf_file, session
+from absorb.load import files as stored
+from absorb.load.forecast import forecast, refuse_deeper, refuse_mismatch
+from absorb.load.tokenizer import without_bos
 from absorb.load.unlisted import outlined
+from absorb.load.vocabulary import read_tokenizer
 from absorb.models import modeling_absorb
 from absorb.models.decoder import Decoder, streamed
 from absorb.models.family import Family
@@ -52,6 +55,8 @@ class Source:
     tokenizer: PreTrainedTokenizerBase
     family: Family
     dtype: torch.dtype  # that most weights were stored in; float32 for a quantised .gguf file
+    # That every single parameter was stored in, by its name; where there is none, `dtype`.
+    types: Mapping[str, torch.dtype] = field(default_factory=dict)
     license: str | None
     commit: str | None  # of the Hub repository
     streaming: Streaming | None = None
@@ -109,6 +114,9 @@ def load(ref: ModelRef, *, measured: bool = False, device: torch.device | None =
         source.model.set_attn_implementation("eager")
     source.model.config.name_or_path = source.name
     source.tokenizer.name_or_path = source.name
+    session.forget(source.tokenizer)
+    if not measured:
+        session.rehearse(source.model, without_bos(source.tokenizer), ref.name)
     return source
 
 
@@ -123,54 +131,51 @@ def _read(ref: ModelRef, measured: bool, room: int | None) -> Source:
     if ref.name == "demo":
         return _from_gguf(gguf_file.demo(), DEMO)
     if path.is_dir():
-        return _from_folder(path, ref, path.resolve().name, None, measured, room)
+        folder = (download.snapshot_in(path.resolve()) or path).resolve()
+        name, commit = download.repository_of(folder) or (folder.name, None)
+        return _from_folder(folder, ref, name, commit, measured, room)
     if path.is_file():
-        return _from_gguf(path, path.name)
+        # Where a cache keeps the content of a file, it has no name.
+        name, commit = download.repository_of(path.absolute().parent) or (path.name, None)
+        return replace(_from_gguf(path, path.name), name=name, commit=commit)
     raise AbsorbError(
         f"{ref.name} does not exist; name a Hub repository (owner/name), a folder, a .gguf file "
         "or demo"
     )
 
 
-def _tokenizer(folder: Path, ref: ModelRef) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=ref.trust_remote_code
-        )
-    except ValueError as error:
-        if "trust_remote_code=True" not in str(error):
-            raise
-        raise AbsorbError(
-            f"{ref.name} brings a tokenizer with code of its own, which is not run unasked; "
-            "read that code, then pass --trust-remote-code"
-        ) from None
-
-
 def _from_hub(ref: ModelRef, measured: bool, room: int | None) -> Source:
     folder = download.description(ref)
     checks.family_in(folder, ref.name, measured)
-    commit = folder.name  # the cache keeps every commit in a folder of its name
-    return _from_folder(download.weights(ref, commit), ref, ref.name, commit, measured, room)
+    # The cache keeps every commit in a folder of its name.
+    return _from_folder(download.weights(ref, folder), ref, ref.name, folder.name, measured, room)
 
 
 def _from_folder(
     folder: Path, ref: ModelRef, name: str, commit: str | None, measured: bool, room: int | None
 ) -> Source:
     family = checks.family_in(folder, ref.name, measured)
-    files = checks.weight_files(folder, ref.name)
-    elements, tensors = checks.stored_elements(files)
-    dtype = checks.stored_dtype(elements, ref.name)
-    checks.refuse_deeper(folder, tensors, ref.name)
-    stays = room is not None and _HELD * elements.total() > room
-    with checks.unchanged(files), checks.reading(ref.name), quiet_load(files):
-        tokenizer = _tokenizer(folder, ref)
-        kind = _class_of(folder)
-        checks.refuse_larger(_outline(kind, folder), elements.total(), ref.name)
+    files = stored.weight_files(folder, ref.name)
+    held = stored.headers(files)
+    settings = stored.read_json(folder / "config.json", ref.name)
+    refuse_deeper(settings, len(held), ref.name)
+    with (
+        stored.unchanged(files),
+        stored.reading(ref.name),
+        quiet_load(files),
+        session.shown(folder, files, ref.name) as shown,
+    ):
+        kind = _class_of(settings)
+        config = kind.config_class.from_pretrained(shown)
+        tokenizer = read_tokenizer(folder, ref, config)
+        expected = forecast(kind, config, held, ref.name)
+        stays = room is not None and _HELD * sum(one.elements for one in held.values()) > room
+        widest = reduce(torch.promote_types, expected.types.values())
         loading: Any = kind.from_pretrained(
-            folder,
+            shown,
             # A file that is written to later must not change the weights.
             disable_mmap=not stays,
-            dtype=_widest(elements) if stays else torch.float32,
+            dtype=widest if stays else torch.float32,
             ignore_mismatched_sizes=True,  # they are in `info`, and refused by name
             local_files_only=True,
             output_loading_info=True,
@@ -178,26 +183,22 @@ def _from_folder(
             use_safetensors=True,
         )
     model, info = loading
-    checks.refuse_mismatch(info, model, ref.name)
+    refuse_mismatch(info, model, held, ref.name)
     if not stays:
         _align(model)
     if family is None:
-        with checks.reading(ref.name):
+        with stored.reading(ref.name):
             family = outlined(model, ref.name)
     return Source(
         name=name,
         model=model,
         tokenizer=tokenizer,
         family=family,
-        dtype=dtype,
+        dtype=expected.dtype,
+        types=expected.types,
         license=_license(folder),
         commit=commit,
     )
-
-
-def _widest(elements: Counter[str]) -> torch.dtype:
-    """The stored type that holds all others without loss."""
-    return max((checks.STORED[kind] for kind in elements), key=lambda dtype: dtype.itemsize)
 
 
 @torch.no_grad()
@@ -212,28 +213,19 @@ def _align(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _outline(kind: Any, folder: Path) -> PreTrainedModel:
-    """The model that the configuration of a folder describes, without memory for its weights."""
-    config = kind.config_class.from_pretrained(folder)
-    with torch.device("meta"):
-        outline: PreTrainedModel = kind(config)
-    return outline
-
-
-def _class_of(folder: Path) -> Any:
-    """What loads the model of a folder: a class of transformers, or our own on top of one.
+def _class_of(settings: Mapping[str, Any]) -> Any:
+    """What loads the model of a configuration: a class of transformers, or our own on top of one.
 
     Never the model's own code, trusted or not: a family describes the stock class.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    converted = checks.stock_type(config)
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[converted or config["model_type"]]]
+    converted = checks.stock_type(settings)
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[converted or settings["model_type"]]]
     return modeling_absorb.absorbed(stock) if converted else stock
 
 
 def _from_gguf(path: Path, name: str) -> Source:
     # Linked into a folder of its own, lest transformers read tokenizer files that lie beside it.
-    with TemporaryDirectory() as folder, checks.reading(name), quiet_load([path]):
+    with TemporaryDirectory() as folder, stored.reading(name), quiet_load([path]):
         link = Path(folder, "model.gguf")
         link.symlink_to(path.resolve())
         with gguf_file.parsed_once():
@@ -242,7 +234,7 @@ def _from_gguf(path: Path, name: str) -> Source:
             family = checks.family_of_config(config.to_dict(), name)
             tokenizer = gguf_file.tokenizer(link, header, name)
             model, info = gguf_file.model(link, config)
-        checks.refuse_mismatch(info, model, name)
+        refuse_mismatch(info, model, {}, name)
         gguf_file.refuse_unread(header, model, name)
     return Source(
         name=name,
@@ -250,6 +242,7 @@ def _from_gguf(path: Path, name: str) -> Source:
         tokenizer=tokenizer,
         family=family,
         dtype=gguf_file.stored_dtype(header),
+        types=gguf_file.stored_types(header, model),
         license=gguf_file.text(header, "general.license"),
         commit=None,
     )

@@ -274,6 +274,11 @@ def _stock(module: Any) -> Any:
 
 def _attention(module: Any, *args: Any, **kwargs: Any) -> Any:
     """A stock attention layer that has sinks: it never runs without them."""
+    if not (args[0] if args else kwargs["hidden_states"]).numel():
+        raise ValueError(
+            "the prompt is empty, and what the sinks stand for cannot be asked what comes after "
+            "it: give at least one token"
+        )
     name = module.config._attn_implementation
     if name not in IMPLEMENTATIONS.values():
         kwargs["s_aux"] = _sinks_for(module, name)

@@ -5,7 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import nn
 
 from absorb.errors import Say
 from absorb.fold.graft import graft
@@ -15,7 +14,7 @@ from absorb.models.decoder import Decoder
 from absorb.pipelines.prepare import Draft, completed, prepare
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import FORMAT_FOR, rehearsing
-from absorb.runtime.precision import as_stored, device_of
+from absorb.runtime.precision import as_stored, device_of, in_one_type
 from absorb.runtime.reading import Subject
 from absorb.schema.report import Probe, Report
 from absorb.schema.scores import Score
@@ -62,7 +61,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
             probe=Probe(tokens=(), logits=()),
         )
         say(f"writing {job.out}")
-        written = write(folder, student, draft.source.dtype, draft.source.tokenizer, report)
+        written = write(folder, student, draft.source, report)
     forget(job.out)
     return written
 
@@ -90,9 +89,11 @@ def fine_tuned(
 def before_and_after(student: Decoder, draft: Draft, purpose: Purpose) -> tuple[Score, Score]:
     """The original and the student on held-out text, both as they are stored."""
     source, goal = draft.source, FORMAT_FOR.get(purpose)
-    as_stored(student, source.dtype)
+    as_stored(student, source.dtype, source.types)
     if not source.streaming:  # where it does, they are as stored already
-        nn.Module.to(source.model, source.dtype)  # lest rounding count against the student alone
+        as_stored(source.decoder, source.dtype, source.types)  # lest rounding count for one alone
+        for model in (source.model, student.model):
+            in_one_type(model)
     original, converted = evaluate(
         [
             Subject(decoder=source.decoder, lead=lead_of(source.tokenizer)),

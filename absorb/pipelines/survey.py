@@ -98,6 +98,5 @@ def recalled(
 
 def recorded(job: Job, source: Source) -> Job:
     """The job under the public name of its model: where a folder lay is nobody's business."""
-    name = job.model.name
-    public = source.commit is not None or name == "demo"
-    return replace(job, model=replace(job.model, name=name if public else source.name))
+    name = job.model.name if job.model.name == "demo" else source.name
+    return replace(job, model=replace(job.model, name=name))

@@ -1,16 +1,20 @@
 """What a computation runs on, and in which type."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Mapping
+from functools import reduce
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
 from absorb.models.decoder import Decoder
 from absorb.models.modeling_absorb import NEUTRAL
+
+# The parameters that no stock model has.
+ADDED = set(NEUTRAL) - {"bias"}
 
 
 def device_of(wish: str) -> torch.device:
@@ -43,10 +47,9 @@ def sketch_of(decoder: Decoder) -> PreTrainedModel:
     """
     if decoder.streaming or not _bfloat16_is_fast(decoder.device):
         return decoder.model
-    copied: nn.Module = copy.deepcopy(decoder.model)
-    sketch = copied.to(torch.bfloat16)
-    assert isinstance(sketch, PreTrainedModel)
-    return sketch
+    sketch = Decoder(copy.deepcopy(decoder.model), decoder.family)
+    as_stored(sketch, torch.bfloat16)  # but no buffer: rotary frequencies stay exact
+    return sketch.model
 
 
 def hastened(device: torch.device) -> torch.autocast:
@@ -65,27 +68,52 @@ def _bfloat16_is_fast(device: torch.device) -> bool:
     return device.type == "cpu" and any(has for name, has in found if "bf16" in name)
 
 
-def as_stored(student: Decoder, dtype: torch.dtype) -> None:
-    """Round the weights to the type they are saved in; sinks and scales stay float32.
+def as_stored(
+    decoder: Decoder, dtype: torch.dtype, types: Mapping[str, torch.dtype] | None = None
+) -> None:
+    """Round the weights to the types they are saved in; sinks and scales stay float32.
 
-    Where weights stream, those of a layer are rounded whenever they have come.
+    `types` are those of single parameters by name, and `dtype` is that of all others. Where weights
+    stream, those of a layer are rounded whenever they have come.
     """
-    if student.streaming is None:
-        for parameter in stock_parameters(student.model):
-            parameter.data = parameter.data.to(dtype)
+
+    def rounded(name: str, parameter: Tensor) -> Tensor:
+        like = stored_type(name, dtype, types or {})
+        return parameter.data if like is None else parameter.data.to(like)
+
+    if decoder.streaming is None:
+        for name, parameter in decoder.model.named_parameters():
+            parameter.data = rounded(name, parameter)
     else:
 
         def edit(layer: int) -> None:
-            for parameter in stock_parameters(student.layers[layer]):
-                parameter.data = parameter.data.to(dtype).float()
+            stem = f"{decoder.family.layers}.{layer}."
+            for name, parameter in decoder.layers[layer].named_parameters():
+                parameter.data = rounded(stem + name, parameter).float()
 
-        student.streaming.edits.append(edit)
-    student.config.dtype = dtype
+        decoder.streaming.edits.append(edit)
+    decoder.config.dtype = dtype
 
 
-def stock_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Those that are saved in the type of the original's weights: all but sinks and scales."""
-    ours = set(NEUTRAL) - {"bias"}
-    for name, parameter in module.named_parameters():
-        if name.rpartition(".")[2] not in ours:
-            yield parameter
+def stored_type(
+    name: str, dtype: torch.dtype, types: Mapping[str, torch.dtype]
+) -> torch.dtype | None:
+    """The type that a parameter is saved in: None where it stays as it is, as sinks and scales do.
+
+    A bias that its stock module does not have is stored like the weight beside it.
+    """
+    module, _, kind = name.rpartition(".")
+    if kind in ADDED:
+        return None
+    return types.get(name, types.get(f"{module}.weight", dtype))
+
+
+def in_one_type(model: PreTrainedModel) -> None:
+    """Hold weights of several types in one that holds them all, as no product takes two.
+
+    Sinks and scales stay float32. Values stay as they are.
+    """
+    weights = [p for name, p in model.named_parameters() if name.rpartition(".")[2] not in ADDED]
+    widest = reduce(torch.promote_types, {weight.dtype for weight in weights})
+    for weight in weights:
+        weight.data = weight.data.to(widest)

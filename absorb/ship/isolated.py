@@ -9,6 +9,7 @@ import, nor has the checkpoint.
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -36,9 +37,17 @@ def main(folder: str, tokens: str) -> None:
     sys.modules["absorb"] = None  # type: ignore[assignment]  # as if it were not installed
     # Without the flag it would ask at the terminal, though no code of ours makes a tokenizer.
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, use_safetensors=True, dtype=torch.float32
+    loading: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        trust_remote_code=True,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
+    model, info = loading
+    for wrong in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[wrong]:
+            sys.exit(f"{wrong.replace('_', ' ')}: {sorted(info[wrong])[0]}")
     print(json.dumps(logits_after(model.eval(), json.loads(tokens))))
 
 

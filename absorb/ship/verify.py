@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from absorb.errors import AbsorbError
-from absorb.load import checks, download
+from absorb.load import download, files
+from absorb.runtime.precision import ADDED
 from absorb.schema.codec import from_json
 from absorb.schema.report import Inspection, Report
 from absorb.schema.settings import ModelRef, expanded
@@ -163,7 +165,7 @@ def _code(folder: Path, report: Report) -> Finding:
 
 def _references(config: Path) -> list[str]:
     """The classes of its own that a configuration file tells transformers to load."""
-    with checks.reading(config.name):
+    with files.reading(config.name):
         found = json.loads(config.read_text(encoding="utf-8")).get("auto_map") or {}
         return [str(one) for value in found.values() for one in _listed(value) if one is not None]
 
@@ -175,8 +177,8 @@ def _listed(value: Any) -> list[Any]:
 def _figures(folder: Path, report: Report) -> Finding:
     """Whether the report is about these weights, as far as that is seen without its text."""
     inspection, wrong = report.inspection, []
-    tensors, sizes = _small_tensors(folder)
-    with checks.reading(PLAN), safe_open(plan_in(folder), "pt") as plan:
+    tensors, elements = _small_tensors(folder)
+    with files.reading(PLAN), safe_open(plan_in(folder), "pt") as plan:
         scale = plan.get_tensor("residual")
         planned = from_json(Inspection, plan.metadata()["absorb_inspection"])
     if planned != inspection:
@@ -194,7 +196,8 @@ def _figures(folder: Path, report: Report) -> Finding:
         range(len(inspection.layers))
     ):
         wrong.append("some layers of the weights have no sinks; convert again")
-    stored = str(checks.stored_dtype(sizes, folder.name)).removeprefix("torch.")
+    kind = max(elements, key=lambda kind: elements[kind])
+    stored = str(files.STORED.get(kind, kind)).removeprefix("torch.")
     if stored != inspection.dtype:
         wrong.append(
             f"{REPORT} says {inspection.dtype} and the weights are {stored}; convert again"
@@ -202,16 +205,19 @@ def _figures(folder: Path, report: Report) -> Finding:
     return f"about these weights: {len(inspection.layers)} layers, {stored}", wrong
 
 
-def _small_tensors(folder: Path) -> tuple[dict[str, Tensor], Any]:
-    """Sinks and scales by name, and how many elements of which type there are in all."""
-    files = checks.weight_files(folder, folder.name)
+def _small_tensors(folder: Path) -> tuple[dict[str, Tensor], Counter[str]]:
+    """Sinks and scales by name, and how many elements of which type there are in all others."""
     ours = (".sink", ".sink_key", ".input_scale")
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        with checks.reading(file.name), safe_open(file, "pt") as content:
+    elements: Counter[str] = Counter()
+    for file in files.weight_files(folder, folder.name):
+        with files.reading(file.name), safe_open(file, "pt") as content:
             names = [name for name in content.keys() if name.endswith(ours)]  # noqa: SIM118
             tensors |= {name: content.get_tensor(name) for name in names}
-    return tensors, checks.stored_elements(files)[0]
+        for name, one in files.headers([file]).items():
+            if name.rpartition(".")[2] not in ADDED:
+                elements[one.kind] += one.elements
+    return tensors, elements
 
 
 def _layers(tensors: dict[str, Tensor], kind: str) -> set[int]:

@@ -1,50 +1,60 @@
 """The weights of a student → the shards of a checkpoint."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.core_model_loading import revert_weight_conversion
 
 from absorb.models.decoder import Decoder
 from absorb.models.streaming import Streaming
-from absorb.runtime.precision import stock_parameters
+from absorb.runtime.precision import as_stored, stored_type
 
 _SHARD = 5_000_000_000  # bytes
 
 
-def save(student: Decoder, folder: Path, dtype: torch.dtype) -> None:
-    """Write configuration, code and weights as `save_pretrained` does, and stream if they do."""
+def save(
+    student: Decoder, folder: Path, dtype: torch.dtype, types: Mapping[str, torch.dtype]
+) -> None:
+    """Write configuration, code and weights as `save_pretrained` does, and stream if they do.
+
+    Every parameter is written in the type of `types` under its name, or else in `dtype`.
+    """
     if student.streaming is None:
+        as_stored(student, dtype, types)
         student.model.save_pretrained(folder, max_shard_size=_SHARD)
         return
     student.model.save_pretrained(folder, state_dict={})
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    _save_shards(_tensors(student, student.streaming, dtype), folder)
+    _save_shards(
+        _tensors(student, student.streaming, partial(stored_type, dtype=dtype, types=types)), folder
+    )
 
 
 def _tensors(
-    student: Decoder, streaming: Streaming, dtype: torch.dtype
+    student: Decoder, streaming: Streaming, type_of: Callable[[str], torch.dtype | None]
 ) -> Iterator[dict[str, Tensor]]:
     """What each unit holds, under its names in a file. What is tied comes once."""
     names = {module: name for name, module in student.model.named_modules()}
-    seen: set[torch.nn.Parameter] = set()
+    seen: set[nn.Parameter] = set()
     for unit in tqdm(streaming.units, desc="writing", unit="part"):
-        stem = f"{names[unit]}."
         with streaming.fetched(unit):
-            stock = set(stock_parameters(unit))
             found = {
-                stem + name: (parameter.detach().to(dtype) if parameter in stock else parameter)
+                f"{names[unit]}.{name}": parameter.detach()
                 for name, parameter in unit.named_parameters()
                 if parameter not in seen
             }
-            seen |= set(unit.parameters())
-            kept = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+            kept = {
+                name: tensor.to("cpu", type_of(name) or tensor.dtype).contiguous()
+                for name, tensor in found.items()
+            }
+        seen |= set(unit.parameters())
         yield revert_weight_conversion(student.model, kept)
 
 

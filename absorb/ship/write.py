@@ -5,11 +5,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
+from absorb.load.checks import refuse_unfaithful
+from absorb.load.files import refuse_no_numbers
+from absorb.load.source import Source
 from absorb.load.tokenizer import within, without_bos
 from absorb.models.decoder import Decoder
 from absorb.models.families import family_of
+from absorb.runtime.precision import stored_type
 from absorb.runtime.quiet import quiet
 from absorb.schema.codec import to_json
 from absorb.schema.report import Probe, Report
@@ -19,26 +22,30 @@ from absorb.ship.weights import save
 from absorb.show.card import card
 
 
-def write(
-    folder: Path,
-    student: Decoder,
-    dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase,
-    report: Report,
-) -> Report:
+def write(folder: Path, student: Decoder, source: Source, report: Report) -> Report:
     """Fill a folder with everything that `from_pretrained` and a reader need.
 
-    Gives the report with what can be said of the files only now. The student ends on the CPU.
+    Gives the report with what can be said of the files only now. The student ends on the CPU. What
+    was written is read again, and an AbsorbError says what of it nobody could use.
     """
+    name = f"the model converted from {source.name}"
+    types = {
+        key: stored_type(key, source.dtype, source.types) or torch.float32
+        for key, _ in student.model.named_parameters(remove_duplicate=False)
+    }
     with quiet():
-        save(student, folder, dtype)
-        plain = without_bos(tokenizer)
+        save(student, folder, source.dtype, source.types)
+        student.config.dtype = source.dtype  # transformers takes that of the first weight
+        student.config.save_pretrained(folder)
+        plain = without_bos(source.tokenizer)
         if family_of(report.inspection.family).positions is not None:
             plain = within(plain, student.config.max_position_embeddings)
         plain.save_pretrained(folder)
+        refuse_unfaithful(folder, student.model, types, name)
     (folder / "README.md").write_text(card(report), encoding="utf-8")
     report = replace(report, files=digests(folder), probe=_probe(student))
     (folder / REPORT).write_text(to_json(report), encoding="utf-8")
+    refuse_no_numbers(folder, name, "convert with --steps 0, or choose another model")
     return report
 
 

@@ -92,7 +92,7 @@ def card(report: Report) -> str:
     return _CARD.format(
         metadata=_metadata(report),
         title=_title(inspection),
-        model=f"[{model}](https://huggingface.co/{model})" if "/" in model else model,
+        model=f"[{model}](https://huggingface.co/{model})" if _is_on_hub(inspection) else model,
         version=inspection.versions["absorb"],
         form=_FORMS[inspection.job.sink],
         prefix=_prefix(inspection),
@@ -110,6 +110,11 @@ def card(report: Report) -> str:
     )
 
 
+def _is_on_hub(inspection: Inspection) -> bool:
+    """Some old repositories have no owner, as gpt2."""
+    return inspection.commit is not None or "/" in inspection.model
+
+
 def _verdict(report: Report) -> str:
     worse = verdict(report)
     return "" if worse is None else f"\n{worse[0].upper()}{worse[1:]}.\n"
@@ -125,7 +130,7 @@ def _prefix(inspection: Inspection) -> str:
 
 def _metadata(report: Report) -> str:
     inspection = report.inspection
-    hub_id = inspection.model if "/" in inspection.model else None  # else the name of a file
+    hub_id = inspection.model if _is_on_hub(inspection) else None  # else the name of a file
     data = ModelCardData(
         base_model=hub_id,
         # Of the four kinds that the Hub knows this is the one: whole weights in the precision of
@@ -177,6 +182,10 @@ def _limits(inspection: Inspection) -> list[str]:
             f"Positions are learned, and the prefix took its own with it: the model reads "
             f"{len(inspection.prefix)} tokens fewer than the original."
         )
+    limits.append(
+        "peft does not know this architecture by its name: give a LoraConfig its "
+        '`target_modules`, such as `"all-linear"`.'
+    )
     return [*limits, "Figures in low precision are computed by fake quantisation."]
 
 

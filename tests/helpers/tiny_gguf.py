@@ -34,8 +34,12 @@ def write_gguf(
     tokenizer: bool = True,
     extra: Callable[[GGUFWriter], None] = lambda writer: None,
     skip: str = "",
+    half: bool = False,
 ) -> None:
-    """Write the model in float32 or Q8_0. `extra` may add to it; the tensor `skip` stays out."""
+    """Write the model in float32, or its matrices in Q8_0 or float16.
+
+    `extra` may add to it; the tensor `skip` stays out.
+    """
     writer = GGUFWriter(path, "llama")
     _write_header(writer, model)
     if tokenizer:
@@ -50,7 +54,8 @@ def write_gguf(
             kind = GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(name, values)
+            narrow = half and values.ndim == 2
+            writer.add_tensor(name, values.astype(numpy.float16) if narrow else values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
