@@ -24,7 +24,7 @@ from absorb.schema.report import Inspection
 from absorb.schema.settings import Job, Purpose
 from absorb.ship.plan_file import read_plan
 from absorb.ship.resume import Progress
-from absorb.text.corpus import encoded
+from absorb.text.corpus import encoded, refuse_unreadable
 from absorb.text.gather import Texts, gather
 
 _MOST_IS_LEFT_OUT = 0.5  # a share of the effect of the prefix
@@ -66,6 +66,7 @@ def fresh(draft: Draft, purpose: Purpose = "none") -> PreTrainedModel:
 def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False) -> Draft:
     """Plan the conversion, or take the plan that the user names, and graft it onto a copy."""
     device = device_of(job.device)
+    refuse_unreadable(job.calibration.text)
     say(f"loading {job.model.name}")
     source = load(job.model)
     without_bos(source.tokenizer)  # refused now rather than after an hour

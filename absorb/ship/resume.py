@@ -133,7 +133,7 @@ def _mark(job: Job, source: Source) -> dict[str, str]:
     return {
         "model": f"{source.name} {source.fingerprint}",
         "version of absorb or of a library": json.dumps(versions(), sort_keys=True),
-        "text": "" if text is None else hashlib.sha256(text.read_bytes()).hexdigest(),
+        "text": hashlib.sha256(text.read_bytes()).hexdigest() if isinstance(text, Path) else "",
         "set of arguments": json.dumps(arguments, sort_keys=True, default=str),
     }
 
