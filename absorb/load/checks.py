@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from absorb.errors import AbsorbError
+from absorb.load.tokenizer import lead_of
 from absorb.models.families import family_of, suited
 from absorb.models.family import Family, UnsupportedFamilyError
 from absorb.schema.codec import parsed
@@ -245,7 +246,9 @@ def refuse_unusable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     with reading(name):
         logits = model(torch.tensor([[0, 1]]), use_cache=False).logits
         tokenizer.decode(tokenizer("a")["input_ids"])
-    for role, token in (("BOS", tokenizer.bos_token_id), ("EOS", tokenizer.eos_token_id)):
+        lead = lead_of(tokenizer).tolist()
+    named = {"BOS": tokenizer.bos_token_id, "EOS": tokenizer.eos_token_id}
+    for role, token in (*named.items(), *(("a text's beginning", token) for token in lead)):
         if token is not None and token not in range(model.config.vocab_size):
             raise AbsorbError(
                 f"{name} has no token {token}, which its tokenizer calls {role}; fetch both again"

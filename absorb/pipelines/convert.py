@@ -1,5 +1,6 @@
 """The story of a conversion, from a model's name to a folder."""
 
+import logging
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -7,14 +8,14 @@ import torch
 from torch import nn
 
 from absorb.errors import Say
-from absorb.load.tokenizer import lead_of
-from absorb.measure.score import evaluate
+from absorb.load.tokenizer import lead_of, leads_left
+from absorb.measure.score import evaluate, perplexity
 from absorb.pipelines.prepare import Draft, prepare, smoothed
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import FORMAT_FOR, rehearsing
 from absorb.runtime.precision import as_stored, device_of
 from absorb.runtime.reading import Subject
-from absorb.schema.report import Probe, Report
+from absorb.schema.report import Lead, Probe, Report, sentence
 from absorb.schema.scores import Score
 from absorb.schema.settings import Job, Purpose
 from absorb.schema.training import Losses, Recipe
@@ -54,6 +55,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
             converted=converted,
             files={},
             probe=Probe(tokens=(), logits=()),
+            leads=left_before_text(draft),
         )
         say(f"writing {job.out}")
         written = write(folder, draft.student, draft.source.tokenizer, report)
@@ -67,6 +69,18 @@ def fine_tuned(draft: Draft, fine_tune: Recipe, seed: int) -> Losses:
     prefix, goal = torch.tensor(draft.plan.prefix), FORMAT_FOR.get(fine_tune.purpose)
     with rehearsing(student, family, FORMATS[goal], draft.texts.scaling) if goal else nullcontext():
         return distill(teacher, student, prefix, draft.texts, fine_tune, seed, draft.progress)
+
+
+def left_before_text(draft: Draft) -> tuple[Lead, ...]:
+    """What the tokenizer and its chat templates cannot be told to leave out, and what it costs."""
+    rows, found = draft.texts.held_out, []
+    for by, ids in leads_left(draft.source.tokenizer, draft.plan.prefix).items():
+        led = Subject(model=draft.student, lead=torch.tensor(ids))
+        values = [perplexity(one, rows, by) for one in (Subject(model=draft.student), led)]
+        text = "".join(draft.source.tokenizer.convert_ids_to_tokens([*ids]))
+        found.append(Lead(by=by, text=text, cost=values[1] / values[0] - 1))
+        logging.getLogger("absorb").warning(sentence(found[-1]))
+    return tuple(found)
 
 
 def before_and_after(draft: Draft, purpose: Purpose) -> tuple[Score, Score]:

@@ -69,7 +69,7 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
     refuse_unreadable(job.calibration.text)
     say(f"loading {job.model.name}")
     source = load(job.model)
-    without_bos(source.tokenizer)  # refused now rather than after an hour
+    without_bos(source.tokenizer)  # tried now rather than after an hour
     made = None if job.plan is None else read_plan(job.plan, source)
     progress = Progress(job, source) if resume else None
     nn.Module.to(source.model, device)

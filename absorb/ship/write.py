@@ -28,7 +28,7 @@ def write(
     """
     with quiet():
         student.save_pretrained(folder, max_shard_size=_SHARD)
-        plain = without_bos(tokenizer)
+        plain = without_bos(tokenizer, report.inspection.prefix)
         if family_of(report.inspection.family).positions is not None:
             plain = within(plain, student.config.max_position_embeddings)
         plain.save_pretrained(folder)
