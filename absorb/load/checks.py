@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from absorb.errors import AbsorbError
-from absorb.load.tokenizer import lead_of
+from absorb.load.tokenizer import is_failure, lead_of
 from absorb.models.families import family_of, suited
 from absorb.models.family import Family, UnsupportedFamilyError
 from absorb.schema.codec import parsed
@@ -40,14 +40,16 @@ def reading(name: str) -> Iterator[None]:
         yield
     except AbsorbError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise AbsorbError(
             f"{name} could not be read ({_first_line(error)}); "
             "check that its files are complete and belong together"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".:") if lines else type(error).__name__
 
