@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -46,8 +47,7 @@ def without_bos(
     opening = _opening(tokenizer, prefix)
     plain = _without_lead(tokenizer)
     if opening and tokenizer.chat_template:
-        if plain is tokenizer:
-            plain = copy.deepcopy(tokenizer)
+        plain = copy.copy(plain)
         plain.chat_template = templates.without_opening(tokenizer, opening)
     return plain
 
@@ -74,6 +74,7 @@ def leads_left(
     return left
 
 
+@lru_cache(maxsize=1)  # a large vocabulary takes seconds to write and read, and is asked for thrice
 def _without_lead(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The same tokenizer without its lead, if it can be had, in memory and from its files."""
     if not len(lead_of(tokenizer)):
