@@ -10,7 +10,6 @@ from inspect import Parameter, getdoc, signature
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
-from absorb.errors import MisuseError
 from absorb.pipelines import convert as conversion
 from absorb.pipelines import inspect as inspection
 from absorb.pipelines.compare import compare
@@ -28,6 +27,7 @@ from absorb.schema.settings import (
     Thresholds,
     Train,
 )
+from absorb.schema.texts import text_named
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _say = logging.getLogger("absorb").info
@@ -76,7 +76,7 @@ class EvaluateOptions(TypedDict, total=False):
 
 def annotation(option: Option) -> Any:
     """What Python callers may give for an option."""
-    kind = str | Path if option.kind is Path else option.kind
+    kind = str | Path if option.kind is Path or option.is_there else option.kind
     if option.many:
         return Sequence[str | Path] if kind is str else Sequence[kind]  # type: ignore[valid-type]
     return kind | None if option.default is None else kind
@@ -158,10 +158,6 @@ def _settled(option: Option, value: Any) -> Any:
         return None
     if option.many:
         return tuple(map(str, value) if option.kind is str else value)
-    if option.kind is not Path:
-        return value
-    if option.is_there and not Path(value).is_file():
-        raise MisuseError(
-            "{value} is no file to read text from; check {0}", option.name, value=value
-        )
-    return Path(value)
+    if option.is_there:
+        return text_named(value, option.name)
+    return Path(value) if option.kind is Path else value

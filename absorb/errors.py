@@ -23,3 +23,11 @@ class MisuseError(AbsorbError):
     def calling(self, called: Callable[[str], str]) -> str:
         """The sentence, with every option as `called` calls it."""
         return self.sentence.format(*map(called, self.options), **self.values)
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether something failed, rather than that somebody stopped it.
+
+    A panic in the Rust code of tokenizers is a BaseException, as an interrupt is.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

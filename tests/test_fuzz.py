@@ -4,7 +4,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.fuzzing import TARGETS, Bench, bench_in, empty_folder
+from tests.helpers import fuzzing
+from tests.helpers.fuzzing import Bench, bench_in, empty_folder
+from tests.helpers.fuzzing_text import TEXT_TARGETS
+
+TARGETS = fuzzing.TARGETS | TEXT_TARGETS
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from absorb.cli.main import main
-from absorb.load.tokenizer import without_bos
+from absorb.load.opening.tokenizer import without_bos
 from absorb.models import modeling_absorb
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer

@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner
 
 import absorb
+from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import load
-from absorb.load.tokenizer import lead_of
 from absorb.models.families import FAMILIES
 from absorb.schema.settings import ModelRef
 from scripts.trials import train_small

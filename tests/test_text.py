@@ -76,7 +76,7 @@ def test_a_binary_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(b"\x00\xff\xfe\x80binary")
     with pytest.raises(AbsorbError, match=r"text\.txt cannot be read as UTF-8"):
-        documents(path)
+        next(documents(path))
 
 
 @pytest.mark.parametrize(
@@ -86,14 +86,14 @@ def test_a_binary_file_is_refused(tmp_path: Path) -> None:
 def test_a_file_without_text_is_refused(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(AbsorbError, match=rf"{name} holds no text"):
-        documents(tmp_path / name)
+        list(documents(tmp_path / name))
 
 
 def test_documents_of_jsonl_are_told_apart_and_repeats_dropped(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     lines = [json.dumps({"text": text}) for text in ("one", "two", "one")]
     path.write_text("\n".join([*lines, "", ""]))
-    assert documents(path) == ["one", "two"]
+    assert list(documents(path)) == ["one", "two"]
 
 
 @pytest.mark.parametrize("line", ['{"txt": "a"}', '{"text": 3}', "[1]", "nonsense", '"text"'])
@@ -101,7 +101,7 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text(json.dumps({"text": "fine"}) + "\n" + line)
     with pytest.raises(AbsorbError, match=r"text.jsonl, line 2: .*`text`"):
-        documents(path)
+        list(documents(path))
 
 
 def test_sampled_text_is_the_models_own(source: Source, sampled: Callable[..., Texts]) -> None:

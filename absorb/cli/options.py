@@ -9,6 +9,7 @@ import click
 
 from absorb.errors import MisuseError
 from absorb.schema.declared import Option, Settings, filled, options_of, typed
+from absorb.schema.texts import Dataset, is_dataset
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -57,10 +58,20 @@ def _type(declared: Option) -> Any:
     """How a word becomes a value. Whether a number is in its range, the settings know."""
     if declared.choices:
         return click.Choice(declared.choices)
+    if declared.is_there:
+        return _Text(exists=True, dir_okay=False, path_type=Path)
     if declared.kind is Path:
-        there = declared.is_there
-        return click.Path(exists=there, dir_okay=not there, path_type=Path)
+        return click.Path(path_type=Path)
     return declared.kind
+
+
+class _Text(click.Path):
+    """A file that is there, or a dataset on the Hub."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if isinstance(value, str) and is_dataset(value):
+            return Dataset(value)
+        return super().convert(value, param, ctx)
 
 
 def _help(declared: Option) -> str:

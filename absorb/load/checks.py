@@ -13,6 +13,7 @@ from absorb.errors import AbsorbError
 from absorb.load import vocabulary
 from absorb.load.files import headers, read_json, reading, refuse_pointers, weight_files
 from absorb.load.forecast import forecast
+from absorb.load.opening.tokenizer import lead_of
 from absorb.models.families import FAMILIES, family_of, suited
 from absorb.models.family import Family, UnsupportedFamilyError
 
@@ -116,7 +117,9 @@ def refuse_unusable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     with reading(name):
         logits = model(torch.tensor([[0, 1]]), use_cache=False).logits
         tokenizer.decode(tokenizer("a")["input_ids"])
-    for role, token in (("BOS", tokenizer.bos_token_id), ("EOS", tokenizer.eos_token_id)):
+        lead = lead_of(tokenizer).tolist()
+    named = {"BOS": tokenizer.bos_token_id, "EOS": tokenizer.eos_token_id}
+    for role, token in (*named.items(), *(("a text's beginning", token) for token in lead)):
         if token is not None and token not in range(model.config.vocab_size):
             raise AbsorbError(
                 f"{name} has no token {token}, which its tokenizer calls {role}; fetch both again"

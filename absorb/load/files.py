@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from absorb.errors import AbsorbError
+from absorb.errors import AbsorbError, is_failure
 from absorb.schema.codec import parsed
 
 WEIGHTS = "model.safetensors"
@@ -48,14 +48,16 @@ def reading(name: str) -> Iterator[None]:
         yield
     except AbsorbError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise AbsorbError(
             f"{name} could not be read ({first_line(error)}); "
             "check that its files are complete and belong together"
         ) from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says first, with what it announces there and says on the next line."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])

@@ -26,7 +26,7 @@ from absorb.errors import AbsorbError
 from absorb.load import checks, download, gguf_file, session
 from absorb.load import files as stored
 from absorb.load.forecast import forecast, refuse_deeper, refuse_mismatch
-from absorb.load.tokenizer import without_bos
+from absorb.load.opening.tokenizer import without_bos
 from absorb.load.unlisted import outlined
 from absorb.load.vocabulary import read_tokenizer
 from absorb.models import modeling_absorb

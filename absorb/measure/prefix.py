@@ -5,8 +5,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source
-from absorb.load.tokenizer import lead_of
 from absorb.measure.findings import find, token_weights
 from absorb.measure.outliers import Measurement, measure
 from absorb.runtime.losses import row_losses
@@ -39,17 +39,17 @@ def find_prefix(
 ) -> list[Trial]:
     """The prefixes that were tried on calibration text `tokens` (rows, length); the last one won.
 
-    `wish`, if given, is the prefix; otherwise it is BOS where the tokenizer adds one, else the
-    candidate with the lowest loss (BOS by preference), and then the tokens that are attention
-    sinks even behind it.
+    `wish`, if given, is the prefix; otherwise it begins with what the tokenizer puts first, else
+    with the candidate of the lowest loss (BOS by preference), and goes on with the tokens that are
+    attention sinks even behind it.
     """
     whole, tokens = tokens, tokens[:_ROWS]
     if wish is not None:
         return [_try(source, wish, tokens)]
     known = source.model.config.vocab_size  # a tokenizer may have more: padding that was added
-    candidates = [token for token in _candidates(source.tokenizer) if token < known]
-    candidates = tqdm(candidates, desc="choosing the prefix", unit="token")
-    trials = [_try(source, (token,), tokens[:, :_BEGINNING]) for token in candidates]
+    candidates = [one for one in _candidates(source.tokenizer) if max(one) < known]
+    candidates = tqdm(candidates, desc="choosing the prefix", unit="prefix")
+    trials = [_try(source, prefix, tokens[:, :_BEGINNING]) for prefix in candidates]
     bos = source.tokenizer.bos_token_id
     trials.sort(key=lambda trial: -trial.loss * (1 - _MARGIN * (trial.prefix == (bos,))))
     best, seen = _measured(source, trials.pop().prefix, whole)
@@ -99,13 +99,14 @@ def _is_common(by_row: Tensor) -> bool:
     return bool((by_row > 0).float().mean() >= _COMMON)
 
 
-def _candidates(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _candidates(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """What the tokenizer puts first, whole; where that is nothing, single tokens."""
     lead = lead_of(tokenizer).tolist()
     if lead:
-        return lead
+        return [tuple(lead)]
     texts = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in _CANDIDATES)
     single = [ids[0] for ids in texts if len(ids) == 1]
-    return list(dict.fromkeys([*tokenizer.all_special_ids, *single]))
+    return [(token,) for token in dict.fromkeys([*tokenizer.all_special_ids, *single])]
 
 
 def _try(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> Trial:

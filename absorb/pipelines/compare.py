@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from absorb.errors import AbsorbError
+from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source, load
-from absorb.load.tokenizer import lead_of
 from absorb.measure.score import ROWS_AT_ONCE, in_formats, tallies
 from absorb.measure.tally import Tally
 from absorb.measure.tasks import Task, answered, tasks_of
@@ -19,10 +19,12 @@ from absorb.quantize.formats import FORMATS
 from absorb.quantize.simulate import in_format
 from absorb.runtime.precision import as_stored, device_of
 from absorb.runtime.reading import Subject
+from absorb.schema.declared import typed
 from absorb.schema.report import versions
 from absorb.schema.scores import Answers, Comparison, Speed, Standing
 from absorb.schema.settings import Evaluation, FormatName, ModelRef, Thresholds
 from absorb.schema.training import LENGTH
+from absorb.text.corpus import refuse_unreadable
 from absorb.text.gather import WINDOW, Texts, gather_windows, refuse_short_model
 
 _RESAMPLES = 2000
@@ -35,6 +37,8 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
     The reference is the first of the others, or the model itself where there are none.
     """
     device, tasks = device_of(wish.device), tasks_of(wish.tasks)
+    for text in (wish.text, wish.calibration):
+        refuse_unreadable(text)
     sources = [_loaded(name, wish, say) for name in (wish.model, *wish.against)]
     subjects = [_subject(source) for source in sources]
     _refuse_other_tokens(sources)
@@ -54,7 +58,7 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
             for source, subject, tally, speed in zip(sources, subjects, seen, took, strict=True)
         ),
         text_origin=texts.origin,
-        calibration_origin=wish.calibration.name if wish.calibration else texts.origin,
+        calibration_origin=typed(wish.calibration) if wish.calibration else texts.origin,
         text_sha256=texts.fingerprint,
         rows=len(texts.held_out),
         length=texts.held_out.shape[1],

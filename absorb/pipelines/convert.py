@@ -1,5 +1,6 @@
 """The story of a conversion, from a model's name to a folder."""
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,15 +9,15 @@ import torch
 
 from absorb.errors import Say
 from absorb.fold.graft import graft
-from absorb.load.tokenizer import lead_of
-from absorb.measure.score import evaluate
+from absorb.load.opening.tokenizer import lead_of, leads_left
+from absorb.measure.score import evaluate, perplexity
 from absorb.models.decoder import Decoder
 from absorb.pipelines.prepare import Draft, completed, prepare
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import FORMAT_FOR, rehearsing
 from absorb.runtime.precision import as_stored, device_of, in_one_type
 from absorb.runtime.reading import Subject
-from absorb.schema.report import Probe, Report
+from absorb.schema.report import Lead, Probe, Report, sentence
 from absorb.schema.scores import Score
 from absorb.schema.settings import Job, Purpose
 from absorb.schema.training import Losses, Recipe
@@ -59,6 +60,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
             converted=converted,
             files={},
             probe=Probe(tokens=(), logits=()),
+            leads=left_before_text(student, draft),
         )
         say(f"writing {job.out}")
         written = write(folder, student, draft.source, report)
@@ -84,6 +86,18 @@ def fine_tuned(
         return distill(
             draft.source.model, student.model, prefix, texts, fine_tune, seed, draft.progress
         )
+
+
+def left_before_text(student: Decoder, draft: Draft) -> tuple[Lead, ...]:
+    """What the tokenizer and its chat templates cannot be told to leave out, and what it costs."""
+    rows, found = draft.texts.held_out, []
+    for by, ids in leads_left(draft.source.tokenizer, draft.plan.prefix).items():
+        led = Subject(decoder=student, lead=torch.tensor(ids))
+        values = [perplexity(one, rows, by) for one in (Subject(decoder=student), led)]
+        text = "".join(draft.source.tokenizer.convert_ids_to_tokens([*ids]))
+        found.append(Lead(by=by, text=text, cost=values[1] / values[0] - 1))
+        logging.getLogger("absorb").warning(sentence(found[-1]))
+    return tuple(found)
 
 
 def before_and_after(student: Decoder, draft: Draft, purpose: Purpose) -> tuple[Score, Score]:

@@ -8,8 +8,8 @@ from absorb.fold.decide import judged
 from absorb.fold.graft import graft
 from absorb.fold.plan import Plan
 from absorb.fold.smoothing import scales_for
+from absorb.load.opening.tokenizer import lead_of, without_bos
 from absorb.load.source import Source, load
-from absorb.load.tokenizer import lead_of, without_bos
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import find_prefix
 from absorb.pipelines.survey import recalled, survey
@@ -19,7 +19,7 @@ from absorb.schema.report import Inspection
 from absorb.schema.settings import Job, Purpose
 from absorb.ship.plan_file import read_plan
 from absorb.ship.resume import Progress
-from absorb.text.corpus import encoded
+from absorb.text.corpus import encoded, refuse_unreadable
 from absorb.text.gather import Texts, gather
 
 _MOST_IS_LEFT_OUT = 0.5  # a share of the effect of the prefix
@@ -40,9 +40,10 @@ class Draft:
 def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False) -> Draft:
     """Draw up the plan, but for its smoothing, or take that which the user names."""
     device = device_of(job.device)
+    refuse_unreadable(job.calibration.text)
     say(f"loading {job.model.name}")
     source = load(job.model, device=device)
-    without_bos(source.tokenizer)  # refused now rather than after an hour
+    without_bos(source.tokenizer)  # tried now rather than after an hour
     made = None if job.plan is None else read_plan(job.plan, source)
     progress = Progress(job, source) if resume else None
     source = source.placed(device)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -44,8 +45,17 @@ def built(kind: Any, data: Any) -> Any:
     if inner and data is None and type(None) in inner:
         return None
     if inner:
-        return built(next(one for one in inner if one is not type(None)), data)
+        return _first_that_fits([one for one in inner if one is not type(None)], data)
+    if isinstance(kind, type) and issubclass(kind, str):
+        return kind(_expected(str, data))
     return data if kind is Any else _expected(kind, data)
+
+
+def _first_that_fits(kinds: list[Any], data: Any) -> Any:
+    for kind in kinds[:-1]:
+        with suppress(ValueError):
+            return built(kind, data)
+    return built(kinds[-1], data)
 
 
 def _dataclass(kind: Any, data: dict[str, Any]) -> Any:

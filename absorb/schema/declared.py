@@ -43,7 +43,7 @@ class Option:
     range: Range | None = None
     flag: str = ""  # of the command line, where the name does not make it
     metavar: str | None = None
-    is_there: bool = False  # it names a file that is to be read
+    is_there: bool = False  # it names text that is to be read: a file, or a dataset on the Hub
     repeated: bool = False  # the flag, once for each part; else the parts have commas between them
     decides: tuple[str, ...] = ()  # the options that have no say beside it
     # Known from the field.

@@ -65,6 +65,15 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lead:
+    """What is put before a text although sinks stand for it, or nothing does."""
+
+    by: str  # whom, as the subject of a sentence
+    text: str
+    cost: float  # of reading it, as a share of the perplexity of held-out text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """A conversion, complete."""
 
@@ -75,6 +84,7 @@ class Report:
     converted: Score
     files: dict[str, str]  # the SHA-256 of every other file of the checkpoint
     probe: Probe
+    leads: tuple[Lead, ...] | None = None  # None where nobody looked
 
     def __post_init__(self) -> None:
         """Raise a ValueError where the scores cannot be set side by side."""
@@ -114,4 +124,13 @@ def verdict(report: Report) -> str | None:
     return (
         f"in float the converted model is {loss:.1%} worse than the original on held-out text; "
         f"convert with {helps}"
+    )
+
+
+def sentence(lead: Lead) -> str:
+    """What a lead is and costs."""
+    change = f"{abs(lead.cost):.1%} {'lower' if lead.cost < 0 else 'higher'}"
+    return (
+        f"{lead.by} puts `{lead.text!r}` first all the same, and it is read as text: behind it the "
+        f"perplexity of held-out text is {change}"
     )

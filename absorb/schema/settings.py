@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from absorb.errors import AbsorbError, MisuseError
 from absorb.schema.declared import Checked, Range, option
+from absorb.schema.texts import Dataset
 
 
 def expanded(name: str | Path) -> Path:
@@ -63,9 +64,9 @@ class ModelRef:
 class Calibration(Checked):
     """The text that is measured. Without a file the model samples its own."""
 
-    text: Path | None = option(
+    text: Dataset | Path | None = option(
         None,
-        "To fit and train on: plain, or .jsonl with `text`.  [default: the model samples it]",
+        "To fit and train on, or OWNER/DATASET[:split].  [default: the model samples it]",
         is_there=True,
     )
     prefix: str | None = option(None, "What sinks stand for.  [default: searched for]")
@@ -167,12 +168,13 @@ class Evaluation(Checked):
         repeated=True,
     )
     trust_remote_code: bool = option(False, _TRUSTED)
-    text: Path | None = option(
+    text: Dataset | Path | None = option(
         None,
-        "To measure on: plain, or .jsonl with a field `text`.  [default: MODEL samples it]",
+        "To measure on: plain text, or JSON, CSV or parquet with a field `text`; or a dataset on "
+        "the Hub, OWNER/DATASET[:split].  [default: MODEL samples it]",
         is_there=True,
     )
-    calibration: Path | None = option(
+    calibration: Dataset | Path | None = option(
         None,
         "Text that fixed ranges of formats are taken from, its first 8 windows.  [default: other "
         "rows of the same text]",

@@ -133,9 +133,13 @@ def _mark(job: Job, source: Source) -> dict[str, str]:
     return {
         "model": f"{source.name} {source.fingerprint}",
         "version of absorb or of a library": json.dumps(versions(), sort_keys=True),
-        "text": "" if text is None else hashlib.sha256(text.read_bytes()).hexdigest(),
+        "text": _digest(text) if isinstance(text, Path) and text.is_file() else "",
         "set of arguments": json.dumps(arguments, sort_keys=True, default=str),
     }
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _write(path: Path, tensors: dict[str, Tensor], note: str) -> None:

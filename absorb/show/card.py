@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from absorb.models.families import family_of
 from absorb.quantize.formats import FORMATS
 from absorb.schema.declared import changed
-from absorb.schema.report import Inspection, Report, verdict
+from absorb.schema.report import Inspection, Report, sentence, verdict
 from absorb.schema.settings import Job
 from absorb.show.rows import finding_rows, score_rows
 from absorb.show.tables import markdown
@@ -104,7 +104,7 @@ def card(report: Report) -> str:
         kept=report.losses.kept,
         family=inspection.family,
         purpose=_PURPOSES[report.recipe.purpose],
-        limits="\n".join(f"- {limit}" for limit in _limits(inspection)),
+        limits="\n".join(f"- {limit}" for limit in _limits(report)),
         command=command(inspection.job),
         versions=", ".join(f"{name} {version}" for name, version in inspection.versions.items()),
     )
@@ -165,10 +165,11 @@ def _results(report: Report) -> list[EvalResult]:
     ]
 
 
-def _limits(inspection: Inspection) -> list[str]:
+def _limits(report: Report) -> list[str]:
+    inspection = report.inspection
     limits = [
         f"Do not put a BOS or another prefix before the text: the sinks stand for "
-        f"{_prefix(inspection)}. The tokenizer adds none.",
+        f"{_prefix(inspection)}. {_leads(report)}",
         "Attention runs as `sdpa` (the default), `eager` or `flex_attention`. What would drop the "
         "sinks is refused.",
     ]
@@ -187,6 +188,13 @@ def _limits(inspection: Inspection) -> list[str]:
         '`target_modules`, such as `"all-linear"`.'
     )
     return [*limits, "Figures in low precision are computed by fake quantisation."]
+
+
+def _leads(report: Report) -> str:
+    if report.leads is None:
+        return "The tokenizer adds none."
+    left = " ".join(f"{sentence(lead)}." for lead in report.leads)
+    return left or "Neither the tokenizer nor a chat template adds one."
 
 
 def command(job: Job) -> str:

@@ -1,5 +1,6 @@
 """Text of files and of users → token ids."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -7,27 +8,34 @@ from transformers import PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
 from absorb.load.source import Source
-from absorb.schema.codec import parsed
+from absorb.schema.texts import Dataset
 from absorb.schema.training import LENGTH
+from absorb.text.files import PARQUET, opened, signature
+from absorb.text.records import records
+from absorb.text.repeats import unrepeated, without_repeats
+from absorb.text.tables import in_parquet, on_the_hub, refuse_missing_package
 
 # A token of plain text has fewer than so many characters, on average; and what is tokenised beyond
 # what is needed, since a word may be cut there.
 _CHARACTERS, _SPARE = 8, 64
 
 
-def read_ids(path: Path, source: Source, count: int) -> list[int]:
-    """The tokens of the first documents of a file: `count` or more, or all that there are.
+def read_ids(
+    text: Path | Dataset, source: Source, count: int, seen: set[bytes] | None = None
+) -> list[int]:
+    """The tokens of the first documents of a text: `count` or more, or all that there are.
 
-    Documents are divided by the end-of-text token.
+    Documents are divided by the end-of-text token. Those that were `seen` are left out, and those
+    that are read are noted there.
     """
     ids: list[int] = []
     tokenizer = source.tokenizer
     divider = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for document in tqdm(documents(path), desc="reading text", unit="document"):
+    for document in tqdm(documents(text, seen), desc="reading text", unit="document"):
         ids += _beginning(tokenizer, document, count - len(ids)) + divider
         if len(ids) >= count:
             break
-    refuse_unknown_tokens(source, ids, str(path))
+    refuse_unknown_tokens(source, ids, str(text))
     return ids
 
 
@@ -45,32 +53,46 @@ def _beginning(tokenizer: PreTrainedTokenizerBase, document: str, count: int) ->
         length = 2 * length + _SPARE
 
 
-def documents(path: Path) -> list[str]:
-    """The different documents of a file, not all empty: one a line in .jsonl, else all of it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AbsorbError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    found = [text] if path.suffix != ".jsonl" else _in_lines(path, text)
-    if not any(document.strip() for document in found):
-        raise AbsorbError(f"{path} holds no text; name a file that does")
-    return found
+def refuse_unreadable(text: Path | Dataset | None) -> None:
+    """Refuse a text in whose beginning something is wrong, before anything large is loaded."""
+    if isinstance(text, Dataset):
+        refuse_missing_package(text)
+    elif text is not None and text.is_file():  # not a pipe, which can be read but once
+        next(documents(text))
 
 
-def _in_lines(path: Path, text: str) -> list[str]:
-    lines = enumerate(text.split("\n"), 1)  # other line breaks may stand in a string
-    # Without repeats, so that no document is measured on that was trained on.
-    return list(dict.fromkeys(_field(path, number, line) for number, line in lines if line.strip()))
+def documents(text: Path | Dataset, seen: set[bytes] | None = None) -> Iterator[str]:
+    """The different documents of a text, not all empty: its records, or all of a plain file.
+
+    None is told twice, or told at all that was `seen` before, lest anything be measured on that
+    was trained on. Of plain text it is the long lines and paragraphs that are not repeated.
+    """
+    seen = set() if seen is None else seen
+    known, empty = len(seen), True
+    for document in _documents(text, seen):
+        empty = empty and not document.strip()
+        yield document
+    if empty and known:
+        raise AbsorbError(f"{text} holds no text but what was read before; name another text")
+    if empty:
+        raise AbsorbError(f"{text} holds no text; name a file that does")
 
 
-def _field(path: Path, number: int, line: str) -> str:
-    try:
-        text = parsed(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise AbsorbError(f"{path}, line {number}: not a JSON object with a string field `text`")
-    return text
+def _documents(text: Path | Dataset, seen: set[bytes]) -> Iterator[str]:
+    if isinstance(text, Dataset):
+        return unrepeated(on_the_hub(text), seen)
+    if signature(text).startswith(PARQUET):
+        return unrepeated(in_parquet(text), seen)
+    return _of_file(text, seen)
+
+
+def _of_file(path: Path, seen: set[bytes]) -> Iterator[str]:
+    with opened(path) as content:
+        found = records(content, path)
+        if isinstance(found, str):
+            yield without_repeats(found, seen)
+        else:
+            yield from unrepeated(found, seen)
 
 
 def encoded(source: Source, text: str) -> tuple[int, ...]:

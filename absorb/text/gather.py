@@ -1,5 +1,6 @@
 """Text to calibrate on, to train on, to choose a step by and to report on: no token is shared."""
 
+import filecmp
 import hashlib
 import logging
 from dataclasses import dataclass, replace
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from absorb.errors import AbsorbError
 from absorb.load.source import Source
+from absorb.schema.declared import typed
 from absorb.schema.settings import Calibration, Evaluation
+from absorb.schema.texts import Dataset
 from absorb.schema.training import LENGTH
 from absorb.text.samples import LATEST_START, sampled
 from absorb.text.windows import windows
@@ -60,7 +63,7 @@ def gather(source: Source, calibration: Calibration, training_rows: int | None) 
     sizes = [CALIBRATION_ROWS, VALIDATION_ROWS, held_out, training_rows or 0]
     if calibration.text is not None:
         parts = _from_file(calibration.text, source, sizes)
-        origin = calibration.text.name
+        origin = typed(calibration.text)
     else:
         parts, origin = _sampled(source, sizes, calibration.seed)
     return Texts(
@@ -85,7 +88,7 @@ def refuse_short_model(
         )
 
 
-def _from_file(path: Path, source: Source, sizes: list[int]) -> list[Tensor]:
+def _from_file(path: Path | Dataset, source: Source, sizes: list[int]) -> list[Tensor]:
     """The file as windows (rows, LENGTH), in parts; the last may be smaller than wished for."""
     fixed, wanted = sum(sizes[:-1]), sizes[-1]
     rows = windows(source, path, fixed + wanted, LENGTH, least=fixed + min(wanted, 1))
@@ -103,31 +106,46 @@ def _sampled(source: Source, sizes: list[int], seed: int) -> tuple[list[Tensor],
 
 
 def gather_windows(source: Source, wish: Evaluation) -> Texts:
-    """Rows to measure on, and rows to take ranges from, of files or sampled by the model."""
-    ranges = wish.calibration
-    if wish.text is not None and ranges is not None and ranges.samefile(wish.text):
-        ranges = None  # as without it: other windows of the same file
+    """Rows to measure on, and rows to take ranges from, of files or sampled by the model.
+
+    No document is in both.
+    """
+    ranges, seen = wish.calibration, set[bytes]()
+    if wish.text is not None and ranges is not None and _are_same(ranges, wish.text):
+        ranges = None  # as without it: other windows of the same text
     if wish.text is None:
         texts = gather(source, Calibration(), training_rows=0)
     else:
-        texts = _windows(source, wish.text, wish, shared=ranges is None)
+        texts = _windows(source, wish.text, wish, seen, shared=ranges is None)
     if ranges is None:
         return texts
-    seen = windows(source, ranges, _SEEN, texts.held_out.shape[1], least=_SEEN)
-    return replace(texts, calibration=seen)
+    length = texts.held_out.shape[1]
+    return replace(
+        texts, calibration=windows(source, ranges, _SEEN, length, least=_SEEN, seen=seen)
+    )
 
 
-def _windows(source: Source, path: Path, wish: Evaluation, shared: bool) -> Texts:
-    """The first windows of a file: held out, save where they are `shared` with fixed ranges."""
+def _are_same(text: Path | Dataset, other: Path | Dataset) -> bool:
+    """Whether two names mean one text, or a copy of it."""
+    if isinstance(text, Dataset) or isinstance(other, Dataset):
+        return text == other
+    copies = text.is_file() and other.is_file()  # a pipe can be read but once
+    return text.samefile(other) or (copies and filecmp.cmp(text, other, shallow=False))
+
+
+def _windows(
+    source: Source, text: Path | Dataset, wish: Evaluation, seen: set[bytes], shared: bool
+) -> Texts:
+    """The first windows of a text: held out, save where they are `shared` with fixed ranges."""
     count, length = wish.windows or _WINDOWS, wish.length or WINDOW
     more = -(-count // (_SHARE - 1)) if shared else 0
-    rows = windows(source, path, count + more, length, least=2 if shared else 1)
-    seen = -(-len(rows) // _SHARE) if shared else 0
-    held_out, calibration = rows.split([len(rows) - seen, seen])
+    rows = windows(source, text, count + more, length, least=2 if shared else 1, seen=seen)
+    apart = -(-len(rows) // _SHARE) if shared else 0
+    held_out, calibration = rows.split([len(rows) - apart, apart])
     return Texts(
         calibration=calibration,
         validation=rows[:0],
         held_out=held_out,
         training=rows[:0],
-        origin=path.name,
+        origin=typed(text),
     )

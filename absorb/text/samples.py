@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
+from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source
 from absorb.models.modeling_absorb import NEUTRAL, How, fast
 from absorb.runtime.hooks import attending
@@ -22,7 +23,7 @@ _TOP_K = 100
 # Rows start up to this many tokens into a text, as windows of a file do: sinks fitted to beginnings
 # alone do badly in the middle of a sentence.
 LATEST_START = 32
-# Where a text starts that no BOS begins: words that many texts start with.
+# Where a text starts that nothing else begins: words that many texts start with.
 _FIRST_WORDS = ("The", "In", "I", "A", "This", "It", "We", "When", "For", "If", "As", "There")
 # What a chat template makes an opening of, before an answer that starts with one of these words.
 _REQUEST = ({"role": "user", "content": "Write a long text."},)
@@ -96,15 +97,15 @@ def loops(rows: Tensor, vocabulary: int) -> Tensor:
 def opening_of(source: Source) -> list[int]:
     """The tokens, none of them text, that the model was made to read before a text.
 
-    BOS, or the opening of an answer by the chat template where neither this nor the tokenizer puts
-    that BOS first: files name one that was never trained to begin a text. None if there is neither.
+    What the tokenizer puts first. Where that is nothing it is BOS, or the opening of an answer by a
+    chat template that does not begin with it: files name a BOS that was never trained to begin a
+    text. None if there is neither.
     """
-    tokenizer = source.tokenizer
-    bos, chat = tokenizer.bos_token_id, _chat_opening(source)
-    if bos is None:
-        return chat
-    first = tokenizer("a")["input_ids"][:1]
-    return [bos] if first == [bos] or not chat or chat[0] == bos else chat
+    lead: list[int] = lead_of(source.tokenizer).tolist()
+    if lead:
+        return lead
+    bos, chat = source.tokenizer.bos_token_id, _chat_opening(source)
+    return [bos] if bos is not None and (not chat or chat[0] == bos) else chat
 
 
 def _chat_opening(source: Source) -> list[int]:
@@ -154,9 +155,9 @@ def _sample(source: Source, opening: list[int], draws: Tensor, places: Tensor, b
 
 
 def _starts(source: Source, opening: list[int], places: Tensor) -> Tensor:
-    """The tokens to sample from: the opening, and a first word where it is not BOS. (rows, n)"""
+    """The tokens to sample from: the opening, and a first word where a chat's is it. (rows, n)"""
     start = torch.tensor(opening, dtype=torch.long).expand(len(places), -1)
-    if opening == [source.tokenizer.bos_token_id]:
+    if opening in ([source.tokenizer.bos_token_id], lead_of(source.tokenizer).tolist() or None):
         return start
     tokens = [source.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in _FIRST_WORDS]
     return torch.cat([start, torch.tensor(tokens)[places % len(tokens), None]], 1)

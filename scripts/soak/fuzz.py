@@ -20,7 +20,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.helpers.fuzzing import TARGETS, Bench, Target, bench_in, empty_folder
+from tests.helpers import fuzzing
+from tests.helpers.fuzzing import Bench, Target, bench_in, empty_folder
+from tests.helpers.fuzzing_text import TEXT_TARGETS
+
+TARGETS = fuzzing.TARGETS | TEXT_TARGETS
 
 
 @click.command()

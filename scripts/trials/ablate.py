@@ -17,8 +17,8 @@ import click
 import torch
 
 from absorb.fold.graft import graft
+from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import load
-from absorb.load.tokenizer import lead_of
 from absorb.measure.score import evaluate, perplexity
 from absorb.models.decoder import Decoder
 from absorb.pipelines.convert import fine_tuned

@@ -30,7 +30,7 @@ from transformers import (
 
 from absorb.cli.terminal import Refusals
 from absorb.errors import AbsorbError
-from absorb.load.tokenizer import lead_of
+from absorb.load.opening.tokenizer import lead_of
 from absorb.measure.findings import find
 from absorb.measure.outliers import measure
 from absorb.models.decoder import Decoder
@@ -105,7 +105,7 @@ def corpus(paths: list[Path]) -> Corpus:
 
 def texts_of(path: Path) -> list[str]:
     if path.is_file():
-        return documents(path)
+        return [*documents(path)]
     files = sorted(file for file in path.rglob("*.py") if file.is_file())
     return [file.read_text(encoding="utf-8", errors="ignore") for file in files]
 
@@ -259,7 +259,7 @@ def make(model_type: str, paths: list[Path], out: Path, recipe: Recipe, device: 
     "paths",
     multiple=True,
     type=click.Path(exists=True, path_type=Path),
-    help="A file (plain, or .jsonl with `text`), or a folder whose Python files are read.",
+    help="A file (plain, or JSON lines with `text`), or a folder whose Python files are read.",
 )
 @click.option("--minutes", default=Recipe().minutes, show_default=True)
 @bench.device

@@ -31,7 +31,7 @@ from tests.helpers.tiny_tokenizer import tiny_tokenizer
 FAMILIES = ("llama", "gpt2", "gemma2", "mixtral")
 # One case in so many is converted to the end where nothing is wrong with it; the others are stopped
 # by a plan of another model, or by a text that is too short, once they have been read.
-_TO_THE_END = 100
+TO_THE_END = 100
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -108,7 +108,7 @@ _LEAVES = st.one_of(
     st.text(max_size=8),
     st.sampled_from(["\ud800", "\x00", "../../etc/passwd", "llama", "gelu", "eager", "NaN", "1"]),
 )
-_VALUES = st.recursive(
+VALUES = st.recursive(
     _LEAVES,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
     max_leaves=6,
@@ -124,7 +124,7 @@ def _places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from _places(value, (*path, key))
 
 
-def _edited(draw: Draw, data: Any) -> Any:
+def edited(draw: Draw, data: Any) -> Any:
     """The data with one to three of its values replaced, dropped, doubled or added to."""
     data = json.loads(json.dumps(data))
     for _ in range(draw(st.integers(1, 3))):
@@ -137,17 +137,17 @@ def _edited(draw: Draw, data: Any) -> Any:
             holder = holder[key]
         action = draw(st.sampled_from(["replace", "replace", "replace", "drop", "add"]))
         if action == "replace":
-            holder[last] = draw(_VALUES)
+            holder[last] = draw(VALUES)
         elif action == "drop":
             del holder[last]
         elif isinstance(holder, dict):
-            holder[draw(st.text(max_size=6))] = draw(_VALUES)
+            holder[draw(st.text(max_size=6))] = draw(VALUES)
         else:
-            holder.append(draw(_VALUES))
+            holder.append(draw(VALUES))
     return data
 
 
-def _garbled(draw: Draw, content: bytes) -> bytes:
+def garbled(draw: Draw, content: bytes) -> bytes:
     """Bytes cut short, with bits flipped, or with something put in."""
     at = draw(st.integers(0, max(len(content) - 1, 0)))
     action = draw(st.sampled_from(["cut", "flip", "insert", "replace"]))
@@ -157,21 +157,21 @@ def _garbled(draw: Draw, content: bytes) -> bytes:
         return (
             content[:at] + bytes([content[at] ^ 1 << draw(st.integers(0, 7))]) + content[at + 1 :]
         )
-    put = draw(st.one_of(st.binary(max_size=6), st.sampled_from(_NASTY)))
+    put = draw(st.one_of(st.binary(max_size=6), st.sampled_from(NASTY)))
     return content[:at] + put + content[at + (len(put) if action == "replace" else 0) :]
 
 
-_NASTY = [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b"\xff\xfe", b"\x00", b"\xed\xa0\x80"]
-_NASTY += [b"NaN", b"-Infinity", b'"\\ud800"', b"1e999"]
+NASTY = [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b"\xff\xfe", b"\x00", b"\xed\xa0\x80"]
+NASTY += [b"NaN", b"-Infinity", b'"\\ud800"', b"1e999"]
 
 
 def _damaged_json(draw: Draw, file: Path) -> bytes:
     """A file of JSON whose values, or whose bytes, are not what they were."""
     if draw(st.integers(0, 3)) == 0:
-        return _garbled(draw, file.read_bytes())
+        return garbled(draw, file.read_bytes())
     if draw(st.integers(0, 30)) == 0:
-        return json.dumps(draw(_VALUES)).encode()
-    return json.dumps(_edited(draw, json.loads(file.read_text()))).encode()
+        return json.dumps(draw(VALUES)).encode()
+    return json.dumps(edited(draw, json.loads(file.read_text()))).encode()
 
 
 def _damaged_tensors(draw: Draw, content: bytes) -> bytes:
@@ -180,13 +180,13 @@ def _damaged_tensors(draw: Draw, content: bytes) -> bytes:
     header, rest = content[8 : 8 + size], content[8 + size :]
     action = draw(st.sampled_from(["length", "bytes", "values", "anywhere"]))
     if action == "anywhere":
-        return _garbled(draw, content)
+        return garbled(draw, content)
     if action == "length":
         return struct.pack("<Q", draw(st.integers(0, 2**64 - 1))) + content[8:]
     if action == "bytes":
-        header = _garbled(draw, header)
+        header = garbled(draw, header)
     else:
-        header = json.dumps(_edited(draw, json.loads(header))).encode()
+        header = json.dumps(edited(draw, json.loads(header))).encode()
     return struct.pack("<Q", len(header)) + header + rest
 
 
@@ -213,7 +213,7 @@ def _model_file(name: str, bench: Bench, draw: Draw, folder: Path) -> None:
         else _damaged_json(draw, file)
     )
     model = _linked(bench, family, folder, name, content)
-    if draw(st.sampled_from(range(_TO_THE_END))) == _TO_THE_END // 2:
+    if draw(st.sampled_from(range(TO_THE_END))) == TO_THE_END // 2:
         ends_in_order(folder, "convert", model, "--text", bench.long, "--steps", "1")
     elif draw(st.booleans()):
         ends_in_order(folder, "convert", model, "--plan", bench.model(), "--steps", "0")
@@ -229,12 +229,12 @@ def _plan(bench: Bench, draw: Draw, folder: Path) -> None:
         content = _damaged_tensors(draw, content)
     else:
         found = json.loads(header["__metadata__"]["absorb_inspection"])
-        header["__metadata__"]["absorb_inspection"] = json.dumps(_edited(draw, found))
+        header["__metadata__"]["absorb_inspection"] = json.dumps(edited(draw, found))
         written = json.dumps(header).encode()
         content = struct.pack("<Q", len(written)) + written + rest
     plan = folder / "plan.safetensors"
     plan.write_bytes(content)
-    whole = draw(st.sampled_from(range(_TO_THE_END))) == _TO_THE_END // 2
+    whole = draw(st.sampled_from(range(TO_THE_END))) == TO_THE_END // 2
     text = bench.long if whole else bench.short
     options = ("--plan", plan, "--text", text, "--steps", "0")
     ends_in_order(folder, "convert", bench.model(), *options)
@@ -246,12 +246,12 @@ def _text(bench: Bench, draw: Draw, folder: Path) -> None:
     lines = st.one_of(
         st.binary(max_size=30),
         st.text(max_size=30).map(lambda text: json.dumps({"text": text}).encode()),
-        _VALUES.map(lambda value: json.dumps({"text": value}).encode()),
-        _VALUES.map(lambda value: json.dumps(value).encode()),
-        st.sampled_from([*_NASTY, good]),
+        VALUES.map(lambda value: json.dumps({"text": value}).encode()),
+        VALUES.map(lambda value: json.dumps(value).encode()),
+        st.sampled_from([*NASTY, good]),
     )
     content = b"\n".join(draw(st.lists(lines, max_size=4)))
-    path.write_bytes(_garbled(draw, content) if draw(st.booleans()) else content)
+    path.write_bytes(garbled(draw, content) if draw(st.booleans()) else content)
     command = draw(st.sampled_from(["convert", "inspect", "eval"]))
     ends_in_order(folder, command, bench.model(), "--text", path)
 
@@ -265,9 +265,9 @@ def _report(bench: Bench, draw: Draw, folder: Path) -> None:
 def _questions(bench: Bench, draw: Draw, folder: Path) -> None:
     path = folder / "riddles.jsonl"
     good = {"question": "a", "choices": ["b", "c"], "label": 0}
-    lines = [json.dumps(_edited(draw, good)).encode() for _ in range(draw(st.integers(0, 3)))]
+    lines = [json.dumps(edited(draw, good)).encode() for _ in range(draw(st.integers(0, 3)))]
     content = b"\n".join([*lines, json.dumps(good).encode()])
-    path.write_bytes(_garbled(draw, content) if draw(st.booleans()) else content)
+    path.write_bytes(garbled(draw, content) if draw(st.booleans()) else content)
     with suppress(AbsorbError):
         questions_in(path)
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from absorb.cli.terminal import Refusals
+from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source, load
-from absorb.load.tokenizer import lead_of
 from absorb.models.decoder import Decoder
 from absorb.runtime.inputs import input_peaks
 from absorb.runtime.reading import led

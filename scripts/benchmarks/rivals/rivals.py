@@ -21,8 +21,8 @@ from absorb.fold.graft import graft, twin
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.prefix_cache import prefix_of
 from absorb.fold.smoothing import smooth, smoothing_scales
+from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source, load
-from absorb.load.tokenizer import lead_of
 from absorb.measure.score import quantised_losses
 from absorb.models.decoder import Decoder
 from absorb.quantize.formats import FORMATS
