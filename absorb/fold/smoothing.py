@@ -99,7 +99,7 @@ def _sizes(
         size = torch.stack([inputs[reader] for reader in each_name(student, family, readers[0])])
         reach = [_reach(student, family, r, size[0], order) for r in readers]
         weight = power_mean(torch.stack(reach), order, 0)
-        if name == family.up and order == inf:
+        if name in family.neurons and order == inf:
             size = size.maximum(size.median(-1, keepdim=True).values)
         if name == family.value:
             size, weight = (_shared(part, student, family, order) for part in (size, weight))

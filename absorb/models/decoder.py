@@ -25,6 +25,15 @@ def each_name(model: PreTrainedModel, family: Family, name: str) -> list[str]:
     return [f"{family.layers}.{index}.{name}" for index in range(len(layers_of(model, family)))]
 
 
+def rotating_of(model: PreTrainedModel, family: Family) -> list[Any]:
+    """The attention of every decoder layer that rotates its keys (RoPE)."""
+    if family.positions is not None:
+        return []
+    modules = each_layers(model, family, family.attention)
+    named = family.rotation
+    return [m for m in modules if named is None or getattr(m, named) not in (None, False)]
+
+
 def linears_of(model: PreTrainedModel, family: Family) -> dict[str, Any]:
     """Every Linear or Conv1D inside a decoder layer, under its name in the model."""
     stem = f"{family.layers}."

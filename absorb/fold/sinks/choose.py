@@ -21,7 +21,7 @@ from absorb.fold.sinks.attention import rotations_of, scene_of
 from absorb.fold.sinks.fit import sink_of
 from absorb.fold.sinks.forms import LayerSink
 from absorb.fold.sinks.prefix_cache import Prefix, heads_last
-from absorb.models.decoder import each_layers
+from absorb.models.decoder import each_layers, rotating_of
 from absorb.models.family import Family
 from absorb.runtime.hooks import attending
 from absorb.runtime.precision import hastened
@@ -51,8 +51,8 @@ def fit_sinks(
         bar.update()
         return heads_last(out), None
 
-    turned = modules if family.positions is None else []
-    with bar, attending(model, attend), rotations_of(turned) as rotations:
+    turned = rotations_of(rotating_of(model, family))
+    with bar, attending(model, attend), turned as rotations:
         positions = prefix.positions(tokens.shape[1])
         with hastened(model.device):
             model.base_model(tokens.to(model.device), position_ids=positions, use_cache=False)
