@@ -40,6 +40,8 @@ CHANGED = 1e-2
 BENT = {
     "starcoder2": "mlp.c_fc",
     "arcee": "mlp.up_proj",
+    "jais2": "mlp.up_proj",
+    "nemotron": "mlp.up_proj",
     "apertus": "mlp.up_proj",
     "phi": "mlp.fc1",
     "gpt2": "mlp.c_fc",

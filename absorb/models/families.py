@@ -77,6 +77,7 @@ _ARCEE = replace(
     ),
     up=None,
 )
+_NEMOTRON = replace(_ARCEE, model_type="nemotron", norm_offset=1.0)
 _STARCODER2 = replace(
     _LLAMA,
     model_type="starcoder2",
@@ -181,6 +182,7 @@ FAMILIES: Mapping[str, Family] = {
         _LLAMA,
         replace(_LLAMA, model_type="mistral"),
         replace(_LLAMA, model_type="ministral"),
+        replace(_LLAMA, model_type="cwm"),
         replace(_LLAMA, model_type="qwen2"),
         replace(_LLAMA, model_type="qwen3", key=None),
         replace(_LLAMA, model_type="smollm3", rotation="use_rope"),
@@ -195,11 +197,14 @@ FAMILIES: Mapping[str, Family] = {
             requires=(("use_parallel_residual", (False,)),),
         ),
         _ARCEE,
+        replace(_ARCEE, model_type="jais2"),
+        _NEMOTRON,
         _APERTUS,
         _PHI3,
         replace(_LLAMA, model_type="gemma", norm_offset=1.0, requires=_GEMMA.requires),
         _GEMMA,
         replace(_GEMMA, model_type="gemma3_text", key=None),
+        replace(_GEMMA, model_type="vaultgemma", writes=_LLAMA.writes, requires=()),
         _OLMO,
         _OLMO2,
         replace(_OLMO2, model_type="olmo3"),

@@ -41,7 +41,7 @@ def place_of(layer: nn.Module, name: str) -> nn.Module | nn.Parameter:
 
 
 def is_norm(place: nn.Module | nn.Parameter) -> bool:
-    return type(place).__name__.endswith("Norm")
+    return "Norm" in type(place).__name__
 
 
 def weight_of(layer: nn.Module, name: str) -> Tensor:

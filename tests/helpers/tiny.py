@@ -51,6 +51,11 @@ GEMMA = {
 SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "ministral": {"head_dim": HEAD_DIM, "sliding_window": POSITIONS},
+    "cwm": {
+        "head_dim": HEAD_DIM,
+        "sliding_window": POSITIONS,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
     "olmo3": {"sliding_window": POSITIONS},
     "exaone4": {"sliding_window": POSITIONS, "sliding_window_pattern": 3},
     "glm": {"head_dim": HEAD_DIM, "attention_bias": True},
@@ -66,6 +71,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ernie4_5": {"head_dim": HEAD_DIM},
     "stablelm": {"use_qkv_bias": True},
     "arcee": {"head_dim": HEAD_DIM},
+    "jais2": {"head_dim": HEAD_DIM},
+    "nemotron": {"head_dim": HEAD_DIM},
     "gemma": {"head_dim": HEAD_DIM},
     "gpt2": {"n_inner": INTERMEDIATE, "scale_attn_by_inverse_layer_idx": True},
     "opt": {"ffn_dim": INTERMEDIATE},
@@ -110,6 +117,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "vaultgemma": GEMMA,
 }
 
 
