@@ -95,6 +95,13 @@ def family_of_config(config: Mapping[str, Any], name: str) -> Family:
             f"{name} is a {model_type} model that does not predict the next token from a decoder "
             "alone; absorb converts decoder-only language models"
         )
+    inside = config.get("text_config")
+    if isinstance(inside, dict):
+        raise UnsupportedFamilyError(
+            f"{name} is a {model_type} model, in which a language model "
+            f"({inside.get('model_type', 'of a type that it does not name')}) is one part among "
+            "others; absorb converts language models that stand alone"
+        )
     return suited(family_of(model_type), config)
 
 

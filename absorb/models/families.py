@@ -11,6 +11,7 @@ from typing import Any
 
 from absorb.models.family import QKV, Family, UnsupportedFamilyError
 from absorb.models.mixtures import MIXTURES
+from absorb.models.refused import REFUSED
 
 _LLAMA = Family(model_type="llama")
 _GEMMA = Family(
@@ -225,10 +226,15 @@ FAMILIES: Mapping[str, Family] = {
 
 def family_of(model_type: str) -> Family:
     """The entry for an architecture. Never a guess: a wrong one corrupts a model silently."""
+    if model_type in REFUSED:
+        raise UnsupportedFamilyError(
+            f"absorb does not convert the architecture {model_type!r}, as {REFUSED[model_type]}; "
+            f"choose a model of one that it knows ({', '.join(sorted(FAMILIES))})"
+        )
     if model_type not in FAMILIES:
         raise UnsupportedFamilyError(
             f"absorb does not know the architecture {model_type!r}; choose a model of one that it "
-            f"knows ({', '.join(sorted(FAMILIES))}) or add an entry to absorb/families.py"
+            f"knows ({', '.join(sorted(FAMILIES))}) or add an entry to absorb/models/families.py"
         )
     return FAMILIES[model_type]
 
