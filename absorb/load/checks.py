@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from absorb.errors import AbsorbError
+from absorb.load import wrapped
 from absorb.models.families import family_of, suited
 from absorb.models.family import Family, UnsupportedFamilyError
 from absorb.schema.codec import parsed
@@ -51,13 +52,17 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
-def family_in(folder: Path, name: str, measured: bool = False) -> Family | None:
+def family_in(
+    folder: Path, name: str, measured: bool = False, text_only: bool = False
+) -> Family | None:
     """The family of the model in a folder, which has a sound configuration and a tokenizer.
 
-    Where it is only to be measured, that of the stock model beneath a converted one, and None for
-    an architecture that absorb does not know.
+    With `text_only` that of the language model inside it. Where it is only to be measured, that of
+    the stock model beneath a converted one, and None for an architecture that absorb does not know.
     """
     config = _read_json(folder / "config.json", name)
+    if text_only:
+        config = wrapped.inside(config, name)
     stock = stock_type(config) if measured else None
     if stock is not None:
         config = {key: value for key, value in config.items() if key != "absorb"}
@@ -100,7 +105,7 @@ def family_of_config(config: Mapping[str, Any], name: str) -> Family:
         raise UnsupportedFamilyError(
             f"{name} is a {model_type} model, in which a language model "
             f"({inside.get('model_type', 'of a type that it does not name')}) is one part among "
-            "others; absorb converts language models that stand alone"
+            "others; pass --text-only to convert that part, as a model of its own"
         )
     return suited(family_of(model_type), config)
 

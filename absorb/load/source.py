@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from absorb.errors import AbsorbError
-from absorb.load import checks, download, gguf_file
+from absorb.load import checks, download, gguf_file, wrapped
 from absorb.load.unlisted import outlined
 from absorb.models import modeling_absorb
 from absorb.models.family import Family
@@ -90,6 +90,8 @@ def _read(ref: ModelRef, measured: bool) -> Source:
         raise AbsorbError(
             f"{ref.name} is not a Hub repository and has no revisions; drop --revision"
         )
+    if ref.text_only and not path.is_dir():
+        raise AbsorbError(f"{ref.name} is a language model and nothing else; drop --text-only")
     if ref.name == "demo":
         return _from_gguf(gguf_file.demo(), DEMO)
     if path.is_dir():
@@ -118,7 +120,7 @@ def _tokenizer(folder: Path, ref: ModelRef) -> Any:
 
 def _from_hub(ref: ModelRef, measured: bool) -> Source:
     folder = download.description(ref)
-    checks.family_in(folder, ref.name, measured)
+    checks.family_in(folder, ref.name, measured, ref.text_only)
     commit = folder.name  # the cache keeps every commit in a folder of its name
     return _from_folder(download.weights(ref, commit), ref, ref.name, commit, measured)
 
@@ -126,14 +128,14 @@ def _from_hub(ref: ModelRef, measured: bool) -> Source:
 def _from_folder(
     folder: Path, ref: ModelRef, name: str, commit: str | None, measured: bool
 ) -> Source:
-    family = checks.family_in(folder, ref.name, measured)
+    family = checks.family_in(folder, ref.name, measured, ref.text_only)
     files = checks.weight_files(folder, ref.name)
     elements, tensors = checks.stored_elements(files)
     dtype = checks.stored_dtype(elements, ref.name)
     checks.refuse_deeper(folder, tensors, ref.name)
     with checks.unchanged(files), checks.reading(ref.name), quiet_load(files):
         tokenizer = _tokenizer(folder, ref)
-        kind = _class_of(folder)
+        kind = _class_of(folder, ref.text_only)
         checks.refuse_larger(_outline(kind, folder), elements.total(), ref.name)
         loading: Any = kind.from_pretrained(
             folder,
@@ -147,6 +149,10 @@ def _from_folder(
         )
     model, info = loading
     checks.refuse_mismatch(info, model, ref.name)
+    if ref.text_only:
+        model = wrapped.taken_out(model, ref.name)
+        # Some wholes change settings of their part which config.json does not name (PaliGemma).
+        family = checks.family_of_config(model.config.to_dict(), ref.name)
     _align(model)
     if family is None:
         with checks.reading(ref.name):
@@ -182,12 +188,14 @@ def _outline(kind: Any, folder: Path) -> PreTrainedModel:
     return outline
 
 
-def _class_of(folder: Path) -> Any:
+def _class_of(folder: Path, text_only: bool) -> Any:
     """What loads the model of a folder: a class of transformers, or our own on top of one.
 
     Never the model's own code, trusted or not: a family describes the stock class.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if text_only:
+        return wrapped.whole_class(config["model_type"])
     converted = checks.stock_type(config)
     stock = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[converted or config["model_type"]]]
     return modeling_absorb.absorbed(stock) if converted else stock
