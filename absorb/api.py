@@ -38,6 +38,7 @@ class InspectOptions(TypedDict, total=False):
 
     revision: str | None
     trust_remote_code: bool
+    text_only: bool
     text: str | Path | None
     prefix: str | None
     seed: int

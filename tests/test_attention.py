@@ -45,6 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"num_key_value_heads": HEADS},
     "mistral": {"sliding_window": WINDOW},
     "olmo2": {},
+    "cohere2": {"sliding_window": WINDOW},
 }
 FORMS = ("logit", "key", "mixed")
 EVERY = pytest.mark.parametrize("family", FAMILIES)

@@ -39,6 +39,10 @@ CHANGED = 1e-2
 # Where `up` is None, the Linear whose output passes an activation that is not homogeneous.
 BENT = {
     "starcoder2": "mlp.c_fc",
+    "arcee": "mlp.up_proj",
+    "jais2": "mlp.up_proj",
+    "nemotron": "mlp.up_proj",
+    "apertus": "mlp.up_proj",
     "phi": "mlp.fc1",
     "gpt2": "mlp.c_fc",
     "gpt_neox": "mlp.dense_h_to_4h",

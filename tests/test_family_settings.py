@@ -23,7 +23,7 @@ from tests.helpers.edits import (
     smooth_norms,
     smooth_values,
 )
-from tests.helpers.tiny import HIDDEN, tiny
+from tests.helpers.tiny import HIDDEN, LAYERS, tiny
 
 UNCHANGED = 1e-5
 CHANGED = 1e-2
@@ -32,6 +32,10 @@ CHANGED = 1e-2
 ADMITTED: list[tuple[str, dict[str, Any]]] = [
     ("cohere", {"use_qk_norm": True}),
     ("phi", {"qk_layernorm": True}),
+    ("stablelm", {"qk_layernorm": True}),
+    ("qwen2_moe", {"qkv_bias": False, "norm_topk_prob": True}),
+    ("ernie4_5", {"use_bias": True}),
+    ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * LAYERS}),
     ("starcoder2", {"use_bias": False}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": False}),
@@ -43,9 +47,12 @@ ADMITTED: list[tuple[str, dict[str, Any]]] = [
 
 # Settings that would make an entry wrong.
 REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("gemma", {"use_bidirectional_attention": True}),
     ("gemma2", {"use_bidirectional_attention": True}),
     ("gemma3_text", {"use_bidirectional_attention": True}),
     ("olmo", {"clip_qkv": 8.0}),
+    ("olmoe", {"clip_qkv": 8.0}),
+    ("stablelm", {"use_parallel_residual": True}),
     ("gpt2", {"add_cross_attention": True}),
     ("opt", {"activation_function": "gelu"}),
     ("opt", {"do_layer_norm_before": False}),
@@ -54,11 +61,13 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("opt", {"word_embed_proj_dim": 16}),
     ("qwen3_moe", {"mlp_only_layers": [0]}),
     ("qwen3_moe", {"decoder_sparse_step": 2}),
+    ("qwen2_moe", {"decoder_sparse_step": 2}),
 ]
 
 # Some of them with an edit that shows it.
 BREAKS: list[tuple[str, dict[str, Any], Edit]] = [
     ("olmo", {"clip_qkv": 0.5}, smooth_values),
+    ("olmoe", {"clip_qkv": 0.5}, smooth_values),
     ("opt", {"activation_function": "gelu"}, smooth_neurons),
     ("opt", {"do_layer_norm_before": False, "_remove_final_layer_norm": True}, smooth_norms),
 ]
@@ -99,7 +108,8 @@ def test_a_configuration_is_refused_before_anything_is_downloaded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "setting"), [("cohere", "use_qk_norm"), ("phi", "qk_layernorm")]
+    ("model_type", "setting"),
+    [("cohere", "use_qk_norm"), ("phi", "qk_layernorm"), ("stablelm", "qk_layernorm")],
 )
 def test_keys_behind_a_norm_get_no_bias(model_type: str, setting: str) -> None:
     family = suited(FAMILIES[model_type], {setting: True})

@@ -98,7 +98,7 @@ def _sizes(
         size = torch.stack([inputs[reader] for reader in student.names(readers[0])])
         reach = [_reach(student, r, size[0], order) for r in readers]
         weight = power_mean(torch.stack(reach), order, 0)
-        if name == student.family.up and order == inf:
+        if name in student.family.neurons and order == inf:
             size = size.maximum(size.median(-1, keepdim=True).values)
         if name == student.family.value:
             size, weight = (_shared(part, student, order) for part in (size, weight))

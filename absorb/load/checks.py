@@ -10,26 +10,30 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from absorb.errors import AbsorbError
-from absorb.load import vocabulary
+from absorb.load import vocabulary, wrapped
 from absorb.load.files import headers, read_json, reading, refuse_pointers, weight_files
 from absorb.load.forecast import forecast
 from absorb.load.opening.tokenizer import lead_of
-from absorb.models.families import FAMILIES, family_of, suited
+from absorb.models.families import family_of, suited
 from absorb.models.family import Family, UnsupportedFamilyError
 
 _CONVERTED = "absorb_"
 _ADAPTER = "adapter_config.json"
 
 
-def family_in(folder: Path, name: str, measured: bool = False) -> Family | None:
+def family_in(
+    folder: Path, name: str, measured: bool = False, text_only: bool = False
+) -> Family | None:
     """The family of the model in a folder, which has a sound configuration and a tokenizer.
 
-    Where it is only to be measured, that of the stock model beneath a converted one, and None for
-    an architecture that absorb does not know.
+    With `text_only` that of the language model inside it. Where it is only to be measured, that of
+    the stock model beneath a converted one, and None for an architecture that absorb does not know.
     """
     refuse_pointers(folder, name)
     refuse_adapter(folder, name)
     config = read_json(folder / "config.json", name)
+    if text_only:
+        config = wrapped.inside(config, name)
     stock = stock_type(config) if measured else None
     if stock is not None:
         config = {key: value for key, value in config.items() if key != "absorb"}
@@ -83,13 +87,12 @@ def family_of_config(config: Mapping[str, Any], name: str) -> Family:
             f"{name} is a {model_type} model that does not predict the next token from a decoder "
             "alone; absorb converts decoder-only language models"
         )
-    part = config.get("text_config")
-    inner = part.get("model_type") if isinstance(part, dict) else None
-    if model_type not in FAMILIES and inner in FAMILIES:
+    inside = config.get("text_config")
+    if isinstance(inside, dict):
         raise UnsupportedFamilyError(
-            f"absorb does not know the architecture {model_type!r} of {name}, which reads more "
-            f"than text, but that of its text part, {inner!r}: save that part by itself, with the "
-            "tokenizer, and convert it"
+            f"{name} is a {model_type} model, in which a language model "
+            f"({inside.get('model_type', 'of a type that it does not name')}) is one part among "
+            "others; pass --text-only to convert that part, as a model of its own"
         )
     return suited(family_of(model_type), config)
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from absorb.errors import AbsorbError
-from absorb.load import checks, download, gguf_file, session
+from absorb.load import checks, download, gguf_file, session, wrapped
 from absorb.load import files as stored
 from absorb.load.forecast import forecast, refuse_deeper, refuse_mismatch
 from absorb.load.opening.tokenizer import without_bos
@@ -128,6 +128,8 @@ def _read(ref: ModelRef, measured: bool, room: int | None) -> Source:
         raise AbsorbError(
             f"{ref.name} is not a Hub repository and has no revisions; drop --revision"
         )
+    if ref.text_only and not path.is_dir():
+        raise AbsorbError(f"{ref.name} is a language model and nothing else; drop --text-only")
     if ref.name == "demo":
         return _from_gguf(gguf_file.demo(), DEMO)
     if path.is_dir():
@@ -146,7 +148,7 @@ def _read(ref: ModelRef, measured: bool, room: int | None) -> Source:
 
 def _from_hub(ref: ModelRef, measured: bool, room: int | None) -> Source:
     folder = download.description(ref)
-    checks.family_in(folder, ref.name, measured)
+    checks.family_in(folder, ref.name, measured, ref.text_only)
     # The cache keeps every commit in a folder of its name.
     return _from_folder(download.weights(ref, folder), ref, ref.name, folder.name, measured, room)
 
@@ -154,7 +156,7 @@ def _from_hub(ref: ModelRef, measured: bool, room: int | None) -> Source:
 def _from_folder(
     folder: Path, ref: ModelRef, name: str, commit: str | None, measured: bool, room: int | None
 ) -> Source:
-    family = checks.family_in(folder, ref.name, measured)
+    family = checks.family_in(folder, ref.name, measured, ref.text_only)
     files = stored.weight_files(folder, ref.name)
     held = stored.headers(files)
     settings = stored.read_json(folder / "config.json", ref.name)
@@ -165,7 +167,7 @@ def _from_folder(
         quiet_load(files),
         session.shown(folder, files, ref.name) as shown,
     ):
-        kind = _class_of(settings)
+        kind = _class_of(settings, ref.text_only)
         config = kind.config_class.from_pretrained(shown)
         tokenizer = read_tokenizer(folder, ref, config)
         expected = forecast(kind, config, held, ref.name)
@@ -184,6 +186,12 @@ def _from_folder(
         )
     model, info = loading
     refuse_mismatch(info, model, held, ref.name)
+    types = expected.types
+    if ref.text_only:
+        whole, model = model, wrapped.taken_out(model, ref.name)
+        types = wrapped.types_of(model, whole, types)
+        # Some wholes change settings of their part which config.json does not name (PaliGemma).
+        family = checks.family_of_config(model.config.to_dict(), ref.name)
     if not stays:
         _align(model)
     if family is None:
@@ -195,7 +203,7 @@ def _from_folder(
         tokenizer=tokenizer,
         family=family,
         dtype=expected.dtype,
-        types=expected.types,
+        types=types,
         license=_license(folder),
         commit=commit,
     )
@@ -213,11 +221,13 @@ def _align(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _class_of(settings: Mapping[str, Any]) -> Any:
+def _class_of(settings: Mapping[str, Any], text_only: bool) -> Any:
     """What loads the model of a configuration: a class of transformers, or our own on top of one.
 
     Never the model's own code, trusted or not: a family describes the stock class.
     """
+    if text_only:
+        return wrapped.whole_class(settings["model_type"])
     converted = checks.stock_type(settings)
     stock = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[converted or settings["model_type"]]]
     return modeling_absorb.absorbed(stock) if converted else stock

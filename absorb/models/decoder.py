@@ -125,6 +125,15 @@ class Decoder:
         """The name in the model of the place `name` of every layer."""
         return [f"{self.family.layers}.{index}.{name}" for index in range(len(self.layers))]
 
+    @property
+    def rotating(self) -> list[Any]:
+        """The attention of every layer that rotates its keys (RoPE)."""
+        if self.family.positions is not None:
+            return []
+        named = self.family.rotation
+        modules = self.each(self.family.attention)
+        return [m for m in modules if named is None or getattr(m, named) not in (None, False)]
+
     def layer_of(self, name: str) -> int:
         """In which layer a place is that has this name in the model."""
         return int(name.removeprefix(f"{self.family.layers}.").partition(".")[0])

@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from absorb.models.family import QKV, Family, UnsupportedFamilyError
+from absorb.models.mixtures import MIXTURES
+from absorb.models.refused import REFUSED
 
 _LLAMA = Family(model_type="llama")
 _GEMMA = Family(
@@ -55,6 +57,28 @@ _GLM4 = replace(
     ),
     up="mlp.gate_up_proj",
 )
+# No gate: the neurons are those of one matrix, behind an activation that bends them.
+_APERTUS = replace(
+    _LLAMA,
+    model_type="apertus",
+    reads=("attention_layernorm", "feedforward_layernorm"),
+    feeds=(
+        ("attention_layernorm", QKV),
+        ("feedforward_layernorm", ("mlp.up_proj",)),
+    ),
+    key=None,
+    up=None,
+)
+_ARCEE = replace(
+    _LLAMA,
+    model_type="arcee",
+    feeds=(
+        ("input_layernorm", QKV),
+        ("post_attention_layernorm", ("mlp.up_proj",)),
+    ),
+    up=None,
+)
+_NEMOTRON = replace(_ARCEE, model_type="nemotron", norm_offset=1.0)
 _STARCODER2 = replace(
     _LLAMA,
     model_type="starcoder2",
@@ -153,71 +177,64 @@ _GPT_NEOX = Family(
     up=None,
     down="mlp.dense_4h_to_h",
 )
-# A mixture of experts, whose router reads what the experts read.
-_QWEN3_MOE = replace(
-    _LLAMA,
-    model_type="qwen3_moe",
-    writes=("self_attn.o_proj", "mlp.experts.down_proj"),
-    feeds=(
-        ("input_layernorm", QKV),
-        ("post_attention_layernorm", ("mlp.experts.gate_up_proj", "mlp.gate")),
-    ),
-    key=None,
-    up="mlp.experts.gate_up_proj",
-    down="mlp.experts.down_proj",
-    requires=(("mlp_only_layers", ([], None)), ("decoder_sparse_step", (1,))),
-)
-_GRANITE_MOE = replace(
-    _LLAMA,
-    model_type="granitemoe",
-    writes=("self_attn.o_proj", "block_sparse_moe.experts.down_proj"),
-    feeds=(
-        ("input_layernorm", QKV),
-        (
-            "post_attention_layernorm",
-            ("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.router"),
-        ),
-    ),
-    up="block_sparse_moe.experts.gate_up_proj",
-    down="block_sparse_moe.experts.down_proj",
-)
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
         _LLAMA,
         replace(_LLAMA, model_type="mistral"),
         replace(_LLAMA, model_type="ministral"),
+        replace(_LLAMA, model_type="cwm"),
         replace(_LLAMA, model_type="qwen2"),
         replace(_LLAMA, model_type="qwen3", key=None),
-        replace(_LLAMA, model_type="smollm3"),
+        replace(_LLAMA, model_type="smollm3", rotation="use_rope"),
         # Granite multiplies the embedding and each write by one scalar: every rescaling commutes.
         replace(_LLAMA, model_type="granite"),
+        replace(_LLAMA, model_type="seed_oss"),
+        replace(_LLAMA, model_type="ernie4_5"),
+        replace(
+            _LLAMA,
+            model_type="stablelm",
+            key_norm="qk_layernorm",
+            requires=(("use_parallel_residual", (False,)),),
+        ),
+        _ARCEE,
+        replace(_ARCEE, model_type="jais2"),
+        _NEMOTRON,
+        _APERTUS,
         _PHI3,
+        replace(_LLAMA, model_type="gemma", norm_offset=1.0, requires=_GEMMA.requires),
         _GEMMA,
         replace(_GEMMA, model_type="gemma3_text", key=None),
+        replace(_GEMMA, model_type="vaultgemma", writes=_LLAMA.writes, requires=()),
         _OLMO,
         _OLMO2,
         replace(_OLMO2, model_type="olmo3"),
+        replace(_OLMO2, model_type="exaone4"),
+        replace(_GLM4, model_type="glm", writes=_LLAMA.writes),
         _GLM4,
         _STARCODER2,
         _COHERE,
+        replace(_COHERE, model_type="cohere2", key_norm=None, rotation="sliding_window"),
         _PHI,
         _GPT2,
         _GPT_NEOX,
         _OPT,
-        _QWEN3_MOE,
-        replace(_QWEN3_MOE, model_type="mixtral", key=_LLAMA.key, requires=()),
-        _GRANITE_MOE,
+        *MIXTURES,
     )
 }
 
 
 def family_of(model_type: str) -> Family:
     """The entry for an architecture. Never a guess: a wrong one corrupts a model silently."""
+    if model_type in REFUSED:
+        raise UnsupportedFamilyError(
+            f"absorb does not convert the architecture {model_type!r}, as {REFUSED[model_type]}; "
+            f"choose a model of one that it knows ({', '.join(sorted(FAMILIES))})"
+        )
     if model_type not in FAMILIES:
         raise UnsupportedFamilyError(
             f"absorb does not know the architecture {model_type!r}; choose a model of one that it "
-            f"knows ({', '.join(sorted(FAMILIES))}) or add an entry to absorb/families.py"
+            f"knows ({', '.join(sorted(FAMILIES))}) or add an entry to absorb/models/families.py"
         )
     return FAMILIES[model_type]
 

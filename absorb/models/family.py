@@ -69,6 +69,9 @@ class Family:
     key_block: int = 1
     key_norm: str | None = None
 
+    # An attribute of `attention` that is None or False where a layer does not rotate its keys.
+    rotation: str | None = None
+
     # Whether a fused projection holds query, key and value of one head, then those of the next
     # (GPT-NeoX), so that "the last block" means the last block of head_dim rows of every head.
     interleaved: bool = False
@@ -79,6 +82,10 @@ class Family:
     up: str | None = "mlp.up_proj"
     down: str = "mlp.down_proj"
 
+    # The `up` and `down` of an expert that every token is sent to beside those chosen for it. Its
+    # neurons are smoothed; none of them is taken for a spike neuron.
+    shared: tuple[str, str] | None = None
+
     # What config.json must say for this entry to be true: a setting, and the values that it may
     # have, its default first. The width of the embedding, where it is a setting, must be that of
     # the stream, so that nothing stands between the two.
@@ -86,7 +93,13 @@ class Family:
     embedding_width: str | None = None
 
     @property
+    def neurons(self) -> dict[str, str]:
+        """Every `up` whose rows may be divided, and the `down` that reads its neurons."""
+        routed = {self.up: self.down} if self.up else {}
+        return routed | dict([self.shared] if self.shared else [])
+
+    @property
     def links(self) -> dict[str, tuple[str, ...]]:
         """Every module whose output may be divided, and the readers that make up for it."""
-        neurons = {self.up: (self.down,)} if self.up else {}
+        neurons = {up: (down,) for up, down in self.neurons.items()}
         return {**dict(self.feeds), self.value: (self.output,), **neurons}

@@ -325,6 +325,8 @@ def _normed(module: Any, scaled: Tensor) -> Tensor:
     if isinstance(module, nn.LayerNorm):
         # Of the stock norms only this one wants its weights in the type of what it reads.
         weight, bias = (p if p is None else p.to(scaled) for p in (module.weight, module.bias))
+        if _stock(module).__name__ == "NemotronLayerNorm1P":
+            weight = weight + 1
         return nn.functional.layer_norm(scaled, module.normalized_shape, weight, bias, module.eps)
     normed: Tensor = _stock(module).forward(module, scaled)
     return normed

@@ -52,6 +52,7 @@ class ModelRef:
     name: str
     revision: str | None = option(None, "Branch, tag or commit of a Hub repository.")
     trust_remote_code: bool = option(False, _TRUSTED)
+    text_only: bool = option(False, "Take the language model out of a vision model.")
 
     def __post_init__(self) -> None:
         if not self.name:  # as a path it would be the current folder

@@ -184,7 +184,6 @@ def _shapes(
     layers, hidden = decoder.layers, decoder.config.hidden_size
     heads, kv_heads = decoder.heads
     head_dim = decoder.site(0, family.output).weight.shape[-1] // heads
-    *experts, _, neurons = decoder.site(0, family.down).weight.shape
     tokens, vectors = (kv_heads, len(inspection.prefix), head_dim), (kv_heads, head_dim)
     fitted = {"logits": (heads,), "value": vectors, "key_bias": vectors, "error": ()}
     keyed = {"keys": tokens, "values": tokens, "error": ()}
@@ -196,7 +195,10 @@ def _shapes(
             with_fit = any(_name(layer, name) in held for name in both.keys() - keyed.keys())
             inside = both if with_fit else keyed
         shapes |= {_name(layer, field): shape for field, shape in inside.items()}
-    divided = {family.value: (kv_heads * head_dim,), family.up: (*experts, neurons)}
+    divided: dict[str, tuple[int, ...]] = {family.value: (kv_heads * head_dim,)}
+    for up, down in family.neurons.items():
+        *experts, _, neurons = decoder.site(0, down).weight.shape
+        divided[up] = (*experts, neurons)
     for name in family.links:
         shapes[f"smoothing.{name}"] = (len(layers), *divided.get(name, (hidden,)))
     return shapes

@@ -4,6 +4,7 @@ They share no code with absorb, lest both make the same mistake.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def place_of(layer: nn.Module, name: str) -> nn.Module | nn.Parameter:
 
 
 def is_norm(place: nn.Module | nn.Parameter) -> bool:
-    return type(place).__name__.endswith("Norm")
+    return "Norm" in type(place).__name__
 
 
 def weight_of(layer: nn.Module, name: str) -> Tensor:
@@ -179,11 +180,12 @@ def smooth_values(
 
 def smooth_neurons(model: PreTrainedModel, family: Family, rows: Rows = last_rows) -> None:
     """Move a factor for each neuron into the column that reads it."""
-    for layer in decoder_layers(model, family):
-        up, down = weight_of(layer, family.up), weight_of(layer, family.down)
+    pairs = [(family.up, family.down), *([family.shared] if family.shared else [])]
+    for layer, (above, below) in product(decoder_layers(model, family), pairs):
+        up, down = weight_of(layer, above), weight_of(layer, below)
         factors = random_factors(*down.shape[:-2], down.shape[-1])
-        divide_rows(layer, family.up, factors, rows(family, up.shape[-2], down.shape[-1]))
-        multiply_input(layer, family.down, factors)
+        divide_rows(layer, above, factors, rows(family, up.shape[-2], down.shape[-1]))
+        multiply_input(layer, below, factors)
 
 
 def fold_values(

@@ -51,9 +51,29 @@ GEMMA = {
 SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "ministral": {"head_dim": HEAD_DIM, "sliding_window": POSITIONS},
+    "cwm": {
+        "head_dim": HEAD_DIM,
+        "sliding_window": POSITIONS,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
     "olmo3": {"sliding_window": POSITIONS},
+    "exaone4": {"sliding_window": POSITIONS, "sliding_window_pattern": 3},
+    "glm": {"head_dim": HEAD_DIM, "attention_bias": True},
     "glm4": {"head_dim": HEAD_DIM, "attention_bias": True},
     "cohere": {"logit_scale": 0.5},
+    "cohere2": {
+        "head_dim": HEAD_DIM,
+        "logit_scale": 0.5,
+        "sliding_window": POSITIONS,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "seed_oss": {"head_dim": HEAD_DIM},
+    "ernie4_5": {"head_dim": HEAD_DIM},
+    "stablelm": {"use_qkv_bias": True},
+    "arcee": {"head_dim": HEAD_DIM},
+    "jais2": {"head_dim": HEAD_DIM},
+    "nemotron": {"head_dim": HEAD_DIM},
+    "gemma": {"head_dim": HEAD_DIM},
     "gpt2": {"n_inner": INTERMEDIATE, "scale_attn_by_inverse_layer_idx": True},
     "opt": {"ffn_dim": INTERMEDIATE},
     "qwen3_moe": {
@@ -62,6 +82,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": INTERMEDIATE,
         "norm_topk_prob": True,
+    },
+    "qwen2_moe": {
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": INTERMEDIATE,
+        "shared_expert_intermediate_size": INTERMEDIATE,
+    },
+    "olmoe": {"num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    "minimax_m2": {
+        "head_dim": HEAD_DIM,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2,
     },
     "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
     "granitemoe": {
@@ -85,6 +117,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "vaultgemma": GEMMA,
 }
 
 
@@ -123,3 +156,6 @@ def randomise(model: PreTrainedModel) -> None:
             parameter.add_(0.3 * noise)
         else:
             parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # by which a router prefers experts
+            buffer.add_(0.3 * torch.randn(buffer.shape, generator=generator))

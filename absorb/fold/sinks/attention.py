@@ -109,14 +109,15 @@ def at(parts: Tensor, index: Tensor) -> Tensor:
 
 
 class Rotate:
-    """Turns a key bias (kv_heads, head_dim) as RoPE turns keys: (1, kv_heads, length, head_dim)."""
+    """Turns a key bias (kv_heads, head_dim) as RoPE turns keys: (1, kv_heads, length, head_dim).
+
+    Where a layer has no RoPE there is no `cos_sin`, and nothing turns.
+    """
 
     def __init__(
         self, module: nn.Module, cos_sin: tuple[Tensor, Tensor] | None, length: int
     ) -> None:
-        # SmolLM3 has layers without RoPE, with this flag.
-        self.cos_sin = cos_sin if getattr(module, "use_rope", True) else None
-        self.module, self.length = module, length
+        self.module, self.cos_sin, self.length = module, cos_sin, length
 
     def __call__(self, key_bias: Tensor) -> Tensor:
         keys = key_bias[None, :, None].expand(-1, -1, self.length, -1)

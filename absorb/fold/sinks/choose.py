@@ -51,8 +51,8 @@ def fit_sinks(
         bar.update()
         return heads_last(out), None
 
-    turned = modules if family.positions is None else []
-    with bar, attending(model, attend), rotations_of(turned) as rotations:
+    turned = rotations_of(decoder.rotating)
+    with bar, attending(model, attend), turned as rotations:
         positions = prefix.positions(tokens.shape[1])
         with hastened(decoder.device):
             model.base_model(tokens.to(decoder.device), position_ids=positions, use_cache=False)

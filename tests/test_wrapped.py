@@ -1,0 +1,144 @@
+"""Of a model that reads images too, the language model is converted alone, with --text-only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from absorb.cli.main import main
+from absorb.load.source import load
+from absorb.schema.settings import ModelRef
+from tests.helpers.tiny import COMMON, SPECIAL, randomise
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+# The model that reads images, the language model inside it, and what reads the images.
+WRAPPERS = {
+    "gemma3": ("gemma3_text", "siglip_vision_model", {"mm_tokens_per_image": 4}),
+    "mistral3": ("mistral", "pixtral", {}),
+    "llava": ("llama", "clip_vision_model", {}),
+    "llava_onevision": ("qwen2", "siglip_vision_model", {}),
+    "paligemma": ("gemma", "siglip_vision_model", {"projection_dim": 32}),
+}
+EVERY = pytest.mark.parametrize("model_type", [name for name in WRAPPERS if name != "paligemma"])
+
+
+def saved(model_type: str, folder: Path, tied: bool = False) -> Path:
+    """A tiny random model that reads images, with a tokenizer."""
+    text, vision, more = WRAPPERS[model_type]
+    settings: dict[str, Any] = {**COMMON, **SPECIAL.get(text, {}), "tie_word_embeddings": tied}
+    config = AutoConfig.for_model(
+        model_type,
+        text_config=AutoConfig.for_model(text, **settings).to_dict(),
+        vision_config={"model_type": vision, **VISION},
+        image_token_index=63,
+        tie_word_embeddings=tied,
+        **more,
+    )
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    randomise(model)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@EVERY
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_alone_it_says_of_text_what_the_whole_says(
+    model_type: str, tied: bool, tokens: Tensor, tmp_path: Path
+) -> None:
+    folder = saved(model_type, tmp_path, tied)
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    source = load(ModelRef(name=str(folder), text_only=True))
+    assert source.family.model_type == source.model.config.model_type == WRAPPERS[model_type][0]
+    assert torch.equal(source.model(tokens).logits, whole(tokens).logits)
+    embedding, head = (
+        source.model.get_input_embeddings(),
+        source.model.get_output_embeddings(),
+    )
+    assert (embedding.weight is head.weight) == tied
+
+
+def test_it_is_converted_and_verified(text_file: Path, tmp_path: Path) -> None:
+    folder, out = saved("gemma3", tmp_path / "whole", tied=True), tmp_path / "out"
+    options = ("--text-only", "--steps", "0", "--text", text_file)
+    result = run("convert", folder, "--out", out, *options)
+    assert result.exit_code == 0, result.output
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "absorb_gemma3_text"
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert not any("vision" in name for name, _ in model.named_parameters())
+    assert "--text-only" in (out / "README.md").read_text()
+    verified = run("verify", out)
+    assert verified.exit_code == 0, verified.output
+
+
+def test_unasked_it_is_refused_with_the_option_that_helps(tmp_path: Path) -> None:
+    result = run("convert", saved("gemma3", tmp_path / "whole"), "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "a gemma3 model, in which a language model (gemma3_text) is one part" in result.stderr
+    assert "pass --text-only to convert that part" in result.stderr
+
+
+@pytest.mark.parametrize("change", [{"text_config": None}, {"model_type": "llama"}])
+def test_a_model_without_another_inside_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    edited(saved("llava", tmp_path), **change)
+    result = run("inspect", tmp_path, "--text-only")
+    assert result.exit_code == 1
+    assert "Traceback" not in result.stderr
+    assert "drop --text-only" in result.stderr or "no class for these" in result.stderr
+
+
+def test_a_quantised_whole_has_a_quantised_part(tmp_path: Path) -> None:
+    edited(saved("llava", tmp_path), quantization_config={"quant_method": "fp8"})
+    result = run("inspect", tmp_path, "--text-only")
+    assert result.exit_code == 1
+    assert "is quantised" in result.stderr
+
+
+def test_a_language_model_without_an_entry_is_refused_by_its_own_name(tmp_path: Path) -> None:
+    inside = {"text_config": {"model_type": "qwen2_vl_text"}}
+    edited(saved("llava", tmp_path), model_type="qwen2_vl", **inside)
+    result = run("inspect", tmp_path, "--text-only")
+    assert result.exit_code == 1
+    assert "does not know the architecture 'qwen2_vl_text'" in result.stderr
+
+
+def test_settings_that_only_the_whole_knows_are_heeded(tmp_path: Path) -> None:
+    folder = saved("paligemma", tmp_path)
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    edited(folder, text_config={**text, "use_bidirectional_attention": None})
+    result = run("inspect", folder, "--text-only")
+    assert result.exit_code == 1
+    assert "gemma only with use_bidirectional_attention False" in result.stderr
+
+
+def test_a_file_has_nothing_inside(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    result = run("inspect", tmp_path / "model.gguf", "--text-only")
+    assert result.exit_code == 1
+    assert "drop --text-only" in result.stderr
+
+
+def edited(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
