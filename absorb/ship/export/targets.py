@@ -126,17 +126,20 @@ def config_for(route: Route, config: PretrainedConfig) -> PretrainedConfig:
 
     An AbsorbError names what the target cannot hold.
     """
-    target = route.target
-    _refuse_rotation(target, config)
-    place = _placed_where_it_slides if target.rotates_where_it_slides else _placed
-    settings = {
+    _refuse_rotation(route.target, config)
+    return CONFIG_MAPPING[route.target.model_type](**settings_for(route, config))
+
+
+def settings_for(route: Route, config: PretrainedConfig) -> dict[str, Any]:
+    """All that the configuration of the exported model is told."""
+    place = _placed_where_it_slides if route.target.rotates_where_it_slides else _placed
+    return {
         **place(route, config),
         **{name: getattr(config, name) for name in (*_SHARED, *route.settings)},
         "head_dim": head_dim_of(config),
         "attention_bias": True,
-        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[target.model_type]],
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[route.target.model_type]],
     }
-    return CONFIG_MAPPING[target.model_type](**settings)
 
 
 def head_dim_of(config: PretrainedConfig) -> int:
