@@ -57,7 +57,7 @@ def family_in(folder: Path, name: str, measured: bool = False) -> Family | None:
     Where it is only to be measured, that of the stock model beneath a converted one, and None for
     an architecture that absorb does not know.
     """
-    config = _read_json(folder / "config.json", name)
+    config = read_json(folder / "config.json", name)
     stock = stock_type(config) if measured else None
     if stock is not None:
         config = {key: value for key, value in config.items() if key != "absorb"}
@@ -115,7 +115,7 @@ def _is_causal(config: Mapping[str, Any]) -> bool:
     return not classes or "text_config" in config or any(name.endswith(endings) for name in classes)
 
 
-def _read_json(file: Path, name: str) -> dict[str, Any]:
+def read_json(file: Path, name: str) -> dict[str, Any]:
     if not file.is_file():
         raise AbsorbError(
             f"{name} has no {file.name}, so it is not a transformers model; "
@@ -141,7 +141,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             f"{name} has no weights in the safetensors format, and absorb reads no pickle files "
             "(.bin, .pt), which can run any code; save the model again with save_pretrained"
         )
-    shards = _shards(_read_json(folder / INDEX, name), name)
+    shards = _shards(read_json(folder / INDEX, name), name)
     files = [folder / shard for shard in shards]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
@@ -203,7 +203,7 @@ def stored_dtype(elements: Counter[str], name: str) -> torch.dtype:
 
 def refuse_deeper(folder: Path, tensors: int, name: str) -> None:
     """Refuse more layers than there are tensors: to build them takes for ever."""
-    config = _read_json(folder / "config.json", name)
+    config = read_json(folder / "config.json", name)
     for key in _LAYERS & config.keys():
         if isinstance(config[key], int | float) and config[key] > tensors:
             raise AbsorbError(

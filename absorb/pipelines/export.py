@@ -1,6 +1,5 @@
 """A converted checkpoint → the same model as a checkpoint that other engines know."""
 
-import json
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -92,12 +91,12 @@ def _read(path: Path) -> _Folder:
         )
     weights = checks.weight_files(path, path.name)
     _refuse_damage(path, report)
-    family = checks.family_in(path, path.name, measured=True)
-    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    settings = checks.read_json(path / "config.json", path.name)
     stock = checks.stock_type(settings)
-    if family is None or stock is None:
+    if stock is None:
         raise AbsorbError(f"{path} holds no converted model; convert one, then export that")
     route = route_of(stock)
+    checks.family_in(path, path.name, measured=True)
     for ours in ("absorb", "auto_map", "architectures", "model_type"):
         settings.pop(ours, None)
     with checks.reading(path.name):
