@@ -31,6 +31,7 @@ from absorb.schema.settings import (
     Target,
     Thresholds,
     Train,
+    Weights,
 )
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -82,6 +83,7 @@ class ExportOptions(TypedDict, total=False):
     """The same of Export."""
 
     to: Target
+    weights: Weights | None
     tolerance: float
     text: str | Path | None
     device: str

@@ -20,6 +20,7 @@ def export(as_json: bool, **options: Any) -> None:
 
     \b
     absorb export smollm2-absorbed --to native --out smollm2-native
+    absorb export smollm2-absorbed --to gguf --type bf16 --out smollm2-gguf
     """
     wish = settled(Export, options)
     with Refusals("close other programs, or export on a larger machine"):
@@ -29,6 +30,6 @@ def export(as_json: bool, **options: Any) -> None:
         from absorb.show.tables import listing
 
         result = export(wish, say)
-        written = f"written to {wish.out}; it loads without trust_remote_code"
+        written = f"written to {wish.out}, whose README.md says how each engine loads it"
         told = f"{listing(export_rows(result))}\n\n{written}"
         print_result(to_json(result).rstrip() if as_json else told)

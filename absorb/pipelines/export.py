@@ -22,8 +22,8 @@ from absorb.schema.exported import Exported
 from absorb.schema.report import Probe, Report, versions
 from absorb.schema.settings import Export, ModelRef, expanded
 from absorb.schema.training import LENGTH
-from absorb.ship.export import native
-from absorb.ship.export.card import card
+from absorb.ship.export import gguf, native
+from absorb.ship.export.card import card, file_name
 from absorb.ship.export.targets import Route, config_for, route_of
 from absorb.ship.isolated import probe_tokens
 from absorb.ship.plan_file import fits_in
@@ -52,32 +52,45 @@ class _Folder:
 
 def export(wish: Export, say: Say) -> Exported:
     """Write the export, complete or not at all; `say` is told what is being done."""
-    device = device_of(wish.device)
+    device_of(wish.device)  # refused before the long work
     folder = _read(expanded(wish.folder))
+    if wish.to == "gguf":
+        gguf.refuse(folder.target)
     with staged(wish.out, wish.force) as place:
         say(f"writing {folder.target.model_type}")
-        made = _write(folder, place)
-        say(
-            "comparing it with the converted model, on its own text"
-            if wish.text is None
-            else f"comparing it with the converted model on {wish.text.name}"
-        )
-        with TemporaryDirectory() as apart:
-            reference = Path(apart, "reference.safetensors")
-            origin = _ask(folder, wish, device, reference)
-            probe = probe_tokens(folder.target.vocab_size)
-            said = said_to_a_stranger(place, probe, reference)
-        _refuse_far(said, made, wish.tolerance)
-        result = replace(
-            made,
-            divergence=said.divergence or 0.0,
-            text_origin=origin,
-            probe=Probe(tokens=probe, logits=tuple(map(tuple, said.logits))),
-        )
+        native_place = place if wish.to == "native" else place / "native"
+        native_place.mkdir(exist_ok=True)
+        made = _write(folder, native_place)
+        if wish.to == "gguf":
+            weights = wish.weights or "f16"
+            made = replace(made, target="gguf", dtype=weights)
+            say(f"writing {file_name(made)}")
+            gguf.write(place / file_name(made), native_place, weights, made.model, made.license)
+        result = _compared(folder, native_place, made, wish, say)
+        if wish.to == "gguf":
+            shutil.rmtree(native_place)
         (place / "README.md").write_text(card(result, folder.report), encoding="utf-8")
         result = replace(result, files=digests(place))
         (place / REPORT).write_text(to_json(result), encoding="utf-8")
     return result
+
+
+def _compared(folder: _Folder, place: Path, made: Exported, wish: Export, say: Say) -> Exported:
+    """The record with what the exported model says, or an AbsorbError where it says another."""
+    say("comparing it with the converted model")
+    device = device_of(wish.device)
+    with TemporaryDirectory() as apart:
+        reference = Path(apart, "reference.safetensors")
+        origin = _ask(folder, wish, device, reference)
+        probe = probe_tokens(folder.target.vocab_size)
+        said = said_to_a_stranger(place, probe, reference)
+    _refuse_far(said, made, wish.tolerance)
+    return replace(
+        made,
+        divergence=said.divergence or 0.0,
+        text_origin=origin,
+        probe=Probe(tokens=probe, logits=tuple(map(tuple, said.logits))),
+    )
 
 
 def _read(path: Path) -> _Folder:

@@ -16,7 +16,7 @@ class Exported:
     model: str  # the original, as the report of the conversion names it
     commit: str | None
     license: str | None
-    dtype: str
+    dtype: str  # of matrices
     fingerprint: str  # the SHA-256 of the absorb.json of the conversion
     fitted_layers: tuple[int, ...]  # that had keys
     apart: float  # by what factor a norm's scale was at most off the stream's

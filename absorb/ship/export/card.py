@@ -16,22 +16,12 @@ _CARD = """\
 
 {model}, converted by [absorb](https://pypi.org/project/absorb-llm/) {version} and exported as
 `{architecture}`, a stock architecture of transformers: the attention sink is a logit for each head
-(`sinks`), and the values it carried are biases. It needs no code of its own and no
-`trust_remote_code`.
+(`sinks`), and the values it carried are biases. It needs no code of its own.
 
 ## Load it
 
 Do not put a BOS or another prefix before a text: the sinks stand for {prefix}. The tokenizer adds
 none.
-
-**transformers** {since} or newer:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO")
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
-```
 
 {engines}
 
@@ -48,8 +38,19 @@ KL), both in float32.
 absorb export DIR --to {target} --out OUT
 ```
 
-{versions}. `absorb.json` holds all figures and the SHA-256 of every file; `absorb verify` checks
-them, and that the model says what it said when it was written.
+{versions}. `absorb.json` holds all figures and the SHA-256 of every file, and `absorb verify`
+checks them.
+"""
+_TRANSFORMERS = """\
+**transformers** {since} or newer, without `trust_remote_code`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
+```
+
 """
 _ENGINES = {
     "granite_swa": """\
@@ -59,8 +60,7 @@ _ENGINES = {
 vllm serve PATH_OR_REPO
 ```
 
-**llama.cpp** has the architecture too, under the name `granite_swa`; its converter must be told of
-the biases of attention.
+**llama.cpp** reads the same model from a .gguf file, which `absorb export DIR --to gguf` writes.
 
 **SGLang** has the architecture, and up to 0.5.23 it drops all biases of attention without a word:
 do not serve this model by such a version.""",
@@ -68,6 +68,16 @@ do not serve this model by such a version.""",
 **vLLM**, **llama.cpp** and **SGLang**: the architecture is new, so ask each for `flint` by name
 before you rely on it. An engine that does not know it says so.""",
 }
+_LLAMA_CPP = """\
+**llama.cpp** b11739 or newer:
+
+```sh
+llama-server -m {file}
+llama-quantize {file} Q4_K_M.gguf Q4_K_M
+```
+
+vLLM and SGLang want the model as a folder, which `absorb export DIR --to native` writes. Others may
+read this file as another model, without the sinks."""
 
 
 def card(exported: Exported, report: Report) -> str:
@@ -80,14 +90,26 @@ def card(exported: Exported, report: Report) -> str:
         version=exported.versions["absorb"],
         architecture=exported.architecture,
         prefix=f"`{report.inspection.prefix_text!r}`",
-        since=ROUTES[exported.family].target.since,
-        engines=_ENGINES[exported.architecture],
+        engines=_engines(exported),
         lost="\n".join(f"- {one[0].upper()}{one[1:]}." for one in _lost(exported)),
         text=exported.text_origin,
         divergence=exported.divergence,
         target=exported.target,
         versions=", ".join(f"{name} {version}" for name, version in exported.versions.items()),
     )
+
+
+def _engines(exported: Exported) -> str:
+    if exported.target == "gguf":
+        return _LLAMA_CPP.format(file=file_name(exported))
+    since = ROUTES[exported.family].target.since
+    return _TRANSFORMERS.format(since=since) + _ENGINES[exported.architecture]
+
+
+def file_name(exported: Exported) -> str:
+    """What a .gguf file of an export is called."""
+    model = exported.model.rpartition("/")[2].removesuffix(".gguf")
+    return f"{model}-absorbed-{exported.dtype.upper()}.gguf"
 
 
 def export_rows(exported: Exported) -> list[Row]:

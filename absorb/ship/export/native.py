@@ -71,6 +71,9 @@ class Tensors(Mapping[str, Tensor]):
         tensor: Tensor = self.places[name].get_tensor(name).clone()
         return tensor
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.places[name].get_slice(name).get_shape())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
 

@@ -127,7 +127,8 @@ def config_for(route: Route, config: PretrainedConfig) -> PretrainedConfig:
     An AbsorbError names what the target cannot hold.
     """
     _refuse_rotation(route.target, config)
-    return CONFIG_MAPPING[route.target.model_type](**settings_for(route, config))
+    settings = settings_for(route, config)
+    return CONFIG_MAPPING[route.target.model_type](**settings)
 
 
 def settings_for(route: Route, config: PretrainedConfig) -> dict[str, Any]:
