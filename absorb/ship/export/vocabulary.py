@@ -126,10 +126,12 @@ def _puts_a_space_first(told: dict[str, Any], name: str) -> bool:
 
 def _cut(told: dict[str, Any], name: str) -> str:
     """What llama.cpp calls the way a byte-level tokenizer cuts a text."""
-    normalizer = (told.get("normalizer") or {"type": "NFC"})["type"]
+    kinds = [step["type"] for step in _steps(told.get("normalizer"), "normalizers")]
+    if {*kinds} - {"NFC"}:  # which llama.cpp leaves to who writes the text
+        raise _unknown(name, f"one that changes text by {', '.join(kinds)}")
     cut = tuple(filter(None, map(_described, _steps(told.get("pre_tokenizer"), "pretokenizers"))))
-    if normalizer != "NFC" or cut not in _CUTS:
-        raise _unknown(name, f"one that cuts text by {', '.join(cut) or 'nothing'}")
+    if cut not in _CUTS:
+        raise _unknown(name, f"one that cuts text {' and '.join(cut) or 'nowhere'}")
     return _CUTS[cut]
 
 
@@ -141,7 +143,7 @@ def _described(step: dict[str, Any]) -> str:
     if kind == "Digits" and step.get("individual_digits"):
         return "by digits"
     plain = kind == "Split" and step["behavior"] == "Isolated" and not step.get("invert")
-    return str(step["pattern"].get("Regex", kind)) if plain else f"{kind}, its own way"
+    return str(step["pattern"].get("Regex", kind)) if plain else f"by {kind} in its own way"
 
 
 def _steps(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
