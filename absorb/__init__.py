@@ -1,7 +1,7 @@
 """Turn the outliers of a pretrained language model into explicit parameters.
 
-The Python interface is `convert`, `inspect` and `evaluate`; they do what the commands do. Importing
-absorb also lets transformers load converted models without trust_remote_code.
+The Python interface is `convert`, `inspect`, `evaluate` and `export`; they do what the commands do.
+Importing absorb also lets transformers load converted models without trust_remote_code.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,9 @@ from absorb.errors import AbsorbError
 from absorb.models.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from absorb.api import convert, evaluate, inspect
+    from absorb.api import convert, evaluate, export, inspect
 
-__all__ = ["AbsorbError", "__version__", "convert", "evaluate", "inspect"]
+__all__ = ["AbsorbError", "__version__", "convert", "evaluate", "export", "inspect"]
 
 register_with_transformers()
 

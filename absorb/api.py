@@ -11,21 +11,26 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
 from absorb.pipelines import convert as conversion
+from absorb.pipelines import export as exporting
 from absorb.pipelines import inspect as inspection
 from absorb.pipelines.compare import compare
 from absorb.schema.declared import Option, filled, options_of
+from absorb.schema.exported import Exported
 from absorb.schema.report import Inspection, Report, verdict
 from absorb.schema.scores import Comparison
 from absorb.schema.settings import (
     Dtype,
     Evaluation,
+    Export,
     FormatName,
     Job,
     Purpose,
     Sink,
     Survey,
+    Target,
     Thresholds,
     Train,
+    Weights,
 )
 from absorb.schema.texts import text_named
 
@@ -73,6 +78,17 @@ class EvaluateOptions(TypedDict, total=False):
     limit: int | None
     dtype: Dtype
     device: str
+
+
+class ExportOptions(TypedDict, total=False):
+    """The same of Export."""
+
+    to: Target
+    weights: Weights | None
+    tolerance: float
+    text: str | Path | None
+    device: str
+    force: bool
 
 
 def annotation(option: Option) -> Any:
@@ -140,6 +156,18 @@ def evaluate(model: str | Path, **options: Unpack[EvaluateOptions]) -> Compariso
     """Measure models, originals and converted ones, side by side on one text."""
     given = asked(Evaluation, options)
     return compare(filled(Evaluation, {"model": str(model), **given}), _say)
+
+
+@taking_options_of(Export)
+def export(folder: str | Path, out: str | Path, **options: Unpack[ExportOptions]) -> Exported:
+    """Write a converted checkpoint as one that other engines know, complete or not at all.
+
+    Raises an AbsorbError for what no stock architecture can hold, and where the export is further
+    from the converted model than is allowed.
+    """
+    given = asked(Export, options)
+    wish = filled(Export, {"folder": Path(folder), "out": Path(out), **given})
+    return exporting.export(wish, _say)
 
 
 def asked(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,13 +70,14 @@ def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
     from absorb.ship.isolated import logits_after
+    from absorb.ship.stranger import Said
 
-    def said(folder: Path, tokens: tuple[int, ...]) -> list[list[float]]:
+    def said(folder: Path, tokens: tuple[int, ...]) -> Said:
         kind = AutoModelForCausalLM
         model = kind.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-        return logits_after(model.eval(), tokens)
+        return Said(logits=logits_after(model.eval(), tokens), divergence=None)
 
-    monkeypatch.setattr("absorb.ship.verify._said_to_a_stranger", said)
+    monkeypatch.setattr("absorb.ship.verify.said_to_a_stranger", said)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from absorb.pipelines import prepare as pipeline
 from absorb.schema.codec import from_json
 from absorb.schema.declared import options_of
 from absorb.schema.report import Report
-from absorb.schema.settings import Evaluation, Job, Sink, Survey, Thresholds
+from absorb.schema.settings import Evaluation, Export, Job, Sink, Survey, Thresholds
 
 # What has no place in Python: there the result is an object, and huggingface_hub uploads a folder.
 ONLY_COMMANDS = {"as_json", "push_to_hub", "html", "png"}
@@ -28,6 +28,7 @@ COMMANDS = [
     (absorb.convert, cli.convert),
     (absorb.inspect, cli.inspect),
     (absorb.evaluate, cli.evaluate),
+    (absorb.export, cli.export),
 ]
 
 
@@ -45,6 +46,7 @@ def test_the_arguments_are_those_of_the_command(
         (Survey, interface.InspectOptions),
         (Job, interface.ConvertOptions),
         (Evaluation, interface.EvaluateOptions),
+        (Export, interface.ExportOptions),
     ],
 )
 def test_editors_and_type_checkers_are_told_of_every_option(settings: type, told: type) -> None:

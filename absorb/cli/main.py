@@ -13,6 +13,7 @@ import click
 from absorb.__version__ import __version__
 from absorb.cli.convert import convert
 from absorb.cli.evaluate import evaluate
+from absorb.cli.export import export
 from absorb.cli.hub import push, verify
 from absorb.cli.inspect import inspect
 from absorb.runtime.memory import keep_freed_memory, share_cores
@@ -53,5 +54,5 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-for _command in (convert, inspect, evaluate, verify, push):
+for _command in (convert, inspect, evaluate, export, verify, push):
     main.add_command(_command)

@@ -24,6 +24,8 @@ Sink = Literal["logit", "key", "auto"]
 Train = Literal["sinks", "scales", "all"]
 Purpose = Literal["none", "int8", "w4a4", "nvfp4"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Target = Literal["native", "gguf"]
+Weights = Literal["f32", "f16", "bf16"]
 FormatName = Literal[
     "w8a8-static",
     "w8a8-clipped",
@@ -211,6 +213,37 @@ class Evaluation(Checked):
             raise MisuseError(
                 "{0} is of the questions of {1}; add some, or drop {0}", "limit", "tasks"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export(Checked):
+    """A converted checkpoint that is to become one that other engines know."""
+
+    folder: Path
+    out: Path
+    to: Target = option(
+        "native", "A stock architecture of transformers that has sinks, or a file for llama.cpp."
+    )
+    weights: Weights | None = option(
+        None, "Of matrices in a .gguf file.  [default: f16]", flag="--type"
+    )
+    tolerance: float = option(
+        0.05,
+        "What fitted logits and moved scales may cost: the KL from the converted model, in nats "
+        "per token.",
+        range=_FIGURE,
+    )
+    text: Path | None = option(
+        None,
+        "To measure that on: plain, or .jsonl with `text`.  [default: the model samples it]",
+        is_there=True,
+    )
+    device: str = option("auto", "To sample and to read that text on: " + _DEVICES)
+    force: bool = option(False, "Replace the checkpoint that is there.")
+
+    def refuse_contradictions(self) -> None:
+        if self.weights is not None and self.to != "gguf":
+            raise MisuseError("{0} is of a .gguf file; pass {1} gguf, or drop it", "weights", "to")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

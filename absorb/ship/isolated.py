@@ -1,19 +1,23 @@
 """What a checkpoint says, loaded as by somebody who has no absorb. Run as a script, in isolation:
 
-    python -I isolated.py FOLDER TOKENS
+    python -I isolated.py FOLDER TOKENS [REFERENCE]
 
-prints as JSON what `logits_after` gives. It needs torch and transformers, and has no absorb to
-import, nor has the checkpoint.
+prints as JSON what `logits_after` gives and, of a file with tokens and the logits of another model,
+how far this one is from that. It needs torch and transformers, and has no absorb to import, nor has
+the checkpoint.
 """
 
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+_CODE = "modeling_absorb.py"
 _POSITIONS = 4
 _ENTRIES = 16
 
@@ -33,22 +37,40 @@ def logits_after(model: PreTrainedModel, tokens: Sequence[int]) -> list[list[flo
     return rows.tolist()
 
 
-def main(folder: str, tokens: str) -> None:
+@torch.no_grad()
+def divergence_from(reference: str, model: PreTrainedModel) -> float:
+    """Mean KL in nats per token from the `logits` (rows, length, vocabulary) that a file holds.
+
+    Another model gave them for its `tokens` (rows, length).
+    """
+    known = load_file(reference)
+    total = 0.0
+    for tokens, logits in zip(known["tokens"], known["logits"], strict=True):
+        theirs, ours = logits.log_softmax(-1), model(tokens[None]).logits[0].log_softmax(-1)
+        total += (theirs.exp() * (theirs - ours)).sum(dtype=torch.float64).item()
+    return max(0.0, total / known["tokens"].numel())  # rounding may bring it below
+
+
+def main(folder: str, tokens: str, reference: str | None = None) -> None:
     sys.modules["absorb"] = None  # type: ignore[assignment]  # as if it were not installed
-    # Without the flag it would ask at the terminal, though no code of ours makes a tokenizer.
-    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    # What brings no code of ours is to be loaded without any. With the flag nothing is asked for at
+    # the terminal, though no code of ours makes a tokenizer.
+    trusted = Path(folder, _CODE).is_file()
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     loading: Any = AutoModelForCausalLM.from_pretrained(
         folder,
-        trust_remote_code=True,
+        trust_remote_code=trusted,
         use_safetensors=True,
         dtype=torch.float32,
         output_loading_info=True,
     )
-    model, info = loading
+    model, info = loading[0].eval(), loading[1]
     for wrong in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[wrong]:
             sys.exit(f"{wrong.replace('_', ' ')}: {sorted(info[wrong])[0]}")
-    print(json.dumps(logits_after(model.eval(), json.loads(tokens))))
+    apart = None if reference is None else divergence_from(reference, model)
+    said = logits_after(model, json.loads(tokens))
+    print(json.dumps({"logits": said, "divergence": apart}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ in random order.
 """
 
 from collections.abc import Container
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from absorb.errors import AbsorbError
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.forms import KeySink, LayerSink, LogitSink
 from absorb.load.source import Source
+from absorb.models.families import family_of
 from absorb.schema.codec import from_json, to_json
 from absorb.schema.report import Inspection
 
@@ -59,6 +60,24 @@ def read_plan(path: Path, source: Source) -> tuple[Plan, Inspection]:
         smoothing={name: tensors[f"smoothing.{name}"] for name in source.family.links},
     )
     return plan, inspection
+
+
+def fits_in(folder: Path) -> dict[int, LogitSink]:
+    """What logits make of the keys in a checkpoint, for each layer that has a fit.
+
+    Values are smoothed, as those of the checkpoint are.
+    """
+    tensors, inspection = _read(plan_in(folder))
+    family = family_of(inspection.family)
+    smoothing = tensors.get(f"smoothing.{family.value}")
+    fits: dict[int, LogitSink] = {}
+    for layer in inspection.keyed_layers:
+        sink = _sink(layer, inspection, tensors)
+        fit = sink.fit if isinstance(sink, KeySink) else None
+        if fit is not None:
+            divisors = 1 if smoothing is None else smoothing[layer].view_as(fit.value)
+            fits[layer] = replace(fit, value=fit.value / divisors)
+    return fits
 
 
 def plan_in(folder: Path) -> Path:

@@ -49,10 +49,10 @@ def digests(folder: Path) -> dict[str, str]:
     paths = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*"))}
     mine = [name for name in paths if not name.startswith(".") and name != REPORT]
     files = [name for name in mine if paths[name].is_file()]
-    return {name: _digest(paths[name]) for name in tqdm(files, "hashing", delay=2, unit="file")}
+    return {name: digest(paths[name]) for name in tqdm(files, "hashing", delay=2, unit="file")}
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

@@ -5,14 +5,10 @@ Nothing of a checkpoint is run before its files and its code are known to be our
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import safe_open
@@ -21,12 +17,13 @@ from torch import Tensor
 from absorb.errors import AbsorbError
 from absorb.load import download, files
 from absorb.runtime.precision import ADDED
-from absorb.schema.codec import from_json
+from absorb.schema.codec import from_json, parsed
+from absorb.schema.exported import Exported
 from absorb.schema.report import Inspection, Report
 from absorb.schema.settings import ModelRef, expanded
-from absorb.ship import isolated
 from absorb.ship.plan_file import PLAN, plan_in
 from absorb.ship.staging import REPORT, digests
+from absorb.ship.stranger import said_to_a_stranger
 from absorb.show.tables import Row
 
 Say = Callable[[str], None]
@@ -37,8 +34,6 @@ _PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".pickle", ".pkl", ".pt", ".pth"
 # Of the largest logit. Other machines and versions sum in another order, which moves a float32
 # logit by a hundred-thousandth; a wrong weight, sink or scale moves it by more than this.
 TOLERANCE = 1e-3
-# What the isolated process is told of the environment: no token, no path to Python code.
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "LANG", "OMP_NUM_THREADS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +58,9 @@ class Verification:
         return [reason for check in self.checks for reason in check.wrong]
 
 
+Written = Report | Exported
+
+
 def verify(ref: ModelRef, say: Say) -> Verification:
     """Look at a folder or repository; `say` is told what is being done.
 
@@ -71,7 +69,7 @@ def verify(ref: ModelRef, say: Say) -> Verification:
     folder, commit = _located(ref)
     report = read_report(folder, ref.name)
     checks: list[Check] = []
-    for name, look in _CHECKS.items():
+    for name, look in _checks_of(report).items():
         say(f"checking {name}")
         checks.append(_check(name, look, folder, report))
         if checks[-1].wrong:
@@ -91,13 +89,15 @@ def _located(ref: ModelRef) -> tuple[Path, str | None]:
     return path, None
 
 
-def read_report(folder: Path, name: str) -> Report:
-    """The report in the folder of a checkpoint, with its index of files."""
+def read_report(folder: Path, name: str) -> Written:
+    """The report in the folder of a checkpoint or an export, with its index of files."""
     file = folder / REPORT
     if not file.is_file():
         raise AbsorbError(f"{name} has no {REPORT}, so absorb did not write it; check the name")
     try:
-        report = from_json(Report, file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        kind: Any = Exported if "target" in parsed(text) else Report
+        report: Written = from_json(kind, text)
     # Whatever a stranger put in place of it: what cannot be built is no report of ours.
     except (
         AssertionError,
@@ -116,9 +116,7 @@ def read_report(folder: Path, name: str) -> Report:
     return report
 
 
-def _check(
-    name: str, look: Callable[[Path, Report], Finding], folder: Path, report: Report
-) -> Check:
+def _check(name: str, look: Callable[[Path, Any], Finding], folder: Path, report: Written) -> Check:
     try:
         found, wrong = look(folder, report)
     except AbsorbError as error:
@@ -126,7 +124,7 @@ def _check(
     return Check(name=name, found=found, wrong=tuple(wrong))
 
 
-def _files(folder: Path, report: Report) -> Finding:
+def _files(folder: Path, report: Written) -> Finding:
     """Whether all files are there, as they were written, and no others."""
     here, listed = digests(folder), report.files
     wrong = [f"{name} is missing; fetch it again" for name in sorted(listed.keys() - here.keys())]
@@ -143,17 +141,7 @@ def _files(folder: Path, report: Report) -> Finding:
 
 def _code(folder: Path, report: Report) -> Finding:
     """Whether all code that a loader would run is that of a released version."""
-    wrong = [
-        f"{name} is code that absorb does not write; remove it"
-        for name in sorted(report.files)
-        if name.endswith((".py", ".so", ".pyc")) and name != CODE
-    ]
-    for file in folder.glob("*config.json"):
-        wrong += [
-            f"{file.name} names code outside of {CODE} ({reference}); do not load it"
-            for reference in _references(file)
-            if not reference.startswith(f"{Path(CODE).stem}.")
-        ]
+    wrong = _other_code(folder, report, CODE)
     released = json.loads(Path(__file__).with_name("released.json").read_text())
     code = folder / CODE
     digest = hashlib.sha256(code.read_bytes()).hexdigest() if code.is_file() else None
@@ -161,6 +149,28 @@ def _code(folder: Path, report: Report) -> Finding:
     if version is None:
         wrong.append(f"{CODE} is not that of any released version; read it before you run it")
     return f"{CODE} of absorb {version}", wrong
+
+
+def _no_code(folder: Path, report: Exported) -> Finding:
+    """Whether a loader has no code to run: a stock architecture needs none."""
+    return f"none: {report.architecture} is a stock architecture", _other_code(folder, report, "")
+
+
+def _other_code(folder: Path, report: Written, ours: str) -> list[str]:
+    """What is wrong with code beside `ours`, and with configurations that name any."""
+    wrong = [
+        f"{name} is code that absorb does not write; remove it"
+        for name in sorted(report.files)
+        if name.endswith((".py", ".so", ".pyc")) and name != ours
+    ]
+    for file in folder.glob("*config.json"):
+        wrong += [
+            f"{file.name} names code outside of {ours or 'transformers'} ({reference}); do not "
+            "load it"
+            for reference in _references(file)
+            if not (ours and reference.startswith(f"{Path(ours).stem}."))
+        ]
+    return wrong
 
 
 def _references(config: Path) -> list[str]:
@@ -226,10 +236,10 @@ def _layers(tensors: dict[str, Tensor], kind: str) -> set[int]:
     return {next(int(part) for part in name if part.isdigit()) for name in names}
 
 
-def _logits(folder: Path, report: Report) -> Finding:
+def _logits(folder: Path, report: Written) -> Finding:
     """Whether the model loads for a stranger, and says what it said when it was written."""
     expected = Tensor([*report.probe.logits])
-    given = Tensor(_said_to_a_stranger(folder, report.probe.tokens))
+    given = Tensor(said_to_a_stranger(folder, report.probe.tokens).logits)
     if given.shape != expected.shape:
         return "", ["the model gives another number of logits than when it was written"]
     apart = float((given - expected).abs().max() / expected.abs().max())
@@ -241,38 +251,22 @@ def _logits(folder: Path, report: Report) -> Finding:
     return f"reproduced to {apart:.1e} of the largest, without absorb", []
 
 
-def _said_to_a_stranger(folder: Path, tokens: tuple[int, ...]) -> list[list[float]]:
-    """The logits that an isolated process prints, which has neither absorb nor a token."""
-    known = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    with TemporaryDirectory() as home:
-        private = {"HOME": home, "HF_HOME": home, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-I",
-                str(isolated.__file__),
-                str(folder.resolve()),
-                json.dumps(tokens),
-            ],
-            env=known | private,
-            cwd=home,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
-        raise AbsorbError(f"the model does not load without absorb ({last}); convert again")
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-
-
-_CHECKS: dict[str, Callable[[Path, Report], Finding]] = {
+_CHECKS: dict[str, Callable[[Path, Any], Finding]] = {
     "files": _files,
     "code": _code,
     "report": _figures,
     "logits": _logits,
 }
+
+
+def _checks_of(report: Written) -> Mapping[str, Callable[[Path, Any], Finding]]:
+    """What is looked at. Of a .gguf file transformers reads another model: it skips the sinks."""
+    if isinstance(report, Report):
+        return _CHECKS
+    looks = {"files": _files, "code": _no_code, "logits": _logits}
+    if report.target == "gguf":
+        del looks["logits"]
+    return looks
 
 
 def size_of(size: int) -> str:
