@@ -16,7 +16,7 @@ from absorb.pipelines import inspect as inspection
 from absorb.pipelines.compare import compare
 from absorb.schema.declared import Option, filled, options_of
 from absorb.schema.exported import Exported
-from absorb.schema.report import Inspection, Report, verdict
+from absorb.schema.report import Inspection, Report
 from absorb.schema.scores import Comparison
 from absorb.schema.settings import (
     Dtype,
@@ -138,8 +138,7 @@ def convert(
     given = asked(Job, options)
     job = filled(Job, {"name": str(model), "out": Path(out), **given})
     report = conversion.convert(job, _say, resume)
-    if (worse := verdict(report)) is not None:
-        logging.getLogger("absorb").warning(worse)
+    conversion.warn_of_loss(report)
     return report
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 import absorb
 from absorb.cli import main as cli
 from absorb.cli.options import settled
+from absorb.pipelines.convert import warn_of_loss
 from absorb.schema.codec import from_json
 from absorb.schema.report import Report, verdict
 from absorb.schema.settings import Job
@@ -64,6 +65,17 @@ def test_a_conversion_by_logits_that_is_worse_names_auto(record: Report) -> None
     job = replace(record.inspection.job, sink="logit")
     bad = replace(record, converted=worse, inspection=replace(record.inspection, job=job))
     assert "--sink auto" in str(verdict(bad))
+
+
+def test_users_of_commands_and_of_python_are_warned_alike(
+    record: Report, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_loss(record)
+    assert not caplog.messages
+    worse = replace(record.original, perplexity=2 * record.original.perplexity)
+    bad = replace(record, converted=worse)
+    warn_of_loss(bad)
+    assert caplog.messages == [verdict(bad)]
 
 
 def test_what_is_not_on_the_hub_has_no_base_model(converted: Path) -> None:

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -171,3 +172,15 @@ def test_layers_that_logits_do_not_fit_are_named(
     assert (worst > 0.05) == said
     assert ("--sink auto keeps the keys of the prefix" in caplog.text) == said
     assert (f"({worst:.2f})" in caplog.text) == said
+
+
+@pytest.mark.parametrize("sink", ["logit", "auto"])
+def test_keys_are_advised_where_they_were_not_tried(
+    sink: Sink, converted: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = from_json(Report, (converted / "absorb.json").read_text()).inspection
+    layers = (replace(found.layers[0], fit_error=0.91), *found.layers[1:])
+    pipeline.warn_of_misfits(replace(found, layers=layers, job=replace(found.job, sink=sink)))
+    assert "0 (0.91)" in caplog.text
+    assert ("--sink auto" in caplog.text) == (sink == "logit")
+    assert ("keys do no better" in caplog.text) == (sink == "auto")

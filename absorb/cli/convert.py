@@ -34,9 +34,8 @@ def convert(
     job = settled(Job, {"name": model, "out": out, **options})
     stopped = f"run the same command again, and it goes on from {out}.progress"
     with Refusals(interrupted=stopped) if resume else Refusals():
-        from absorb.pipelines.convert import convert
+        from absorb.pipelines.convert import convert, warn_of_loss
         from absorb.schema.codec import to_json
-        from absorb.schema.report import verdict
         from absorb.ship import hub
 
         if push_to_hub is not None:
@@ -44,8 +43,7 @@ def convert(
         result = convert(job, say, resume)
         written = f"written to {out}; load it with from_pretrained(..., trust_remote_code=True)"
         print_result(to_json(result).rstrip() if as_json else f"{_story(result)}\n\n{written}")
-        if (worse := verdict(result)) is not None:
-            say(worse)
+        warn_of_loss(result)
     if push_to_hub is not None:
         with uploading():
             uploaded = uploaded_sentence(hub.push(out, Destination(repository=push_to_hub), say))

@@ -17,7 +17,7 @@ from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import FORMAT_FOR, rehearsing
 from absorb.runtime.precision import as_stored, device_of, in_one_type
 from absorb.runtime.reading import Subject
-from absorb.schema.report import Lead, Probe, Report, sentence
+from absorb.schema.report import Lead, Probe, Report, sentence, verdict
 from absorb.schema.scores import Score
 from absorb.schema.settings import Job, Purpose
 from absorb.schema.training import Losses, Recipe
@@ -120,3 +120,9 @@ def before_and_after(student: Decoder, draft: Draft, purpose: Purpose) -> tuple[
         ("w8a8-static", goal) if goal else ("w8a8-static",),
     )
     return original, converted
+
+
+def warn_of_loss(report: Report) -> None:
+    """Say where the converted model is worse than the original in float, and what helps."""
+    if (worse := verdict(report)) is not None:
+        logging.getLogger("absorb").warning(worse)

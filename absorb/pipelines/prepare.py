@@ -114,10 +114,14 @@ def warn_of_misfits(inspection: Inspection) -> None:
     errors = {i: layer.fit_error for i, layer in enumerate(inspection.layers)}
     poor = [f"{i} ({error:.2f})" for i, error in errors.items() if error > _MOST_IS_LEFT_OUT]
     if poor:
+        remedy = "--sink auto keeps the keys of the prefix in such layers"
+        if inspection.job.sink != "logit":
+            remedy = "its keys do no better there, as a sliding window leaves the prefix behind"
         logging.getLogger("absorb").warning(
             "the sinks of layers %s leave out more than half of what the prefix does there (the "
-            "share in brackets); --sink auto keeps the keys of the prefix in such layers",
+            "share in brackets); %s",
             ", ".join(poor),
+            remedy,
         )
 
 

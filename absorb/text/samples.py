@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from absorb.errors import AbsorbError
 from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source
-from absorb.models.modeling_absorb import NEUTRAL, How, fast
+from absorb.models.modeling_absorb import NEUTRAL, sink_attention
 from absorb.runtime.hooks import attending
 from absorb.runtime.memory import release_freed_memory
 from absorb.runtime.reading import remembering
@@ -164,21 +165,16 @@ def _starts(source: Source, opening: list[int], places: Tensor) -> Tensor:
 
 
 def _attend(
-    _: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    **__: Any,
+    _: nn.Module, query: Tensor, *inputs: Any, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Stock attention in half the time: ours, with sinks that take nothing.
 
     For a single query the stock one reads keys and values once for every query head.
     """
     sink = torch.full((query.shape[1],), NEUTRAL["sink"], device=query.device)
-    return fast(query, key, value, mask, (sink,), How(scaling, softcap=softcap))
+    layer = SimpleNamespace(sink=sink, is_causal=True, training=False)
+    attended: tuple[Tensor, Tensor | None] = sink_attention(layer, query, *inputs, **options)
+    return attended
 
 
 def _ends(model: PreTrainedModel) -> list[int]:
