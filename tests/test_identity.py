@@ -16,21 +16,19 @@ from transformers import PreTrainedModel
 from absorb.fold.graft import graft, twin
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.choose import fit_sinks
-from absorb.fold.sinks.forms import LogitSink
 from absorb.fold.sinks.prefix_cache import prefix_of, prefixed
 from absorb.fold.smoothing import searched_scales, smooth
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
-from absorb.models.modeling_absorb import NEUTRAL
 from absorb.runtime.hooks import attending
 from absorb.runtime.precision import as_stored
 from absorb.runtime.reading import led
 from absorb.schema.findings import Removal, SpikeNeuron
 from absorb.schema.settings import Sink
 from tests.helpers.edits import decoder_layers, weight_of
-from tests.helpers.plans import plan_of
-from tests.helpers.tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, NOTHING, POSITIONS, kv_heads, tiny
+from tests.helpers.plans import neutral_plan, plan_of
+from tests.helpers.tiny import HIDDEN, LAYERS, NOTHING, POSITIONS, tiny
 
 EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 LEARNED_POSITIONS = pytest.mark.parametrize("family", [FAMILIES["gpt2"], FAMILIES["opt"]])
@@ -41,20 +39,6 @@ TOLERANCE = 1e-5
 def drift(after: Tensor, before: Tensor) -> float:
     """The largest difference, relative to the largest logit."""
     return float((after - before).abs().max() / before.abs().max())
-
-
-def neutral_plan(family: Family, **changes: object) -> Plan:
-    nothing = torch.zeros(kv_heads(family.model_type), HEAD_DIM, dtype=torch.float64)
-    sink = LogitSink(
-        logits=torch.full((HEADS,), NEUTRAL["sink"]),
-        value=nothing,
-        key_bias=nothing,
-        error=torch.zeros(()),
-    )
-    plan = Plan(
-        prefix=(), sinks=(sink,) * LAYERS, removals=(), residual=torch.ones(HIDDEN), smoothing={}
-    )
-    return replace(plan, **changes)
 
 
 def powers_of_two() -> Tensor:

@@ -1,6 +1,7 @@
 """Residual scales: outlier channels of the stream, written small and read large."""
 
 from math import log2
+from typing import Any
 
 from torch import Tensor
 
@@ -35,13 +36,45 @@ def write(student: Decoder, plan: Plan, layer: int) -> None:
         student.site(layer, name).multiply_input(scale)
 
 
+def has_plain_end(decoder: Decoder) -> bool:
+    """Whether the final norm can take λ into its weight, so that the embedding needs no scale.
+
+    Others read an embedding by its weight alone: trainers of single tokens, and adapters. With an
+    offset the weight would lie where bfloat16 keeps few digits, and some norms have none.
+    """
+    weight = getattr(decoder.named(decoder.family.final_norm).module, "weight", None)
+    return weight is not None and decoder.family.norm_offset == 0
+
+
 def write_ends(student: Decoder, plan: Plan) -> None:
-    """The same where the stream begins and ends."""
-    family = student.family
-    embedding, last = student.named(family.embedding), student.named(family.final_norm)
-    scale = plan.residual.to(last.module.input_scale)
-    # A table of tokens may be tied to the language model head, one of positions is tied to nothing.
-    embedding.module.output_scale /= scale
-    if family.positions is not None:
-        student.named(family.positions).module.weight /= scale
-    last.multiply_input(scale)
+    """The same where the stream begins and ends: `write_end` for all that is there."""
+    family, streaming = student.family, student.streaming
+    if streaming is not None:
+        streaming.fold_end = lambda unit: write_end(student, plan, unit)
+        return
+    ends = (family.embedding, family.positions, family.final_norm)
+    for name in filter(None, ends):
+        write_end(student, plan, student.named(name).module)
+
+
+def write_end(student: Decoder, plan: Plan, unit: Any) -> None:
+    """Let a module outside of the layers write the stream divided by λ, or read it multiplied.
+
+    A head that is tied to the embedding is divided with it, and the final norm makes up for that.
+    """
+    family, tied = student.family, student.config.tie_word_embeddings
+    embedding, last = student.named(family.embedding).module, student.named(family.final_norm)
+    scale = plan.residual.to(student.device)
+    if unit is last.module:
+        last.multiply_input(scale)
+    if family.positions is not None and unit is student.named(family.positions).module:
+        unit.weight /= scale
+    if not has_plain_end(student):
+        if unit is embedding:
+            unit.output_scale /= scale
+    elif unit is embedding or (tied and getattr(unit, "weight", None) is embedding.weight):
+        unit.weight /= scale
+    elif unit is last.module and tied:
+        unit.weight *= scale
+        if getattr(unit, "bias", None) is not None:
+            unit.bias *= scale

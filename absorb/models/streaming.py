@@ -27,6 +27,7 @@ class Streaming:
     def __init__(self, model: nn.Module, layers: list[Any], device: torch.device):
         self.model, self.layers, self.device = model, layers, device
         self.fold: Edit | None = None  # what makes a student's layer of the original's
+        self.fold_end: Callable[[Any], None] | None = None  # and its other units likewise
         self.edits: list[Edit] = []  # what is done to a layer besides, whenever it has come
         self._settled: dict[int, dict[nn.Parameter, Tensor]] = {}  # and where it rested before
         self._resting: dict[nn.Parameter, Tensor] = {}
@@ -99,6 +100,8 @@ class Streaming:
             parameter.data = parameter.data.to(self.device, torch.float32, copy=True)
         if unit in self._index:
             self._edit(self._index[unit])
+        elif self.fold_end is not None:
+            self.fold_end(unit)
 
     def _edit(self, layer: int) -> None:
         if self.fold is not None and layer not in self._settled:

@@ -148,7 +148,9 @@ def _write(folder: _Folder, place: Path) -> Exported:
         )
     with files.unchanged(folder.weights), ExitStack() as stack:
         tensors = native.Tensors(folder.weights, stack)
-        stream = native.stream_scale(tensors, family)
+        stream = torch.ones(folder.config.hidden_size, dtype=torch.float64)
+        for channel, scale in inspection.residual_scales.items():
+            stream[channel] = scale
         conversion = native.Conversion(
             config=folder.config, family=family, route=folder.route, stream=stream, fits=fits
         )

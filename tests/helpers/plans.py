@@ -1,15 +1,21 @@
 """Plans as a conversion draws them up, for tests that judge no student."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from absorb.fold.decide import sinks_for
 from absorb.fold.neurons import removable
 from absorb.fold.plan import Plan
+from absorb.fold.sinks.forms import LogitSink
 from absorb.fold.sinks.prefix_cache import prefix_of
 from absorb.models.decoder import Decoder
+from absorb.models.family import Family
+from absorb.models.modeling_absorb import NEUTRAL
 from absorb.schema.findings import Findings
 from absorb.schema.settings import Sink
+from tests.helpers.tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, kv_heads
 
 
 @torch.no_grad()
@@ -28,3 +34,18 @@ def plan_of(
     removals = removable(decoder, known, findings, tokens, budget)
     sinks = sinks_for(decoder, known, removals, tokens, form, most)
     return Plan(prefix=prefix, sinks=sinks, removals=removals, residual=residual, smoothing={})
+
+
+def neutral_plan(family: Family, **changes: object) -> Plan:
+    """A plan that changes nothing in a tiny model, but for what is asked for."""
+    nothing = torch.zeros(kv_heads(family.model_type), HEAD_DIM, dtype=torch.float64)
+    sink = LogitSink(
+        logits=torch.full((HEADS,), NEUTRAL["sink"]),
+        value=nothing,
+        key_bias=nothing,
+        error=torch.zeros(()),
+    )
+    plan = Plan(
+        prefix=(), sinks=(sink,) * LAYERS, removals=(), residual=torch.ones(HIDDEN), smoothing={}
+    )
+    return replace(plan, **changes)

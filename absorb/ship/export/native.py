@@ -3,7 +3,7 @@
     sink           → sinks
     sink_key       → sinks and biases, by the fit that the plan keeps
     bias           → bias; where a projection of attention has none, zeros
-    output_scale   → gone: everything that writes the stream is as large as it was
+    what writes the stream → as large as it was, the embedding among it
     input_scale    → gone, with that; what a fine-tune made of it moves into the weight of the norm
 
 The last is exact only where a norm's scales are still those of the stream: the denominator of the
@@ -79,11 +79,6 @@ class Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.places)
-
-
-def stream_scale(tensors: Tensors, family: Family) -> Tensor:
-    """What the residual stream was divided by, (hidden,): no fine-tune trains the embedding's."""
-    return 1 / tensors[f"{family.embedding}.output_scale"].double()
 
 
 def furthest_apart(tensors: Tensors, stream: Tensor) -> float:
@@ -191,9 +186,18 @@ def _renamed(layer: Layer, conversion: Conversion, group: str) -> Layer:
     return {f"{name}s" if name == ours else name: tensor for name, tensor in layer.items()}
 
 
+def _ends(layer: Layer, conversion: Conversion, group: str) -> Layer:
+    """The embedding as large as it was; a final norm made up for a tied head."""
+    family, scale = conversion.family, conversion.stream
+    table, last = f"{family.embedding}.weight", f"{family.final_norm}.weight"
+    ends = {table: _times(layer[table], scale)}
+    if conversion.config.tie_word_embeddings:
+        ends[last] = _times(layer[last], 1 / scale)
+    return layer | ends
+
+
 _LAYER = (_split, _with_biases, _fitted, _unscaled, _norms, _renamed)
-# The embedding and the head, which may be tied, are stored as they were.
-_OUTSIDE = (_norms,)
+_OUTSIDE = (_ends, _norms)
 
 
 def write(folder: Path, config: PretrainedConfig, tensors: Iterator[tuple[str, Tensor]]) -> None:
