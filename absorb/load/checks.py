@@ -17,7 +17,7 @@ from absorb.models.families import FAMILIES, family_of, suited
 from absorb.models.family import Family, UnsupportedFamilyError
 
 _CONVERTED = "absorb_"
-_ADAPTER = "adapter_config.json"
+_ADAPTER, _BASE = "adapter_config.json", "base_model_name_or_path"
 
 
 def family_in(folder: Path, name: str, measured: bool = False) -> Family | None:
@@ -55,9 +55,9 @@ def refuse_adapter(folder: Path, name: str) -> None:
             f"{name} holds an adapter beside its model ({_ADAPTER}), and it is not clear which of "
             "the two is meant; merge it, or move it away"
         )
-    base = read_json(folder / _ADAPTER, name).get("base_model_name_or_path")
+    base = " ".join(str(read_json(folder / _ADAPTER, name).get(_BASE) or "another model").split())
     raise AbsorbError(
-        f"{name} is an adapter of {base or 'another model'}; merge it first, with peft's "
+        f"{name} is an adapter of {base}; merge it first, with peft's "
         "merge_and_unload, and convert what that gives"
     )
 
@@ -84,7 +84,7 @@ def family_of_config(config: Mapping[str, Any], name: str) -> Family:
         )
     part = config.get("text_config")
     inner = part.get("model_type") if isinstance(part, dict) else None
-    if model_type not in FAMILIES and inner in FAMILIES:
+    if model_type not in FAMILIES and isinstance(inner, str) and inner in FAMILIES:
         raise UnsupportedFamilyError(
             f"absorb does not know the architecture {model_type!r} of {name}, which reads more "
             f"than text, but that of its text part, {inner!r}: save that part by itself, with the "

@@ -139,17 +139,7 @@ def _from_folder(
         config = kind.config_class.from_pretrained(shown)
         tokenizer = read_tokenizer(folder, ref, config)
         expected = forecast(kind, config, held, ref.name)
-        loading: Any = kind.from_pretrained(
-            shown,
-            disable_mmap=True,  # a file that is written to later must not change the weights
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # they are in `info`, and refused by name
-            local_files_only=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    model, info = loading
+        model, info = _given(kind, shown)
     refuse_mismatch(info, model, held, ref.name)
     _align(model)
     if family is None:
@@ -165,6 +155,22 @@ def _from_folder(
         license=_license(folder),
         commit=commit,
     )
+
+
+def _given(kind: Any, folder: Path) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model of a folder in float32, and what transformers missed in loading it."""
+    loading: Any = kind.from_pretrained(
+        folder,
+        disable_mmap=True,  # a file that is written to later must not change the weights
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # they are in what it missed, and refused by name
+        local_files_only=True,
+        output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    model, info = loading
+    return model, info
 
 
 @torch.no_grad()
