@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import absorb
 from absorb.errors import AbsorbError
+from absorb.fold.graft import twin
 from absorb.load.source import Source, load
+from absorb.models.families import family_of
 from absorb.schema.settings import ModelRef
 from tests.helpers.fake_hub import COMMIT, FakeHub, serving
-from tests.helpers.tiny import tiny
+from tests.helpers.tiny import HIDDEN, tiny
 from tests.helpers.tiny_gguf import write_gguf
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -260,13 +262,19 @@ def test_a_model_around_a_known_one_is_refused_by_the_name_of_that(
 
 @pytest.mark.parametrize("shape", [(1, 0), (2, 0), (0, 3)])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "gemma3_text"])
 def test_an_empty_prompt_is_refused_in_a_sentence(
-    shape: tuple[int, int], attention: str, converted: Path
+    model_type: str, attention: str, shape: tuple[int, int]
 ) -> None:
-    model = load(ModelRef(name=str(converted)), measured=True).model
+    model = twin(tiny(model_type, torch.float32), family_of(model_type))
     model.set_attn_implementation(attention)
-    with pytest.raises(ValueError, match=r"the prompt is empty.*give at least one token"):
-        model(torch.zeros(shape, dtype=torch.long))
+    for given in ({"input_ids": torch.zeros(shape, dtype=torch.long)}, embedded(shape)):
+        with pytest.raises(ValueError, match=r"the prompt is empty.*give at least one token"):
+            model(**given)
+
+
+def embedded(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    return {"inputs_embeds": torch.zeros(*shape, HIDDEN)}
 
 
 def test_generation_from_an_empty_text_is_refused_in_the_same_sentence(converted: Path) -> None:

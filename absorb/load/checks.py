@@ -18,7 +18,7 @@ from absorb.models.families import family_of, suited
 from absorb.models.family import Family, UnsupportedFamilyError
 
 _CONVERTED = "absorb_"
-_ADAPTER = "adapter_config.json"
+_ADAPTER, _BASE = "adapter_config.json", "base_model_name_or_path"
 
 
 def family_in(
@@ -60,9 +60,9 @@ def refuse_adapter(folder: Path, name: str) -> None:
             f"{name} holds an adapter beside its model ({_ADAPTER}), and it is not clear which of "
             "the two is meant; merge it, or move it away"
         )
-    base = read_json(folder / _ADAPTER, name).get("base_model_name_or_path")
+    base = " ".join(str(read_json(folder / _ADAPTER, name).get(_BASE) or "another model").split())
     raise AbsorbError(
-        f"{name} is an adapter of {base or 'another model'}; merge it first, with peft's "
+        f"{name} is an adapter of {base}; merge it first, with peft's "
         "merge_and_unload, and convert what that gives"
     )
 

@@ -67,7 +67,7 @@ def snapshot_in(folder: Path) -> Path | None:
     branch = folder / "refs" / "main"
     if not folder.name.startswith(_KINDS) or not branch.is_file():
         return None
-    snapshot = folder / _SNAPSHOTS / branch.read_text(encoding="utf-8").strip()
+    snapshot = folder / _SNAPSHOTS / branch.read_text(encoding="utf-8", errors="replace").strip()
     return snapshot if snapshot.is_dir() else None
 
 

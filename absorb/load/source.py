@@ -173,18 +173,7 @@ def _from_folder(
         expected = forecast(kind, config, held, ref.name)
         stays = room is not None and _HELD * sum(one.elements for one in held.values()) > room
         widest = reduce(torch.promote_types, expected.types.values())
-        loading: Any = kind.from_pretrained(
-            shown,
-            # A file that is written to later must not change the weights.
-            disable_mmap=not stays,
-            dtype=widest if stays else torch.float32,
-            ignore_mismatched_sizes=True,  # they are in `info`, and refused by name
-            local_files_only=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    model, info = loading
+        model, info = _given(kind, shown, widest if stays else None)
     refuse_mismatch(info, model, held, ref.name)
     types = expected.types
     if ref.text_only:
@@ -207,6 +196,28 @@ def _from_folder(
         license=_license(folder),
         commit=commit,
     )
+
+
+def _given(
+    kind: Any, folder: Path, stored_in: torch.dtype | None
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model of a folder in float32, and what transformers missed in loading it.
+
+    Or in the type that it is stored in, where it is to stay in its files.
+    """
+    loading: Any = kind.from_pretrained(
+        folder,
+        # A file that is written to later must not change the weights.
+        disable_mmap=stored_in is None,
+        dtype=stored_in or torch.float32,
+        ignore_mismatched_sizes=True,  # they are in what it missed, and refused by name
+        local_files_only=True,
+        output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    model, info = loading
+    return model, info
 
 
 @torch.no_grad()

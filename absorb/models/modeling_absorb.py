@@ -75,6 +75,7 @@ class Absorbed(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        self.register_forward_pre_hook(_refuse_no_tokens, with_kwargs=True)
         config.auto_map = auto_map(config)
         heads, hidden = config.num_attention_heads, config.hidden_size
         for module in self._sites("sink"):
@@ -131,6 +132,16 @@ class Absorbed(PreTrainedModel):
                 KERNELS.add(found)
                 return found
         raise _refusal(name)
+
+
+def _refuse_no_tokens(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse an empty prompt, which a tokenizer without BOS makes of an empty text."""
+    given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    if any(tensor is not None and not tensor.numel() for tensor in given):
+        raise ValueError(
+            "the prompt is empty, and what the sinks stand for cannot be asked what comes after "
+            "it: give at least one token"
+        )
 
 
 def _add(module: nn.Module, name: str, *size: int) -> None:
@@ -274,11 +285,6 @@ def _stock(module: Any) -> Any:
 
 def _attention(module: Any, *args: Any, **kwargs: Any) -> Any:
     """A stock attention layer that has sinks: it never runs without them."""
-    if not (args[0] if args else kwargs["hidden_states"]).numel():
-        raise ValueError(
-            "the prompt is empty, and what the sinks stand for cannot be asked what comes after "
-            "it: give at least one token"
-        )
     name = module.config._attn_implementation
     if name not in IMPLEMENTATIONS.values():
         kwargs["s_aux"] = _sinks_for(module, name)

@@ -206,7 +206,9 @@ def _figures(folder: Path, report: Report) -> Finding:
         range(len(inspection.layers))
     ):
         wrong.append("some layers of the weights have no sinks; convert again")
-    kind = max(elements, key=lambda kind: elements[kind])
+    if not elements:
+        raise AbsorbError(f"{folder.name} holds no weights; fetch it again")
+    kind = elements.most_common(1)[0][0]
     stored = str(files.STORED.get(kind, kind)).removeprefix("torch.")
     if stored != inspection.dtype:
         wrong.append(

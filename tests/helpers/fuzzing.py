@@ -63,6 +63,12 @@ def bench_in(home: Path) -> Bench:
     for family in FAMILIES:
         tiny(family, torch.float32, max_position_embeddings=512).save_pretrained(home / family)
         tiny_tokenizer().save_pretrained(home / family)
+    tiny("llama", torch.float32).save_pretrained(home / "sharded", max_shard_size="40KB")
+    tiny("llama", torch.float32).save_pretrained(home / "adapted")
+    adapter = {"base_model_name_or_path": "someone/base", "peft_type": "LORA", "r": 4}
+    (home / "adapted" / "adapter_config.json").write_text(json.dumps(adapter))
+    for model in ("sharded", "adapted"):
+        tiny_tokenizer().save_pretrained(home / model)
     bench = Bench(home)
     bench.short.write_text("a b c")
     bench.long.write_text("".join(chr(97 + n * n * 7 % 23 + n % 3) for n in range(11_000)))
@@ -204,8 +210,10 @@ def _linked(bench: Bench, family: str, folder: Path, name: str, content: bytes) 
     return model
 
 
-def _model_file(name: str, bench: Bench, draw: Draw, folder: Path) -> None:
-    family = draw(st.sampled_from(FAMILIES))
+def _model_file(
+    name: str, bench: Bench, draw: Draw, folder: Path, models: tuple[str, ...] = FAMILIES
+) -> None:
+    family = draw(st.sampled_from(models))
     file = bench.model(family) / name
     content = (
         _damaged_tensors(draw, file.read_bytes())
@@ -294,6 +302,8 @@ TARGETS: dict[str, Target] = {
     "text": _text,
     "absorb.json": _report,
     "model.safetensors": partial(_model_file, "model.safetensors"),
+    "index.json": partial(_model_file, "model.safetensors.index.json", models=("sharded",)),
+    "adapter_config.json": partial(_model_file, "adapter_config.json", models=("adapted",)),
     "tokenizer.json": partial(_model_file, "tokenizer.json"),
     "tokenizer_config.json": partial(_model_file, "tokenizer_config.json"),
     "generation_config.json": partial(_model_file, "generation_config.json"),
