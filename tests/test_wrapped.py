@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from absorb.cli.main import main
@@ -18,7 +19,7 @@ from absorb.fold.sinks.prefix_cache import prefix_of
 from absorb.load.source import load
 from absorb.schema.settings import ModelRef
 from tests.helpers.tiny import COMMON, HIDDEN, SPECIAL, randomise
-from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
 IMAGE = 63  # the token in whose place the patches of a picture stand
 VISION = {
@@ -40,17 +41,17 @@ WRAPPERS = {
 EVERY = pytest.mark.parametrize("model_type", [name for name in WRAPPERS if name != "paligemma"])
 
 
-def saved(model_type: str, folder: Path, tied: bool = False) -> Path:
+def saved(model_type: str, folder: Path, tied: bool = False, **more: Any) -> Path:
     """A tiny random model that reads images, with a tokenizer."""
-    text, vision, more = WRAPPERS[model_type]
-    settings: dict[str, Any] = {**COMMON, **SPECIAL.get(text, {}), "tie_word_embeddings": tied}
+    text, vision, own = WRAPPERS[model_type]
+    settings = {**COMMON, **SPECIAL.get(text, {}), "tie_word_embeddings": tied, **more}
     config = AutoConfig.for_model(
         model_type,
         text_config=AutoConfig.for_model(text, **settings).to_dict(),
         vision_config={"model_type": vision, **VISION},
         image_token_index=IMAGE,
         tie_word_embeddings=tied,
-        **more,
+        **own,
     )
     model = AutoModelForImageTextToText.from_config(config).eval()
     randomise(model)
@@ -128,6 +129,23 @@ def test_it_is_converted_and_verified(text_file: Path, tmp_path: Path) -> None:
     assert "--text-only" in (out / "README.md").read_text()
     verified = run("verify", out)
     assert verified.exit_code == 0, verified.output
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "llava"])
+@torch.no_grad()
+def test_measured_it_needs_no_option(model_type: str, tmp_path: Path) -> None:
+    folder = saved(model_type, tmp_path, max_position_embeddings=528)
+    (tmp_path / "text.txt").write_text(letters(1200))
+    result = run(
+        "eval", folder, "--text", tmp_path / "text.txt", "--json", "--formats", "w8a8-token"
+    )
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)["models"][0]["perplexity"]
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = tiny_tokenizer()((tmp_path / "text.txt").read_text(), add_special_tokens=False)
+    rows = torch.tensor(ids["input_ids"][:512])[None]
+    logits = whole(rows).logits[0, :-1]
+    assert found == pytest.approx(float(cross_entropy(logits, rows[0, 1:]).exp()), rel=1e-3)
 
 
 def test_unasked_it_is_refused_with_the_option_that_helps(tmp_path: Path) -> None:

@@ -80,6 +80,11 @@ def family_in(
     return family
 
 
+def has_part(folder: Path, name: str) -> bool:
+    """Whether the model in a folder has a language model inside, beside other parts."""
+    return isinstance(_read_json(folder / "config.json", name).get("text_config"), dict)
+
+
 def stock_type(config: Mapping[str, Any]) -> str | None:
     """The architecture that absorb converted to the one with this configuration, if it did."""
     model_type = str(config.get("model_type"))

@@ -7,7 +7,7 @@ downloaded or read.
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -120,14 +120,22 @@ def _tokenizer(folder: Path, ref: ModelRef) -> Any:
 
 def _from_hub(ref: ModelRef, measured: bool) -> Source:
     folder = download.description(ref)
+    ref = _or_part(ref, folder, measured)
     checks.family_in(folder, ref.name, measured, ref.text_only)
     commit = folder.name  # the cache keeps every commit in a folder of its name
     return _from_folder(download.weights(ref, commit), ref, ref.name, commit, measured)
 
 
+def _or_part(ref: ModelRef, folder: Path, measured: bool) -> ModelRef:
+    """What is only measured reads text, so of a whole it is the language model inside."""
+    whole = measured and checks.has_part(folder, ref.name)
+    return replace(ref, text_only=True) if whole else ref
+
+
 def _from_folder(
     folder: Path, ref: ModelRef, name: str, commit: str | None, measured: bool
 ) -> Source:
+    ref = _or_part(ref, folder, measured)
     family = checks.family_in(folder, ref.name, measured, ref.text_only)
     files = checks.weight_files(folder, ref.name)
     elements, tensors = checks.stored_elements(files)
@@ -151,8 +159,9 @@ def _from_folder(
     checks.refuse_mismatch(info, model, ref.name)
     if ref.text_only:
         model = wrapped.taken_out(model, ref.name)
-        # Some wholes change settings of their part which config.json does not name (PaliGemma).
-        family = checks.family_of_config(model.config.to_dict(), ref.name)
+        if family is not None:
+            # Some wholes change settings of their part unknown to config.json, as PaliGemma does.
+            family = checks.family_of_config(model.config.to_dict(), ref.name)
     _align(model)
     if family is None:
         with checks.reading(ref.name):
