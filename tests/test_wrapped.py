@@ -1,6 +1,7 @@
 """Of a model that reads images too, the language model is converted alone, with --text-only."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,19 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from absorb.cli.main import main
+from absorb.fold.graft import graft
+from absorb.fold.plan import Plan
+from absorb.fold.sinks.prefix_cache import prefix_of
 from absorb.load.source import load
 from absorb.schema.settings import ModelRef
-from tests.helpers.tiny import COMMON, SPECIAL, randomise
-from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.helpers.tiny import COMMON, HIDDEN, SPECIAL, randomise
+from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
+IMAGE = 63  # the token in whose place the patches of a picture stand
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -35,17 +41,17 @@ WRAPPERS = {
 EVERY = pytest.mark.parametrize("model_type", [name for name in WRAPPERS if name != "paligemma"])
 
 
-def saved(model_type: str, folder: Path, tied: bool = False) -> Path:
+def saved(model_type: str, folder: Path, tied: bool = False, **more: Any) -> Path:
     """A tiny random model that reads images, with a tokenizer."""
-    text, vision, more = WRAPPERS[model_type]
-    settings: dict[str, Any] = {**COMMON, **SPECIAL.get(text, {}), "tie_word_embeddings": tied}
+    text, vision, own = WRAPPERS[model_type]
+    settings = {**COMMON, **SPECIAL.get(text, {}), "tie_word_embeddings": tied, **more}
     config = AutoConfig.for_model(
         model_type,
         text_config=AutoConfig.for_model(text, **settings).to_dict(),
         vision_config={"model_type": vision, **VISION},
-        image_token_index=63,
+        image_token_index=IMAGE,
         tie_word_embeddings=tied,
-        **more,
+        **own,
     )
     model = AutoModelForImageTextToText.from_config(config).eval()
     randomise(model)
@@ -76,6 +82,40 @@ def test_alone_it_says_of_text_what_the_whole_says(
     assert (embedding.weight is head.weight) == tied
 
 
+# What goes with the tokens of a picture: which of them see each other.
+SEEING: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
+    "gemma3": lambda rows: {"token_type_ids": (rows == IMAGE).long()},
+    "llava": lambda rows: {},
+}
+
+
+@pytest.mark.parametrize("model_type", SEEING)
+@torch.no_grad()
+def test_pictures_meet_keys_in_place_of_the_prefix_as_text_does(
+    model_type: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    """The converted part, put back into the whole: it says what the original says behind BOS."""
+    prefix, patches = torch.tensor([[1, 9]]), torch.full((1, 4), IMAGE)
+    words = tokens[:1].clamp_max(IMAGE - 1)
+    rows = torch.cat([words[:, :6], patches, words[:, 6:]], 1)
+    seen = {"pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    folder, tells = saved(model_type, tmp_path), SEEING[model_type]
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    before = torch.cat([prefix, rows], 1)
+    behind = whole(before, **seen, **tells(before)).logits[:, prefix.shape[1] :]
+    alone = whole(rows, **seen, **tells(rows)).logits
+
+    source = load(ModelRef(name=str(folder), text_only=True))
+    keys = prefix_of(source.model, prefix[0], -prefix.shape[1]).layers
+    plan = Plan(prefix=(1, 9), sinks=keys, removals=(), residual=torch.ones(HIDDEN), smoothing={})
+    part = graft(source.model, source.family, plan)
+    whole.model.language_model, whole.lm_head = part.base_model, part.lm_head
+    whole.config.text_config = part.config
+    given = whole(rows, **seen, **tells(rows)).logits
+    assert (given - behind).abs().max() < 1e-5 * behind.abs().max()
+    assert (alone - behind).abs().max() > 0.01 * behind.abs().max()
+
+
 def test_it_is_converted_and_verified(text_file: Path, tmp_path: Path) -> None:
     folder, out = saved("gemma3", tmp_path / "whole", tied=True), tmp_path / "out"
     options = ("--text-only", "--steps", "0", "--text", text_file)
@@ -89,6 +129,23 @@ def test_it_is_converted_and_verified(text_file: Path, tmp_path: Path) -> None:
     assert "--text-only" in (out / "README.md").read_text()
     verified = run("verify", out)
     assert verified.exit_code == 0, verified.output
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "llava"])
+@torch.no_grad()
+def test_measured_it_needs_no_option(model_type: str, tmp_path: Path) -> None:
+    folder = saved(model_type, tmp_path, max_position_embeddings=528)
+    (tmp_path / "text.txt").write_text(letters(1200))
+    result = run(
+        "eval", folder, "--text", tmp_path / "text.txt", "--json", "--formats", "w8a8-token"
+    )
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)["models"][0]["perplexity"]
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = tiny_tokenizer()((tmp_path / "text.txt").read_text(), add_special_tokens=False)
+    rows = torch.tensor(ids["input_ids"][:512])[None]
+    logits = whole(rows).logits[0, :-1]
+    assert found == pytest.approx(float(cross_entropy(logits, rows[0, 1:]).exp()), rel=1e-3)
 
 
 def test_unasked_it_is_refused_with_the_option_that_helps(tmp_path: Path) -> None:

@@ -67,6 +67,11 @@ def refuse_adapter(folder: Path, name: str) -> None:
     )
 
 
+def has_part(folder: Path, name: str) -> bool:
+    """Whether the model in a folder has a language model inside, beside other parts."""
+    return isinstance(read_json(folder / "config.json", name).get("text_config"), dict)
+
+
 def stock_type(config: Mapping[str, Any]) -> str | None:
     """The architecture that absorb converted to the one with this configuration, if it did."""
     model_type = str(config.get("model_type"))

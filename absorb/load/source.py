@@ -148,14 +148,22 @@ def _read(ref: ModelRef, measured: bool, room: int | None) -> Source:
 
 def _from_hub(ref: ModelRef, measured: bool, room: int | None) -> Source:
     folder = download.description(ref)
+    ref = _or_part(ref, folder, measured)
     checks.family_in(folder, ref.name, measured, ref.text_only)
     # The cache keeps every commit in a folder of its name.
     return _from_folder(download.weights(ref, folder), ref, ref.name, folder.name, measured, room)
 
 
+def _or_part(ref: ModelRef, folder: Path, measured: bool) -> ModelRef:
+    """What is only measured reads text, so of a whole it is the language model inside."""
+    whole = measured and checks.has_part(folder, ref.name)
+    return replace(ref, text_only=True) if whole else ref
+
+
 def _from_folder(
     folder: Path, ref: ModelRef, name: str, commit: str | None, measured: bool, room: int | None
 ) -> Source:
+    ref = _or_part(ref, folder, measured)
     family = checks.family_in(folder, ref.name, measured, ref.text_only)
     files = stored.weight_files(folder, ref.name)
     held = stored.headers(files)
@@ -179,8 +187,9 @@ def _from_folder(
     if ref.text_only:
         whole, model = model, wrapped.taken_out(model, ref.name)
         types = wrapped.types_of(model, whole, types)
-        # Some wholes change settings of their part which config.json does not name (PaliGemma).
-        family = checks.family_of_config(model.config.to_dict(), ref.name)
+        if family is not None:
+            # Some wholes change settings of their part unknown to config.json, as PaliGemma does.
+            family = checks.family_of_config(model.config.to_dict(), ref.name)
     if not stays:
         _align(model)
     if family is None:
