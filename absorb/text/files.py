@@ -67,7 +67,8 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except UnicodeError as error:
         raise AbsorbError(
-            f"{path} cannot be read as UTF-8 text: {error}; save it as UTF-8 (iconv -t UTF-8)"
+            f"{path} cannot be read as UTF-8 text: {error}; save it as UTF-8 "
+            "(iconv -f ENCODING -t UTF-8)"
         ) from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise AbsorbError(f"{path} cannot be read ({error}); check it, or fetch it again") from None

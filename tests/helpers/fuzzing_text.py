@@ -246,16 +246,16 @@ def _texts(bench: Bench, draw: Draw, folder: Path) -> None:
         content = _parquet(draw) if draw(st.integers(0, 9)) == 0 else _records(draw)
         if draw(st.integers(0, 3)) == 0:
             content = garbled(draw, content)
-        content = draw(st.sampled_from([bytes, gzip.compress, bz2.compress, lzma.compress]))(
-            content
-        )
+        content = draw(st.sampled_from(_PACKS))(content)
         if draw(st.integers(0, 6)) == 0:
             content = garbled(draw, content)
         paths.append(folder / f"{name}{draw(st.sampled_from(_ENDINGS))}")
         paths[-1].write_bytes(content)
     command = draw(st.sampled_from(["convert", "inspect", "eval", "eval"]))
-    more = ("--calibration", paths[1]) if command == "eval" and draw(st.booleans()) else ()
-    if more and draw(st.booleans()):
+    more: tuple[Any, ...] = ("--steps", "0") if command == "convert" else ()
+    if command == "eval" and draw(st.booleans()):
+        more = ("--calibration", paths[1])
+    if "--calibration" in more and draw(st.booleans()):
         paths[0] = bench.long
         more = (*more, "--windows", "1", "--length", "8", "--formats", "w8a8-static")
     ends_in_order(folder, command, bench.model(), "--text", paths[0], *more)
