@@ -8,7 +8,7 @@ than 1e-3, or is refused.
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,9 @@ def apart(student: PreTrainedModel, model: PreTrainedModel, tokens: Tensor) -> f
     return worst
 
 
+Made = tuple[PreTrainedModel, Path]
+
+
 def breaks(act: Callable[[], float]) -> bool:
     """Whether a mistake shows: it is refused, by us or by torch, or in the logits."""
     try:
@@ -188,12 +191,24 @@ def breaks(act: Callable[[], float]) -> bool:
         return True
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """The converted model of a case, and the folder of its export, made once."""
+
+    @cache
+    def make(name: str) -> Made:
+        student = converted(KNOWN[name])
+        return student, export(student, tmp_path_factory.mktemp("case"))
+
+    return make
+
+
 @every_case
 def test_an_export_says_what_the_converted_model_does(
-    name: str, tokens: Tensor, tmp_path: Path
+    name: str, made: Callable[[str], Made], tokens: Tensor
 ) -> None:
-    student = converted(KNOWN[name])
-    assert apart(student, loaded(export(student, tmp_path)), tokens) < SAME
+    student, folder = made(name)
+    assert apart(student, loaded(folder), tokens) < SAME
 
 
 def test_every_family_and_every_kind_of_rope_that_is_claimed_has_a_case() -> None:
@@ -207,17 +222,20 @@ def test_every_family_and_every_kind_of_rope_that_is_claimed_has_a_case() -> Non
         assert tried == target.rotations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in KNOWN if "RoPE" not in name])
+@torch.no_grad()
 def test_every_tensor_of_an_export_is_seen_in_its_logits(
-    name: str, tokens: Tensor, tmp_path: Path
+    name: str, made: Callable[[str], Made], tokens: Tensor
 ) -> None:
-    student = converted(KNOWN[name])
-    model = loaded(export(student, tmp_path))
+    student, folder = made(name)
+    model, expected = loaded(folder), student(tokens).logits
     for key, parameter in model.named_parameters():
-        before = parameter.detach().clone()
-        parameter.data.add_(0.3)
-        assert apart(student, model, tokens) > 10 * SAME, key
-        parameter.data.copy_(before)
+        before = parameter.clone()
+        parameter += 0.3
+        moved = (model(tokens).logits - expected).abs().max() / expected.abs().max()
+        assert moved > 10 * SAME, key
+        parameter.copy_(before)
 
 
 # Mistakes
@@ -276,6 +294,7 @@ def idle(route: Route) -> list[tuple[str, Route]]:
     return [(n, r) for n, r in gone if r != route] + list(zip(route.settings, each, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "entry", "wrong"),
     [
@@ -301,21 +320,22 @@ SILENT |= {"initializer_range", "attention_dropout", "tie_word_embeddings"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", sorted({r.target.model_type for r in ROUTES.values()}))
-def test_no_setting_of_an_export_is_idle(target: str, tokens: Tensor, tmp_path: Path) -> None:
-    made = []
-    for number, case in enumerate(KNOWN.values()):
+def test_no_setting_of_an_export_is_idle(
+    target: str, made: Callable[[str], Made], tokens: Tensor
+) -> None:
+    cases = []
+    for name, case in KNOWN.items():
         route = ROUTES[case.family]
         if route.target.model_type == target:
-            student = converted(case)
-            folder = export(student, tmp_path / str(number))
-            made.append((student, folder, settings_for(route, student.config)))
+            student, folder = made(name)
+            cases.append((student, folder, settings_for(route, student.config)))
 
     def without(name: str, student: PreTrainedModel, folder: Path, told: dict[str, Any]) -> float:
         settings = {key: value for key, value in told.items() if key != name}
         return apart(student, loaded(folder, CONFIG_MAPPING[target](**settings)), tokens)
 
-    for name in sorted({key for *_, told in made for key in told} - SILENT):
-        shown = (breaks(partial(without, name, *one)) for one in made)
+    for name in sorted({key for *_, told in cases for key in told} - SILENT):
+        shown = (breaks(partial(without, name, *one)) for one in cases)
         assert any(shown), name
 
 

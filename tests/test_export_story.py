@@ -234,6 +234,16 @@ def test_a_damaged_folder_is_refused(
     refuse(folder, tmp_path, change(folder))
 
 
+def test_a_plan_that_belongs_to_another_model_is_refused(mixed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(mixed, tmp_path / "model"))
+    with safe_open(folder / PLAN, "pt") as content:
+        told = content.metadata()
+    tensors = load_file(folder / PLAN)
+    tensors["sinks.1.fit.value"] = torch.zeros(3, 2)
+    save_file(tensors, folder / PLAN, told)
+    refuse(relist(folder), tmp_path, "could not be read")
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

@@ -29,7 +29,7 @@ from absorb.ship.isolated import probe_tokens
 from absorb.ship.plan_file import fits_in
 from absorb.ship.staging import REPORT, digest, digests, staged
 from absorb.ship.stranger import Said, said_to_a_stranger
-from absorb.ship.verify import CODE, read_report
+from absorb.ship.verify import read_report
 from absorb.text.samples import sampled
 from absorb.text.windows import windows
 
@@ -182,8 +182,8 @@ def _write(folder: _Folder, place: Path) -> Exported:
 
 def _is_kept(name: str) -> bool:
     """Whether a file of the conversion is one of the export: those of the tokenizer are."""
-    ours = {"config.json", "README.md", CODE, files.INDEX}
-    return name not in ours and not name.endswith(".safetensors")
+    ours = {"config.json", "README.md", files.INDEX}
+    return name not in ours and not name.endswith((".safetensors", ".py"))
 
 
 @torch.no_grad()

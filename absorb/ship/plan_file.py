@@ -18,6 +18,7 @@ from torch import Tensor
 from absorb.errors import AbsorbError
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.forms import KeySink, LayerSink, LogitSink
+from absorb.load.checks import reading
 from absorb.load.source import Source
 from absorb.models.families import family_of
 from absorb.schema.codec import from_json, to_json
@@ -67,16 +68,17 @@ def fits_in(folder: Path) -> dict[int, LogitSink]:
 
     Values are smoothed, as those of the checkpoint are.
     """
-    tensors, inspection = _read(plan_in(folder))
-    family = family_of(inspection.family)
-    smoothing = tensors.get(f"smoothing.{family.value}")
+    file = plan_in(folder)
+    tensors, inspection = _read(file)
+    smoothed = f"smoothing.{family_of(inspection.family).value}"
     fits: dict[int, LogitSink] = {}
-    for layer in inspection.keyed_layers:
-        sink = _sink(layer, inspection, tensors)
-        fit = sink.fit if isinstance(sink, KeySink) else None
-        if fit is not None:
-            divisors = 1 if smoothing is None else smoothing[layer].view_as(fit.value)
-            fits[layer] = replace(fit, value=fit.value / divisors)
+    with reading(str(file)):
+        for layer in inspection.keyed_layers:
+            sink = _sink(layer, inspection, tensors)
+            fit = sink.fit if isinstance(sink, KeySink) else None
+            if fit is not None:
+                divisors = tensors[smoothed][layer].view_as(fit.value)
+                fits[layer] = replace(fit, value=fit.value / divisors)
     return fits
 
 

@@ -144,8 +144,8 @@ def _lost(exported: Exported) -> list[str]:
     lost = list(exported.lost)
     if exported.stream > 1:
         lost.append(
-            "the residual stream is as large as the original's: its outlier channels had been "
-            f"written smaller by up to {exported.stream:g}, which no matrix reads, and "
-            "float16 may overflow as it did"
+            "the residual stream is as large as the original's, up to "
+            f"{exported.stream:g} times as large as in the converted model: no matrix sees a "
+            "difference, and float16 overflows where it did in the original"
         )
     return lost or ["nothing"]

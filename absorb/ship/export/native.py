@@ -63,8 +63,9 @@ class Tensors(Mapping[str, Tensor]):
     def __init__(self, files: list[Path], stack: ExitStack) -> None:
         self.places: dict[str, Any] = {}
         for file in files:
-            content = stack.enter_context(safe_open(file, "pt"))
-            self.places |= dict.fromkeys(content.keys(), content)
+            with reading(file.name):
+                content = stack.enter_context(safe_open(file, "pt"))
+                self.places |= dict.fromkeys(content.keys(), content)
 
     def __getitem__(self, name: str) -> Tensor:
         # A copy, as what is read is a view of the file, and whoever writes there would change it.
@@ -97,9 +98,9 @@ def exported(tensors: Tensors, conversion: Conversion) -> Iterator[tuple[str, Te
         groups.setdefault(f"{stem}{number}." if inside else "", []).append(name)
     for group in sorted(groups, key=lambda group: (len(group), group)):
         layer = {name.removeprefix(group): tensors[name] for name in groups[group]}
-        steps = _LAYER if group else _OUTSIDE
-        for step in steps:
-            layer = step(layer, conversion, group)
+        with reading(f"{group}*"):
+            for step in _LAYER if group else _OUTSIDE:
+                layer = step(layer, conversion, group)
         for name, tensor in layer.items():
             yield group + name, _finite(group + name, tensor)
 
