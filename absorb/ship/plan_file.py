@@ -18,7 +18,7 @@ from torch import Tensor
 from absorb.errors import AbsorbError
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.forms import KeySink, LayerSink, LogitSink
-from absorb.load.checks import reading
+from absorb.load.files import reading
 from absorb.load.source import Source
 from absorb.models.families import family_of
 from absorb.schema.codec import from_json, to_json

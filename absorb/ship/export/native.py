@@ -25,7 +25,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from absorb.errors import AbsorbError
 from absorb.fold.sinks.forms import LogitSink
-from absorb.load.files import INDEX, WEIGHTS
+from absorb.load.files import INDEX, WEIGHTS, reading
 from absorb.models.family import Family
 from absorb.ship.export.targets import Route, head_dim_of
 
