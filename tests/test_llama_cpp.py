@@ -246,6 +246,10 @@ def test_an_architecture_that_llama_cpp_lacks_is_refused() -> None:
         ({"model": {"type": "Unigram", "vocab": []}}, "of the kind Unigram"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "cuts text by Whitespace in its own way"),
         ({"normalizer": {"type": "Lowercase"}}, "one that changes text by Lowercase"),
+        (
+            {"added_tokens": [{"id": VOCABULARY, "content": "<new>", "special": True}]},
+            f"has a token {VOCABULARY} and the model has {VOCABULARY}; fetch both again",
+        ),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_lacks_is_refused(

@@ -78,7 +78,10 @@ def _tokens(told: dict[str, Any], size: int) -> tuple[list[str], list[TokenType]
     names = {index: token for token, index in told["model"]["vocab"].items()}
     added = {one["id"]: one for one in told.get("added_tokens", [])}
     names |= {index: one["content"] for index, one in added.items()}
-    size = max(size, *names, 0) if names.keys() - range(size) else size
+    if strange := names.keys() - range(size):
+        raise AbsorbError(
+            f"the tokenizer has a token {max(strange)} and the model has {size}; fetch both again"
+        )
     tokens, kinds = [], []
     for index in range(size):
         tokens.append(names.get(index, f"[PAD{index}]"))
