@@ -28,7 +28,7 @@ from transformers import (
 from absorb.errors import AbsorbError
 from absorb.fold import residual
 from absorb.fold.graft import graft, twin
-from absorb.fold.plan import Plan, make_plan
+from absorb.fold.plan import Plan
 from absorb.fold.sinks.forms import KeySink, LogitSink
 from absorb.fold.smoothing import searched_scales
 from absorb.models.decoder import Decoder
@@ -36,7 +36,7 @@ from absorb.models.families import FAMILIES
 from absorb.models.family import Family
 from absorb.ship.export import native
 from absorb.ship.export.targets import ROUTES, Route, config_for, route_of, settings_for
-from tests.helpers.plans import neutral_plan
+from tests.helpers.plans import neutral_plan, plan_of
 from tests.helpers.tiny import COMMON, HIDDEN, LAYERS, NOTHING, tiny
 
 SAME, OTHER = 1e-5, 1e-3
@@ -345,9 +345,9 @@ def test_no_setting_of_an_export_is_idle(
 @torch.no_grad()
 def keyed(family: str, tokens: Tensor) -> tuple[Plan, PreTrainedModel]:
     """A model with keys in its second layer, and the plan that has a fit of them."""
-    model, entry = tiny(family), FAMILIES[family]
+    decoder = Decoder(tiny(family), FAMILIES[family])
     made = {
-        form: make_plan(model, entry, NOTHING, STREAM[:HIDDEN], (1, 9), tokens, 0.0, form)
+        form: plan_of(decoder, NOTHING, STREAM[:HIDDEN], (1, 9), tokens, 0.0, form)
         for form in ("logit", "key")
     }
     keys, fit = made["key"].sinks[1], made["logit"].sinks[1]
@@ -356,8 +356,8 @@ def keyed(family: str, tokens: Tensor) -> tuple[Plan, PreTrainedModel]:
     sinks = list(made["logit"].sinks)
     sinks[1] = replace(keys, fit=fit)
     plan = replace(made["logit"], sinks=tuple(sinks))
-    plan = replace(plan, smoothing=searched_scales(graft(model, entry, plan), entry, tokens))
-    return plan, graft(model, entry, plan)
+    plan = replace(plan, smoothing=searched_scales(graft(decoder, plan), tokens))
+    return plan, graft(decoder, plan).model
 
 
 def fits_of(plan: Plan, entry: Family) -> dict[int, LogitSink]:
@@ -371,7 +371,7 @@ def test_keys_become_the_logits_that_were_fitted_to_them(
     family: str, tokens: Tensor, tmp_path: Path
 ) -> None:
     plan, student = keyed(family, tokens)
-    expected = graft(tiny(family), FAMILIES[family], plan.as_logits)
+    expected = graft(Decoder(tiny(family), FAMILIES[family]), plan.as_logits).model
     assert apart(student, expected, tokens) > 10 * SAME  # a fit is not exact
     fits = fits_of(plan, FAMILIES[family])
     assert compared(student, expected, tokens, tmp_path, fits=fits) < SAME
@@ -380,7 +380,7 @@ def test_keys_become_the_logits_that_were_fitted_to_them(
 @pytest.mark.parametrize("part", ["logits", "value", "key_bias"])
 def test_no_part_of_a_fit_is_left_out(part: str, tokens: Tensor, tmp_path: Path) -> None:
     plan, student = keyed("llama", tokens)
-    expected = graft(tiny("llama"), FAMILIES["llama"], plan.as_logits)
+    expected = graft(Decoder(tiny("llama"), FAMILIES["llama"]), plan.as_logits).model
     fit = fits_of(plan, FAMILIES["llama"])[1]
     wrong = {1: replace(fit, **{part: getattr(fit, part) * 0})}
     assert compared(student, expected, tokens, tmp_path, fits=wrong) > 10 * SAME

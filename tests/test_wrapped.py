@@ -106,9 +106,9 @@ def test_pictures_meet_keys_in_place_of_the_prefix_as_text_does(
     alone = whole(rows, **seen, **tells(rows)).logits
 
     source = load(ModelRef(name=str(folder), text_only=True))
-    keys = prefix_of(source.model, prefix[0], -prefix.shape[1]).layers
+    keys = prefix_of(source.decoder, prefix[0], -prefix.shape[1]).layers
     plan = Plan(prefix=(1, 9), sinks=keys, removals=(), residual=torch.ones(HIDDEN), smoothing={})
-    part = graft(source.model, source.family, plan)
+    part = graft(source.decoder, plan).model
     whole.model.language_model, whole.lm_head = part.base_model, part.lm_head
     whole.config.text_config = part.config
     given = whole(rows, **seen, **tells(rows)).logits
