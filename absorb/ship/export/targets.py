@@ -1,6 +1,6 @@
 """Which stock architecture holds a converted model, and how its settings are called there.
 
-ROUTES is a table, as FAMILIES is: to export another family, add an entry. tests/test_export.py
+ROUTES is a table, as FAMILIES is: to export another family, add an entry. tests/ship/test_export.py
 then proves by logits that nothing is lost on the way, and that no entry is idle.
 """
 

@@ -34,8 +34,8 @@ from absorb.ship.export.vocabulary import _CUTS, vocabulary
 from absorb.ship.verify import verify
 from tests.helpers.tiny import COMMON, VOCABULARY
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
-from tests.test_export import CASES, ROPES, Case, export
-from tests.test_export import converted as made_of
+from tests.ship.test_export import CASES, ROPES, Case, export
+from tests.ship.test_export import converted as made_of
 
 llama_cpp = pytest.mark.skipif(
     not os.environ.get("ABSORB_LLAMA_CPP"), reason="run by scripts/test_llama_cpp"
@@ -148,7 +148,7 @@ def byte_level(cut: tuple[str, ...]) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train([str(Path(__file__).parent.parent / "README.md"), __file__], trainer)
+    tokenizer.train([str(Path(__file__).parents[2] / "README.md"), __file__], trainer)
     return tokenizer
 
 
@@ -160,7 +160,7 @@ def pieces(metaspace: bool) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=1500, special_tokens=specials, show_progress=False, limit_alphabet=80
     )
-    tokenizer.train([str(Path(__file__).parent.parent / "README.md"), __file__], trainer)
+    tokenizer.train([str(Path(__file__).parents[2] / "README.md"), __file__], trainer)
     told = json.loads(tokenizer.to_str())
     told["added_tokens"] = told["added_tokens"][:3]
     if metaspace:

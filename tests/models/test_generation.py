@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel, cache_utils
 
 from tests.helpers.tiny import HEADS, HIDDEN, LAYERS, VOCABULARY
-from tests.test_attention import (
+from tests.models.test_attention import (
     EVERY,
     FAMILIES,
     LENGTH,

@@ -35,7 +35,7 @@ from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 BOS = torch.tensor([1])
 OUTLIERS = [7, 21]
-CARD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-absorbed"
+CARD = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-absorbed"
 LARGE, LARGER = 1e4, 3e4
 LARGEST = torch.finfo(torch.float16).max
 # Norms of every kind, at both ends of a layer. A router would magnify rounding, so no experts.

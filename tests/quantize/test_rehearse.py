@@ -20,7 +20,7 @@ from absorb.schema.settings import Distillation, Purpose
 from absorb.tune.distill import distill
 from absorb.tune.recipe import recipe
 from tests.helpers.tiny import tiny
-from tests.test_distill import PREFIX, texts
+from tests.tune.test_distill import PREFIX, texts
 
 PURPOSES = pytest.mark.parametrize("purpose", FORMAT_FOR)
 # What is rounded depends on the family, and how on the purpose: every family has one purpose, and

@@ -23,7 +23,7 @@ from absorb.schema.report import Report
 from absorb.schema.settings import Distillation, Job, ModelRef, Thresholds
 from absorb.show.card import command
 
-RECORD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-absorbed" / "absorb.json"
+RECORD = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-absorbed" / "absorb.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

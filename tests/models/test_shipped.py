@@ -20,7 +20,7 @@ from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES, family_of
 from absorb.models.modeling_absorb import NEUTRAL, stock_classes
 from tests.helpers.tiny import HEAD_DIM, LAYERS, kv_heads, tiny
-from tests.test_attention import draw, drift, sinked, texts
+from tests.models.test_attention import draw, drift, sinked, texts
 
 CODE = Path(str(modeling_absorb.__file__))
 

@@ -32,9 +32,9 @@ from absorb.show.charts import Maps, Pairs, Panel, Ranks, digest
 from absorb.show.draw import png
 from absorb.show.page import drawn, inspection_page
 from absorb.show.sections import sections
+from tests.fold.test_planted import MASSIVE, NEURON, OUTLIER, planted
 from tests.helpers.tiny import HEADS, HIDDEN, LAYERS, tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
-from tests.test_planted import MASSIVE, NEURON, OUTLIER, planted
 
 NAMES = ["sinks", "channels", "tokens", "neurons", "inputs"]
 HOSTILE = "<script>alert(1)</script>$\\frac$\n😀"

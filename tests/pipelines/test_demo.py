@@ -16,9 +16,9 @@ from absorb.measure.outliers import measure
 from absorb.models.decoder import Decoder
 from absorb.schema.settings import ModelRef, Thresholds
 from tests.helpers.plans import plan_of
-from tests.test_source import same_parameters
+from tests.load.test_source import same_parameters
 
-LICENSE = Path(__file__).parent.parent / "LICENSE"
+LICENSE = Path(__file__).parents[2] / "LICENSE"
 NOTHING = torch.tensor([], dtype=torch.long)
 
 pytestmark = [

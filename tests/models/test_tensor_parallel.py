@@ -9,8 +9,8 @@ from torch import distributed, multiprocessing
 from transformers.distributed import DistributedConfig
 
 from absorb.models.modeling_absorb import AbsorbLlamaForCausalLM
-from tests.test_attention import EVERY, drift, sinked, stock, subject, texts
-from tests.test_faults import warm
+from tests.load.test_faults import warm
+from tests.models.test_attention import EVERY, drift, sinked, stock, subject, texts
 
 RANKS = 2
 FORMS = ("logit", "key")

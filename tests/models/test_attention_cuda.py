@@ -19,7 +19,7 @@ from absorb.models.modeling_absorb import (
     flex_attention,
     sink_attention,
 )
-from tests.test_attention import (
+from tests.models.test_attention import (
     ALLOWED,
     attended,
     draw,

@@ -17,7 +17,7 @@ from absorb.schema.settings import Job
 from absorb.show.card import card, command
 from absorb.show.rows import score_rows
 
-RECORD = Path(__file__).parent.parent / "model_cards" / "smollm2-135m-absorbed" / "absorb.json"
+RECORD = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-absorbed" / "absorb.json"
 
 
 @pytest.fixture(scope="module")

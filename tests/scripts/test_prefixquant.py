@@ -6,8 +6,8 @@ from torch import Tensor
 from absorb.load.source import Source
 from absorb.models.families import FAMILIES
 from scripts.benchmarks.rivals.prefixquant import prefix_tokens
+from tests.fold.test_planted import BOS, planted
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
-from tests.test_planted import BOS, planted
 
 OFTEN, SELDOM = 40, 50  # tokens that fire the planted neuron as BOS does
 
