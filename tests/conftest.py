@@ -77,7 +77,7 @@ def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
         model = kind.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
         return Said(logits=logits_after(model.eval(), tokens), divergence=None)
 
-    monkeypatch.setattr("absorb.ship.verify.said_to_a_stranger", said)
+    monkeypatch.setattr("absorb.ship.verify.said_in_isolation", said)
 
 
 @pytest.fixture

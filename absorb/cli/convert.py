@@ -7,7 +7,7 @@ import click
 
 from absorb.cli.hub import uploaded_sentence, uploading
 from absorb.cli.options import json_option, options_from, settled
-from absorb.cli.terminal import Refusals, print_result, say
+from absorb.cli.terminal import UserErrors, print_result, say
 from absorb.schema.settings import Destination, Job
 
 
@@ -33,13 +33,13 @@ def convert(
     """
     job = settled(Job, {"name": model, "out": out, **options})
     stopped = f"run the same command again, and it goes on from {out}.progress"
-    with Refusals(interrupted=stopped) if resume else Refusals():
+    with UserErrors(interrupted=stopped) if resume else UserErrors():
         from absorb.pipelines.convert import convert, warn_of_loss
         from absorb.schema.codec import to_json
         from absorb.ship import hub
 
         if push_to_hub is not None:
-            hub.admitted(Destination(repository=push_to_hub))  # refused before the long work
+            hub.checked_target(Destination(repository=push_to_hub))  # refused before the long work
         result = convert(job, say, resume)
         written = f"written to {out}; load it with from_pretrained(..., trust_remote_code=True)"
         print_result(to_json(result).rstrip() if as_json else f"{_story(result)}\n\n{written}")

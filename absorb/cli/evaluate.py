@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from absorb.cli.options import json_option, options_from, settled
-from absorb.cli.terminal import Refusals, print_result, say
+from absorb.cli.terminal import UserErrors, print_result, say
 from absorb.schema.settings import Evaluation
-from absorb.ship.files import promised
+from absorb.ship.files import atomic_file
 
 
 @click.command("eval")
@@ -31,13 +31,13 @@ def evaluate(html: Path | None, as_json: bool, **options: Any) -> None:
     absorb eval smollm2-absorbed --against demo --tasks piqa,questions.jsonl --limit 200
     """
     wish = settled(Evaluation, options)
-    with Refusals("evaluate fewer models at once, or pass --device cpu"), ExitStack() as files:
+    with UserErrors("evaluate fewer models at once, or pass --device cpu"), ExitStack() as files:
         from absorb.pipelines.compare import compare
         from absorb.schema.codec import to_json
         from absorb.show.rows import comparison_rows
         from absorb.show.tables import table
 
-        file = None if html is None else files.enter_context(promised(html))
+        file = None if html is None else files.enter_context(atomic_file(html))
         result = compare(wish, say)
         if file is not None:
             from absorb.show.page import comparison_page  # matplotlib, which nothing else needs

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from absorb.cli.options import json_option, options_from, settled
-from absorb.cli.terminal import Refusals, print_result, say
+from absorb.cli.terminal import UserErrors, print_result, say
 from absorb.schema.settings import Export
 
 
@@ -23,7 +23,7 @@ def export(as_json: bool, **options: Any) -> None:
     absorb export smollm2-absorbed --to gguf --type bf16 --out smollm2-gguf
     """
     wish = settled(Export, options)
-    with Refusals("close other programs, or export on a larger machine"):
+    with UserErrors("close other programs, or export on a larger machine"):
         from absorb.pipelines.export import export
         from absorb.schema.codec import to_json
         from absorb.ship.export.card import export_rows

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from absorb.cli.options import json_option, options_from, settled
-from absorb.cli.terminal import Refusals, print_result, say
+from absorb.cli.terminal import UserErrors, print_result, say
 from absorb.schema.settings import Destination, ModelRef
 
 
@@ -25,7 +25,7 @@ def verify(model: str, revision: str | None, as_json: bool) -> None:
     absorb verify smollm2-absorbed
     absorb verify someone/smollm2-absorbed --revision 0123abc
     """
-    with Refusals("close other programs, or verify on a larger machine"):
+    with UserErrors("close other programs, or verify on a larger machine"):
         from absorb.schema.codec import to_json
         from absorb.ship import verify as checks
         from absorb.show.tables import listing
@@ -62,8 +62,8 @@ def push(folder: Path, as_json: bool, **options: Any) -> None:
         print_result(to_json(result).rstrip() if as_json else uploaded_sentence(result))
 
 
-def uploading() -> Refusals:
-    return Refusals(
+def uploading() -> UserErrors:
+    return UserErrors(
         "close other programs, or push from a larger machine",
         "run `absorb push` again, and only what is missing is uploaded",
     )

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from absorb.cli.options import json_option, options_from, settled
-from absorb.cli.terminal import Refusals, print_result, say
+from absorb.cli.terminal import UserErrors, print_result, say
 from absorb.schema.settings import Job, Survey
 
 
@@ -36,7 +36,7 @@ def inspect(model: str, html: Path | None, png: Path | None, as_json: bool, **op
     if html is not None and html == png:
         raise click.UsageError("--html names a file and --png a folder; name two places")
     job = settled(Job, {"name": model, "out": Path(), **options})
-    with Refusals():
+    with UserErrors():
         from absorb.pipelines import inspect as story
         from absorb.schema.codec import to_json
         from absorb.show.rows import finding_rows

@@ -9,7 +9,7 @@ import click
 from absorb.errors import AbsorbError
 
 
-class Refusals:
+class UserErrors:
     """Turns an AbsorbError into one sentence and exit code 1, and a signal into an exit."""
 
     def __init__(

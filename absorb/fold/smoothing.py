@@ -16,7 +16,7 @@ from absorb.quantize.formats import FORMATS
 from absorb.quantize.grids import INT8_ROW, INT8_TENSOR, rounded
 from absorb.quantize.training import FORMAT_FOR
 from absorb.runtime.inputs import input_peaks, power_mean, watching_inputs
-from absorb.runtime.precision import hastened
+from absorb.runtime.precision import autocast_bf16
 from absorb.schema.settings import Purpose
 
 _ALPHA = 0.5  # activations and weights share the range
@@ -47,7 +47,7 @@ def smoothing_scales(
     product of the norms of `x / s` and `W s`, and by Cauchy and Schwarz that is least where both
     share the range, channel by channel.
     """
-    with hastened(student.device):
+    with autocast_bf16(student.device):
         inputs = input_peaks(student, tokens, order=order)
     return _scales(_sizes(student, inputs, order), alpha)
 
@@ -61,7 +61,7 @@ def searched_scales(student: Decoder, tokens: Tensor) -> dict[str, Tensor]:
     those without any margin.
     """
     first, second = tokens.tensor_split(2)
-    with hastened(student.device):
+    with autocast_bf16(student.device):
         known, other = (input_peaks(student, half) for half in (first, second))
     both = {name: peaks.maximum(other[name]) for name, peaks in known.items()}
     tried, scales = (

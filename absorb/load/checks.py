@@ -85,7 +85,7 @@ def family_of_config(config: Mapping[str, Any], name: str) -> Family:
         raise AbsorbError(f"the config.json of {name} names no model_type; fetch it again")
     if stock_type(config) is not None or "absorb" in config:
         raise AbsorbError(f"{name} is absorbed already; convert the model it was made from")
-    if _is_quantised(config):
+    if _is_quantized(config):
         raise AbsorbError(f"{name} is quantised; convert the model it was made from, then quantise")
     if not _is_causal(config):
         raise AbsorbError(
@@ -102,7 +102,7 @@ def family_of_config(config: Mapping[str, Any], name: str) -> Family:
     return suited(family_of(model_type), config)
 
 
-def _is_quantised(config: Mapping[str, Any]) -> bool:
+def _is_quantized(config: Mapping[str, Any]) -> bool:
     return bool(config.get("quantization_config") or config.get("compression_config"))
 
 

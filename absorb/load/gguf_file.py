@@ -97,8 +97,8 @@ def stored_dtype(header: gguf.GGUFReader) -> torch.dtype:
     elements: Counter[str] = Counter()
     for tensor in header.tensors:
         elements[tensor.tensor_type.name] += int(tensor.n_elements)
-    quantised = elements.keys() - STORED.keys()
-    return torch.float32 if quantised else STORED[elements.most_common(1)[0][0]]
+    quantized = elements.keys() - STORED.keys()
+    return torch.float32 if quantized else STORED[elements.most_common(1)[0][0]]
 
 
 def stored_types(header: gguf.GGUFReader, model: PreTrainedModel) -> dict[str, torch.dtype]:

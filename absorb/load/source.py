@@ -27,7 +27,7 @@ from absorb.load import checks, download, gguf_file, session, wrapped
 from absorb.load import files as stored
 from absorb.load.forecast import forecast, refuse_deeper, refuse_mismatch
 from absorb.load.opening.tokenizer import without_bos
-from absorb.load.unlisted import outlined
+from absorb.load.unlisted import inferred_family
 from absorb.load.vocabulary import read_tokenizer
 from absorb.models import modeling_absorb
 from absorb.models.decoder import Decoder, streamed
@@ -194,7 +194,7 @@ def _from_folder(
         _align(model)
     if family is None:
         with stored.reading(ref.name):
-            family = outlined(model, ref.name)
+            family = inferred_family(model, ref.name)
     return Source(
         name=name,
         model=model,

@@ -15,7 +15,7 @@ from absorb.models.family import Family, UnsupportedFamilyError
 from absorb.runtime.hooks import eager
 
 
-def outlined(model: PreTrainedModel, name: str) -> Family:
+def inferred_family(model: PreTrainedModel, name: str) -> Family:
     """Where the decoder layers and their attention are, of a model that people call `name`."""
     layers = _layers(model)
     if layers is None:

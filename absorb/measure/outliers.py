@@ -21,7 +21,7 @@ from absorb.models.decoder import Decoder
 from absorb.runtime.experts import watching_neurons
 from absorb.runtime.hooks import watching, watching_attention
 from absorb.runtime.inputs import watching_inputs
-from absorb.runtime.precision import hastened
+from absorb.runtime.precision import autocast_bf16
 from absorb.runtime.reading import led
 from absorb.schema.settings import Thresholds
 
@@ -152,7 +152,7 @@ def measure(
     read = read or partial(decoder.model.base_model, use_cache=False)
     tally = _Tally(decoder)
     rows = led(tokens, lead)
-    with _counting(decoder, tally), hastened(decoder.device):
+    with _counting(decoder, tally), autocast_bf16(decoder.device):
         for batch in tqdm(decoder.batches(rows, _ROWS), desc="measuring the stream", unit="batch"):
             read(batch.to(decoder.device))
     return Measurement(

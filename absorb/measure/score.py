@@ -45,7 +45,7 @@ def evaluate(
     return [
         Score(
             **asdict(tally.figures(thresholds)),
-            quantised=in_formats(subject, formats, held_out, calibration),
+            quantized=in_formats(subject, formats, held_out, calibration),
         )
         for subject, tally in zip(subjects, seen, strict=True)
     ]
@@ -103,13 +103,13 @@ def in_formats(
 ) -> dict[FormatName, float]:
     """Perplexity in each format; fixed ranges, where a format has them, are of `calibration`."""
     return {
-        name: perplexity_of(quantised_losses(subject, FORMATS[name], held_out, calibration))
+        name: perplexity_of(quantized_losses(subject, FORMATS[name], held_out, calibration))
         for name in formats
     }
 
 
 @torch.no_grad()
-def quantised_losses(
+def quantized_losses(
     subject: Subject, form: Format, held_out: Tensor, calibration: Tensor
 ) -> Tensor:
     """What `losses` gives in a format, which takes fixed ranges, if any, from `calibration`."""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb.runtime.memory import peak, start_peak
-from absorb.runtime.reading import remembering
+from absorb.runtime.reading import new_cache
 from absorb.schema.scores import Speed
 
 Run = Callable[[], object]
@@ -56,7 +56,7 @@ def speeds(models: list[PreTrainedModel], tokens: Tensor) -> list[Speed]:
 
 def _read(model: PreTrainedModel, tokens: Tensor) -> tuple[Any, dict[str, Any]]:
     """The cache that a text leaves, and the arguments to go on with."""
-    cache, remember = remembering(model)
+    cache, remember = new_cache(model)
     model(tokens, logits_to_keep=1, **remember)
     return cache, remember
 

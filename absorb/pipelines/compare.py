@@ -21,7 +21,7 @@ from absorb.runtime.precision import as_stored, device_of
 from absorb.runtime.reading import Subject
 from absorb.schema.declared import typed
 from absorb.schema.report import versions
-from absorb.schema.scores import Answers, Comparison, Speed, Standing
+from absorb.schema.scores import Comparison, ModelScore, Speed, TaskResults
 from absorb.schema.settings import Evaluation, FormatName, ModelRef, Thresholds
 from absorb.schema.training import LENGTH
 from absorb.text.corpus import refuse_unreadable
@@ -109,11 +109,11 @@ def _standing(
     speed: Speed,
     texts: Texts,
     formats: tuple[FormatName, ...],
-    asked: Callable[..., Answers],
-) -> Standing:
+    asked: Callable[..., TaskResults],
+) -> ModelScore:
     measured = in_formats(subject, formats, texts.held_out, texts.calibration)
     usable = [name for name, value in measured.items() if math.isfinite(value)]
-    return Standing(
+    return ModelScore(
         **asdict(tally.figures(Thresholds())),
         model=source.name,
         converted=source.converted,
@@ -136,7 +136,7 @@ def _asked(
     calibration: Tensor,
     tasks: list[Task],
     limit: int | None,
-) -> Answers:
+) -> TaskResults:
     """The tasks in float, and in each format."""
     if not tasks:
         return {}

@@ -12,9 +12,9 @@ from absorb.fold.graft import graft
 from absorb.load.opening.tokenizer import lead_of, leads_left
 from absorb.measure.score import evaluate, perplexity
 from absorb.models.decoder import Decoder
-from absorb.pipelines.prepare import Draft, completed, prepare
+from absorb.pipelines.prepare import Prepared, completed, prepare
 from absorb.quantize.formats import FORMATS
-from absorb.quantize.training import FORMAT_FOR, rehearsing
+from absorb.quantize.training import FORMAT_FOR, fake_quantized
 from absorb.runtime.precision import as_stored, device_of, in_one_type
 from absorb.runtime.reading import Subject
 from absorb.schema.report import Lead, Probe, Report, sentence, verdict
@@ -69,7 +69,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
 
 
 def fine_tuned(
-    student: Decoder, draft: Draft, fine_tune: Recipe, seed: int, scratch: Path
+    student: Decoder, draft: Prepared, fine_tune: Recipe, seed: int, scratch: Path
 ) -> Losses:
     """Train a student in place: as if quantised, where that is the purpose.
 
@@ -82,13 +82,13 @@ def fine_tuned(
         return distill_layers(
             draft.source.decoder, student, draft.plan, texts, fine_tune, form, scratch
         )
-    with rehearsing(student, FORMATS[goal], texts.scaling) if goal else nullcontext():
+    with fake_quantized(student, FORMATS[goal], texts.scaling) if goal else nullcontext():
         return distill(
             draft.source.model, student.model, prefix, texts, fine_tune, seed, draft.progress
         )
 
 
-def left_before_text(student: Decoder, draft: Draft) -> tuple[Lead, ...]:
+def left_before_text(student: Decoder, draft: Prepared) -> tuple[Lead, ...]:
     """What the tokenizer and its chat templates cannot be told to leave out, and what it costs."""
     rows, found = draft.texts.held_out, []
     for by, ids in leads_left(draft.source.tokenizer, draft.plan.prefix).items():
@@ -100,7 +100,7 @@ def left_before_text(student: Decoder, draft: Draft) -> tuple[Lead, ...]:
     return tuple(found)
 
 
-def before_and_after(student: Decoder, draft: Draft, purpose: Purpose) -> tuple[Score, Score]:
+def before_and_after(student: Decoder, draft: Prepared, purpose: Purpose) -> tuple[Score, Score]:
     """The original and the student on held-out text, both as they are stored."""
     source, goal = draft.source, FORMAT_FOR.get(purpose)
     as_stored(student, source.dtype, source.types)

@@ -28,7 +28,7 @@ from absorb.ship.export.targets import Route, config_for, route_of
 from absorb.ship.isolated import probe_tokens
 from absorb.ship.plan_file import fits_in
 from absorb.ship.staging import REPORT, digest, digests, staged
-from absorb.ship.stranger import Said, said_to_a_stranger
+from absorb.ship.stranger import Said, said_in_isolation
 from absorb.ship.verify import read_report
 from absorb.text.samples import sampled
 from absorb.text.windows import windows
@@ -83,7 +83,7 @@ def _compared(folder: _Folder, place: Path, made: Exported, wish: Export, say: S
         reference = Path(apart, "reference.safetensors")
         origin = _ask(folder, wish, device, reference)
         probe = probe_tokens(folder.target.vocab_size)
-        said = said_to_a_stranger(place, probe, reference)
+        said = said_in_isolation(place, probe, reference)
     _refuse_far(said, made, wish.tolerance)
     return replace(
         made,

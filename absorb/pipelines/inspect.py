@@ -12,8 +12,8 @@ from absorb.pipelines.prepare import completed, prepare
 from absorb.schema.codec import to_json
 from absorb.schema.report import Inspection
 from absorb.schema.settings import Job
-from absorb.ship.files import promised
-from absorb.show.before_after import Exhibit, exhibit_of
+from absorb.ship.files import atomic_file
+from absorb.show.before_after import BeforeAfter, before_after_of
 
 
 def inspect(job: Job, say: Say) -> Inspection:
@@ -21,7 +21,7 @@ def inspect(job: Job, say: Say) -> Inspection:
     return prepare(job, say, training_rows=None).inspection
 
 
-def exhibit(job: Job, say: Say) -> Exhibit:
+def exhibit(job: Job, say: Say) -> BeforeAfter:
     """The same, with how the model looks before and after what convert does before a fine-tune."""
     draft = prepare(job, say, training_rows=None)
     before = draft.measurement
@@ -30,7 +30,7 @@ def exhibit(job: Job, say: Say) -> Exhibit:
     student = graft(draft.source.decoder, draft.plan)
     tokens, nothing = draft.texts.calibration, torch.tensor([], dtype=torch.long)
     after = measure(student, tokens, nothing)
-    return exhibit_of(draft.inspection, draft.source, before, after)
+    return before_after_of(draft.inspection, draft.source, before, after)
 
 
 def picture(job: Job, html: Path | None, png: Path | None, say: Say) -> Inspection:
@@ -39,8 +39,8 @@ def picture(job: Job, html: Path | None, png: Path | None, say: Say) -> Inspecti
     from absorb.show.sections import sections
 
     with ExitStack() as files:  # places that cannot be written to are refused now
-        page = None if html is None else files.enter_context(promised(html))
-        data = None if png is None else files.enter_context(promised(png / "figures.json"))
+        page = None if html is None else files.enter_context(atomic_file(html))
+        data = None if png is None else files.enter_context(atomic_file(png / "figures.json"))
         shown = exhibit(job, say)
         pictures = drawn(sections(shown))
         if page is not None:
@@ -48,5 +48,5 @@ def picture(job: Job, html: Path | None, png: Path | None, say: Say) -> Inspecti
         if data is not None and png is not None:
             data.write(to_json(shown).encode())
             for section, picture in pictures:
-                files.enter_context(promised(png / f"{section.name}.png")).write(picture)
+                files.enter_context(atomic_file(png / f"{section.name}.png")).write(picture)
     return shown.inspection

@@ -12,8 +12,8 @@ from absorb.load.opening.tokenizer import lead_of, without_bos
 from absorb.load.source import Source, load
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import find_prefix
-from absorb.pipelines.survey import recalled, survey
-from absorb.runtime.precision import device_of, sketch_of
+from absorb.pipelines.survey import inspection_from_plan, survey
+from absorb.runtime.precision import bf16_copy, device_of
 from absorb.schema.findings import Trial
 from absorb.schema.report import Inspection
 from absorb.schema.settings import Job, Purpose
@@ -26,7 +26,7 @@ _MOST_IS_LEFT_OUT = 0.5  # a share of the effect of the prefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
+class Prepared:
     """All that is known of a conversion before anything of a checkpoint is made."""
 
     source: Source
@@ -37,7 +37,7 @@ class Draft:
     progress: Progress | None = None
 
 
-def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False) -> Draft:
+def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False) -> Prepared:
     """Draw up the plan, but for its smoothing, or take that which the user names."""
     device = device_of(job.device)
     refuse_unreadable(job.calibration.text)
@@ -54,7 +54,7 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
         return replace(planned(job, source, made, training_rows, say), progress=progress)
     say("resumed: the text and the plan are there")
     texts, plan, inspection = kept
-    return Draft(
+    return Prepared(
         source=source,
         texts=texts,
         plan=plan,
@@ -70,7 +70,7 @@ def planned(
     made: tuple[Plan, Inspection] | None,
     training_rows: int | None,
     say: Say,
-) -> Draft:
+) -> Prepared:
     """A draft by the plan that is `made`, or by one of its own."""
     decoder = source.decoder
     texts, trials = read(job, source, training_rows)
@@ -82,10 +82,10 @@ def planned(
         plan, found = made
         say(f"plan: read from {job.plan}, so nothing is measured or fitted")
         decision = judged(decoder, plan, graft(decoder, plan), texts.validation)
-        inspection = recalled(job, source, texts, found, decision)
+        inspection = inspection_from_plan(job, source, texts, found, decision)
     warn_of_misfits(inspection)
     say(f"KL from the teacher after the graft, untrained: {_nats(inspection)}")
-    return Draft(
+    return Prepared(
         source=source,
         texts=texts,
         plan=decision.plan,
@@ -94,7 +94,7 @@ def planned(
     )
 
 
-def completed(draft: Draft, purpose: Purpose = "none") -> Draft:
+def completed(draft: Prepared, purpose: Purpose = "none") -> Prepared:
     """The draft with a plan that has its smoothing, which depends on what a student reads."""
     if draft.plan.smoothing:  # as that of a plan that was read
         return draft
@@ -129,7 +129,7 @@ def read(job: Job, source: Source, training_rows: int | None) -> tuple[Texts, li
     """The text, and the prefixes that were tried on it: none where a plan has the prefix."""
     text = job.calibration.prefix
     wish = None if text is None else encoded(source, text)  # refused before any text is sampled
-    sketch = replace(source, model=sketch_of(source.decoder))
+    sketch = replace(source, model=bf16_copy(source.decoder))
     texts = gather(sketch, job.calibration, training_rows)
     if job.plan is not None:
         return texts, []

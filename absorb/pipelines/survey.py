@@ -75,7 +75,7 @@ def survey(
     return decision, inspection
 
 
-def recalled(
+def inspection_from_plan(
     job: Job, source: Source, texts: Texts, made: Inspection, decision: Decision
 ) -> Inspection:
     """What was found when a plan was drawn up, in a report on this conversion by it."""

@@ -25,7 +25,7 @@ def multiplied(decoder: Decoder, layer: int) -> list[str]:
 
 
 @contextmanager
-def quantised(decoder: Decoder, form: Format, ranges: dict[str, Tensor]) -> Iterator[None]:
+def quantized(decoder: Decoder, form: Format, ranges: dict[str, Tensor]) -> Iterator[None]:
     """All that decoder layers multiply is rounded for a while: weights, and what they read.
 
     So are the stream and the cache, where the format says so. Fixed ranges are needed for a format
@@ -42,14 +42,14 @@ def quantised(decoder: Decoder, form: Format, ranges: dict[str, Tensor]) -> Iter
 
     with (
         decoder.edited(edit, weights),
-        quantised_inputs(decoder, form, ranges),
+        quantized_inputs(decoder, form, ranges),
         stored(decoder, form.stream, form.cache),
     ):
         yield
 
 
 @contextmanager
-def quantised_inputs(decoder: Decoder, form: Format, ranges: dict[str, Tensor]) -> Iterator[None]:
+def quantized_inputs(decoder: Decoder, form: Format, ranges: dict[str, Tensor]) -> Iterator[None]:
     """What every Linear and expert reads is rounded for a while, with a gradient.
 
     A fixed range is the largest of the tensor under the name that `input_peaks` gives. A format
@@ -119,5 +119,5 @@ def in_format(subject: Subject, form: Format, calibration: Tensor) -> Iterator[N
     release_freed_memory()  # each format has tensors of other sizes
     find = form.ranges
     ranges = {} if find is None else find(subject.decoder, calibration, subject.lead)
-    with quantised(subject.decoder, form, ranges):
+    with quantized(subject.decoder, form, ranges):
         yield

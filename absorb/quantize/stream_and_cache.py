@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from absorb.models.decoder import Decoder
 from absorb.quantize.grids import Grid, rounded
-from absorb.runtime.reading import remembering
+from absorb.runtime.reading import new_cache
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def _with_cache(grid: Grid) -> Any:
     """A hook that gives a model an empty cache whose keys and values are on a grid."""
 
     def before(model: Any, args: Any, options: dict[str, Any]) -> Any:
-        cache, remember = remembering(model)
+        cache, remember = new_cache(model)
         _round_updates(cache, grid)
         return args, {**options, **remember}
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from absorb.models.decoder import Decoder
 from absorb.quantize.formats import Format
 from absorb.quantize.grids import rounded
-from absorb.quantize.simulate import multiplied, quantised_inputs
+from absorb.quantize.simulate import multiplied, quantized_inputs
 from absorb.schema.settings import FormatName, Purpose
 
 FORMAT_FOR: dict[Purpose, FormatName] = {
@@ -22,7 +22,7 @@ FORMAT_FOR: dict[Purpose, FormatName] = {
 
 
 @contextmanager
-def rehearsing(decoder: Decoder, form: Format, text: Tensor) -> Iterator[None]:
+def fake_quantized(decoder: Decoder, form: Format, text: Tensor) -> Iterator[None]:
     """Within it all that decoder layers multiply is rounded, and its gradient is as if it were not.
 
     What is stored, and trained, stays as fine as it was (straight through, arXiv 1308.3432). Fixed
@@ -32,7 +32,7 @@ def rehearsing(decoder: Decoder, form: Format, text: Tensor) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in range(len(decoder.layers)):
             stack.enter_context(weights_on_grid(decoder, form, layer))
-        stack.enter_context(quantised_inputs(decoder, form, ranges))
+        stack.enter_context(quantized_inputs(decoder, form, ranges))
         yield
 
 

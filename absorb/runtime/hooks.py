@@ -39,7 +39,7 @@ def watching(modules: Iterable[nn.Module], see: See, *, inputs: bool = False) ->
 
 
 @contextmanager
-def attending(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
+def replacing_attention(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
     """Let `attend` compute the attention of a stock model, under the masks of stock SDPA."""
     name = "absorb_watch"
     ALL_ATTENTION_FUNCTIONS.register(name, attend)

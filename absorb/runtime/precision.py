@@ -39,7 +39,7 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def sketch_of(decoder: Decoder) -> PreTrainedModel:
+def bf16_copy(decoder: Decoder) -> PreTrainedModel:
     """A copy in bfloat16 where the device multiplies that faster, else the model itself.
 
     It is good enough to sample text and to choose a prefix by. There is no room for another model
@@ -52,7 +52,7 @@ def sketch_of(decoder: Decoder) -> PreTrainedModel:
     return sketch.model
 
 
-def hastened(device: torch.device) -> torch.autocast:
+def autocast_bf16(device: torch.device) -> torch.autocast:
     """Within it products are taken in bfloat16 where the device does that faster.
 
     The residual stream stays float32. A measured figure may be off by a few parts in a thousand.

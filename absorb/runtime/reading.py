@@ -17,7 +17,7 @@ def led(tokens: Tensor, lead: Tensor) -> Tensor:
     return torch.cat([lead.to(tokens.device).expand(len(tokens), -1), tokens], 1)
 
 
-class _Roomy(DynamicLayer):
+class _PreallocatedLayer(DynamicLayer):
     """Keys and values in room for so many tokens: joined, all are copied for each new token."""
 
     def __init__(self, room: int) -> None:
@@ -37,7 +37,7 @@ class _Roomy(DynamicLayer):
         return self.keys, self.values
 
 
-def remembering(
+def new_cache(
     model: PreTrainedModel, room: int | None = None
 ) -> tuple[DynamicCache, dict[str, Any]]:
     """An empty cache of keys and values, and the arguments that let a model fill and use it.
@@ -47,7 +47,9 @@ def remembering(
     cache = DynamicCache(config=model.config)
     if room is not None:
         # Of a sliding window only the end is kept.
-        cache.layers = [_Roomy(room) if type(x) is DynamicLayer else x for x in cache.layers]
+        cache.layers = [
+            _PreallocatedLayer(room) if type(x) is DynamicLayer else x for x in cache.layers
+        ]
     # Renamed in transformers 5.24.
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
     return cache, {name: cache, "use_cache": True}

@@ -88,7 +88,7 @@ class Report:
 
     def __post_init__(self) -> None:
         """Raise a ValueError where the scores cannot be set side by side."""
-        if self.original.quantised.keys() != self.converted.quantised.keys():
+        if self.original.quantized.keys() != self.converted.quantized.keys():
             raise ValueError("the two scores are of different formats")
         if "absorb" not in self.inspection.versions:
             raise ValueError("the version of absorb is missing")

@@ -32,15 +32,15 @@ class Figures:
 class Score(Figures):
     """The same with what becomes of it in low precision."""
 
-    quantised: dict[FormatName, float]  # the perplexity in each
+    quantized: dict[FormatName, float]  # the perplexity in each
 
 
 # For "float" and for each format, what each task says by its metrics.
-Answers = dict[str, dict[str, dict[str, float]]]
+TaskResults = dict[str, dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing(Figures):
+class ModelScore(Figures):
     """How one of several models does. Its `divergence` is from the reference."""
 
     model: str
@@ -53,7 +53,7 @@ class Standing(Figures):
     head_weights: tuple[tuple[float, ...], ...]  # mean weight on the first token: layers, heads
     speed: Speed
     formats: dict[FormatName, float | None]  # the perplexity in each; None where it is no number
-    tasks: Answers  # without the formats in which the perplexity is no number
+    tasks: TaskResults  # without the formats in which the perplexity is no number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ class Comparison:
     """Models in the order they were named in, and what they were measured on."""
 
     reference: str
-    models: tuple[Standing, ...]
+    models: tuple[ModelScore, ...]
     text_origin: str
     calibration_origin: str  # of the rows that fixed ranges were taken from
     text_sha256: str

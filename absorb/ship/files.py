@@ -12,7 +12,7 @@ from absorb.schema.settings import expanded
 
 
 @contextmanager
-def promised(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """What is to become the file at `path` when the block ends, unless that raises.
 
     Enter it before the long work: a place that cannot be written to is refused at once. A file that

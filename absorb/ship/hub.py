@@ -41,13 +41,13 @@ class Pushed:
 
 def push(folder: Path, wish: Destination, say: Say) -> Pushed:
     """Upload a checkpoint that is as absorb wrote it; `say` is told what is being done."""
-    destination = admitted(wish)
+    destination = checked_target(wish)
     for reason in verify(ModelRef(name=str(folder)), say).wrong:
         raise AbsorbError(f"{reason}, so {folder} was not uploaded")
     return upload(folder, destination, say)
 
 
-def admitted(wish: Destination) -> Destination:
+def checked_target(wish: Destination) -> Destination:
     """The destination under its full name, or an AbsorbError that says why nothing may go there.
 
     Asks the Hub for the account and the repository, and changes nothing.

@@ -26,7 +26,7 @@ from absorb.schema.settings import Job, expanded
 from absorb.ship.files import unwritable_explained
 from absorb.ship.plan_file import read_plan, write_plan
 from absorb.text.gather import Texts
-from absorb.tune.state import Standstill, State
+from absorb.tune.state import State, TrainingState
 
 _TEXTS, _PLAN, _STATE = "texts.safetensors", "plan.safetensors", "state.safetensors"
 _PARTS = ("calibration", "validation", "held_out", "training")
@@ -89,7 +89,7 @@ class Progress:
             return None
         tensors, note = _noted(self.folder / _STATE)
         try:
-            return State(standstill=built(Standstill, note), tensors=tensors)
+            return State(training_state=built(TrainingState, note), tensors=tensors)
         except ValueError as error:
             raise _damaged(self.folder / _STATE, error) from error
 
@@ -99,7 +99,7 @@ class Progress:
 
     def keep_state(self, state: State) -> None:
         """Keep where the fine-tune stands, in place of where it stood."""
-        _write(self.folder / _STATE, state.tensors, to_json(state.standstill))
+        _write(self.folder / _STATE, state.tensors, to_json(state.training_state))
         self.saved = monotonic()
 
 

@@ -23,9 +23,7 @@ class Said:
     divergence: float | None
 
 
-def said_to_a_stranger(
-    folder: Path, tokens: tuple[int, ...], reference: Path | None = None
-) -> Said:
+def said_in_isolation(folder: Path, tokens: tuple[int, ...], reference: Path | None = None) -> Said:
     """The logits that an isolated process prints, and how far they are from those in a file."""
     known = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     words = [str(folder.resolve()), json.dumps(tokens), *([str(reference)] if reference else [])]

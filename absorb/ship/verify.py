@@ -23,7 +23,7 @@ from absorb.schema.report import Inspection, Report
 from absorb.schema.settings import ModelRef, expanded
 from absorb.ship.plan_file import PLAN, plan_in
 from absorb.ship.staging import REPORT, digests
-from absorb.ship.stranger import said_to_a_stranger
+from absorb.ship.stranger import said_in_isolation
 from absorb.show.tables import Row
 
 Say = Callable[[str], None]
@@ -241,7 +241,7 @@ def _layers(tensors: dict[str, Tensor], kind: str) -> set[int]:
 def _logits(folder: Path, report: Written) -> Finding:
     """Whether the model loads for a stranger, and says what it said when it was written."""
     expected = Tensor([*report.probe.logits])
-    given = Tensor(said_to_a_stranger(folder, report.probe.tokens).logits)
+    given = Tensor(said_in_isolation(folder, report.probe.tokens).logits)
     if given.shape != expected.shape:
         return "", ["the model gives another number of logits than when it was written"]
     apart = float((given - expected).abs().max() / expected.abs().max())

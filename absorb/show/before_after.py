@@ -40,7 +40,7 @@ class Neuron:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Exhibit:
+class BeforeAfter:
     """An inspection, and how the model looks before and after what it plans.
 
     After is before any fine-tune. Both looks have as many channels in a band.
@@ -54,11 +54,11 @@ class Exhibit:
     neurons: tuple[Neuron, ...]  # those that add most, the largest first
 
 
-def exhibit_of(
+def before_after_of(
     inspection: Inspection, source: Source, measurement: Measurement, after: Measurement
-) -> Exhibit:
+) -> BeforeAfter:
     """What is shown of the measurements of the original and of the student, on the same text."""
-    row = _liveliest(measurement, measurement.tokens.shape[1] - after.tokens.shape[1])
+    row = _busiest_row(measurement, measurement.tokens.shape[1] - after.tokens.shape[1])
     named = _named_channels(inspection, measurement)
     band = -(-len(measurement.channel_peak) // _BANDS)
     decode: Any = source.tokenizer.decode
@@ -75,7 +75,7 @@ def exhibit_of(
             inputs=_input_ranges(measured, source.family),
         )
 
-    return Exhibit(
+    return BeforeAfter(
         inspection=inspection,
         before=look(measurement),
         after=look(after),
@@ -85,7 +85,7 @@ def exhibit_of(
     )
 
 
-def _liveliest(measurement: Measurement, lead: int) -> int:
+def _busiest_row(measurement: Measurement, lead: int) -> int:
     """The row whose shown tokens, those at its start aside, reach furthest."""
     return int(measurement.token_peak[:, :, lead + 1 : lead + _TOKENS].amax((0, 2)).argmax())
 

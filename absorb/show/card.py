@@ -150,7 +150,7 @@ def _results(report: Report) -> list[EvalResult]:
     score = report.converted
     figures = {"perplexity": score.perplexity}
     figures |= {
-        f"perplexity in {FORMATS[name].label}": value for name, value in score.quantised.items()
+        f"perplexity in {FORMATS[name].label}": value for name, value in score.quantized.items()
     }
     return [
         EvalResult(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from absorb.quantize.formats import FORMATS
 from absorb.schema.findings import Findings
 from absorb.schema.report import WORSE, Inspection, loss_of
-from absorb.schema.scores import Comparison, Score, Standing
+from absorb.schema.scores import Comparison, ModelScore, Score
 from absorb.show.tables import Row
 
 
@@ -25,20 +25,20 @@ def score_rows(original: Score, converted: Score) -> list[Row]:
         (label, form.format(getattr(original, name)), form.format(getattr(converted, name)))
         for label, name, form in figures
     ]
-    quantised = [
+    quantized = [
         (
             f"perplexity in {FORMATS[name].label}",
             f"{before:.3f}",
-            f"{converted.quantised[name]:.3f}",
+            f"{converted.quantized[name]:.3f}",
         )
-        for name, before in original.quantised.items()
+        for name, before in original.quantized.items()
     ]
     [(label, before, after), *others] = rows
     return [
         ("", "original", "converted"),
         (label, before, f"{after}{mark}"),
         *others,
-        *quantised,
+        *quantized,
     ]
 
 
@@ -175,7 +175,7 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
     perplexity in ...: with matrices of the decoder layers and what they read in that format
     """
     reference = comparison.reference.rpartition("/")[2]
-    figures: list[tuple[str, Callable[[Standing], str]]] = [
+    figures: list[tuple[str, Callable[[ModelScore], str]]] = [
         ("perplexity", lambda m: f"{m.perplexity:.3f}"),
         ("  95 % interval", lambda m: "{:.2f} to {:.2f}".format(*m.interval)),
         (f"KL from {reference}, nats", lambda m: f"{m.divergence:.4f}"),
@@ -214,7 +214,7 @@ def _task_rows(comparison: Comparison) -> list[Row]:
     ]
 
 
-def _answers(model: Standing, place: str, task: str, metric: str) -> str:
+def _answers(model: ModelScore, place: str, task: str, metric: str) -> str:
     found = model.tasks.get(place)
     if found is None:
         return "overflows"
@@ -222,8 +222,8 @@ def _answers(model: Standing, place: str, task: str, metric: str) -> str:
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
-def _speed_rows(comparison: Comparison) -> list[tuple[str, Callable[[Standing], str]]]:
-    rows: list[tuple[str, Callable[[Standing], str]]] = [
+def _speed_rows(comparison: Comparison) -> list[tuple[str, Callable[[ModelScore], str]]]:
+    rows: list[tuple[str, Callable[[ModelScore], str]]] = [
         ("prefill, tokens per second", lambda m: f"{m.speed.prefill:,.0f}"),
         ("decode, tokens per second", lambda m: f"{m.speed.decode:,.1f}"),
         ("weights, MB", lambda m: f"{m.speed.weights / 1e6:,.1f}"),

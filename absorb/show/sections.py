@@ -1,12 +1,12 @@
 """Figures → sections of words, a chart and a table. Pure."""
 
-from absorb.schema.scores import Comparison, Standing
-from absorb.show.before_after import Exhibit, Look
+from absorb.schema.scores import Comparison, ModelScore
+from absorb.show.before_after import BeforeAfter, Look
 from absorb.show.charts import Layers, Maps, Pairs, Panel, Ranks, Section, number
 from absorb.show.rows import comparison_rows
 
 
-def sections(exhibit: Exhibit) -> list[Section]:
+def sections(exhibit: BeforeAfter) -> list[Section]:
     """All that the pictures of an inspection show."""
     return [
         _sinks(exhibit),
@@ -37,7 +37,7 @@ def standings(comparison: Comparison) -> Section:
     )
 
 
-def _reach(model: Standing, dtype: str) -> str:
+def _reach(model: ModelScore, dtype: str) -> str:
     words = f"{model.model} has a perplexity of {model.perplexity:.2f} in {dtype}"
     finite = {name: value for name, value in model.formats.items() if value is not None}
     if not finite:
@@ -54,7 +54,7 @@ def _last(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _sinks(exhibit: Exhibit) -> Section:
+def _sinks(exhibit: BeforeAfter) -> Section:
     before, after = exhibit.before.first_weight, exhibit.after.first_weight
     threshold = exhibit.inspection.job.thresholds.sink_weight
     heads = [weight for row in before for weight in row]
@@ -91,7 +91,7 @@ def _mean_and_most(weights: tuple[float, ...]) -> tuple[str, str]:
     return f"{sum(weights) / len(weights):.3f}", f"{most:.3f} (head {weights.index(most)})"
 
 
-def _channels(exhibit: Exhibit) -> Section:
+def _channels(exhibit: BeforeAfter) -> Section:
     before, after = exhibit.before, exhibit.after
     ratios = before.channel_ratios
     threshold = exhibit.inspection.job.thresholds.channel_ratio
@@ -131,7 +131,7 @@ def _channels(exhibit: Exhibit) -> Section:
     )
 
 
-def _tokens(exhibit: Exhibit) -> Section:
+def _tokens(exhibit: BeforeAfter) -> Section:
     looks = (exhibit.before, exhibit.after)
     (most, token), (left, _) = (_peak(look) for look in looks)
     words = (
@@ -162,7 +162,7 @@ def _tokens(exhibit: Exhibit) -> Section:
     )
 
 
-def _neurons(exhibit: Exhibit) -> Section:
+def _neurons(exhibit: BeforeAfter) -> Section:
     neurons = exhibit.neurons
     spikes = [neuron for neuron in neurons if neuron.fate != "no spike"]
     gone = sum(neuron.fate == "removed" for neuron in spikes)
@@ -190,7 +190,7 @@ def _neurons(exhibit: Exhibit) -> Section:
     )
 
 
-def _inputs(exhibit: Exhibit) -> Section:
+def _inputs(exhibit: BeforeAfter) -> Section:
     panels = _together(exhibit.before.inputs, exhibit.after.inputs)
     name, before, after = max(panels, key=lambda panel: max(panel[1]))
     layer = before.index(max(before))

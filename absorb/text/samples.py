@@ -14,9 +14,9 @@ from absorb.errors import AbsorbError
 from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source
 from absorb.models.modeling_absorb import NEUTRAL, sink_attention
-from absorb.runtime.hooks import attending
+from absorb.runtime.hooks import replacing_attention
 from absorb.runtime.memory import release_freed_memory
-from absorb.runtime.reading import remembering
+from absorb.runtime.reading import new_cache
 
 _AT_ONCE = {"cpu": 64, "cuda": 512}
 # Without it a small model soon rambles, and top-p costs a sort of the vocabulary at every step.
@@ -135,9 +135,13 @@ def _sample(source: Source, opening: list[int], draws: Tensor, places: Tensor, b
     model, device = source.model, source.decoder.device
     start = _starts(source, opening, places)
     draws = draws.to(device)
-    _, remember = remembering(model, room=start.shape[1] - 1 + draws.shape[1])
+    _, remember = new_cache(model, room=start.shape[1] - 1 + draws.shape[1])
     text = list(start.to(device).split(1, 1))
-    with nullcontext() if source.converted or source.family.outline else attending(model, _attend):
+    with (
+        nullcontext()
+        if source.converted or source.family.outline
+        else replacing_attention(model, _attend)
+    ):
         for token in text[:-1]:
             model(token, **remember)
         for draw in draws.split(1, 1):

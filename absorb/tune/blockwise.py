@@ -22,9 +22,9 @@ from absorb.measure.divergence import divergence
 from absorb.models.decoder import Decoder
 from absorb.models.streaming import Streaming
 from absorb.quantize.formats import Format
-from absorb.quantize.simulate import quantised, quantised_inputs
+from absorb.quantize.simulate import quantized, quantized_inputs
 from absorb.quantize.training import weights_on_grid
-from absorb.runtime.precision import free_memory, hastened
+from absorb.runtime.precision import autocast_bf16, free_memory
 from absorb.runtime.reading import led
 from absorb.schema.training import Losses, Recipe
 from absorb.text.gather import Texts
@@ -47,7 +47,7 @@ class Walk:
 
     def given(self, layer: int, stream: Tensor) -> Tensor:
         """What a layer makes of a stream (rows, length, hidden), on the device, in float32."""
-        with hastened(self.decoder.device):
+        with autocast_bf16(self.decoder.device):
             out = self.decoder.layers[layer](stream.to(self.decoder.device), **self.calls[layer])
         found: Tensor = (out if torch.is_tensor(out) else out[0]).float()
         return found
@@ -104,11 +104,11 @@ def distill_layers(
     ranges = {} if form is None or form.ranges is None else form.ranges(student, texts.scaling)
 
     def judged() -> float:
-        with quantised(student, form, ranges) if form else nullcontext():
+        with quantized(student, form, ranges) if form else nullcontext():
             return divergence(teacher, student, prefix, texts.validation)
 
     before = judged()
-    with quantised_inputs(student, form, ranges) if form else nullcontext():
+    with quantized_inputs(student, form, ranges) if form else nullcontext():
         trained = _Layers(teacher, student, plan, texts, fine_tune, form)
         errors = tuple(trained.errors(streaming, scratch))
     after = judged()

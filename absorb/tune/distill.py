@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
 from absorb.measure.divergence import Loss, gap, mean_loss, rows_at_once
-from absorb.runtime.precision import hastened
+from absorb.runtime.precision import autocast_bf16
 from absorb.schema.training import Losses, Recipe
 from absorb.text.gather import Texts
 from absorb.tune.optimizer import choose, optimizer_of, rate_at
-from absorb.tune.state import Standstill, State, captured, put_back
+from absorb.tune.state import State, TrainingState, restored, snapshot
 
 
 class Keeper(Protocol):
@@ -79,9 +79,9 @@ def train(
         losses: list[tuple[int, float]] = []
         check(0)
     else:
-        losses = list(state.standstill.training)
-        check.go_on(state.standstill, put_back(state.tensors, parameters, optimizer))
-        pace.go_on(state.standstill)
+        losses = list(state.training_state.training)
+        check.go_on(state.training_state, restored(state.tensors, parameters, optimizer))
+        pace.go_on(state.training_state)
         batches = islice(batches, pace.steps, None)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda _: rate_at(pace.done, pace.whole)
@@ -95,8 +95,8 @@ def train(
             if check_is_due:
                 check(pace.steps)
             if keeper and (check_is_due or keeper.is_due()):
-                tensors = captured(parameters, check.best, optimizer)
-                keeper.keep_state(State(standstill=check.at(pace, losses), tensors=tensors))
+                tensors = snapshot(parameters, check.best, optimizer)
+                keeper.keep_state(State(training_state=check.at(pace, losses), tensors=tensors))
     check.restore()
     student.requires_grad_(False)
     return Losses(training=tuple(losses), held_out=tuple(check.seen), kept=check.kept)
@@ -118,7 +118,7 @@ class _Pace:
             unit_scale=self.timed,
         )
 
-    def go_on(self, state: Standstill) -> None:
+    def go_on(self, state: TrainingState) -> None:
         """Take up where an earlier run stopped."""
         self.steps, self.done = state.steps, state.done
         self.started = monotonic() - state.done
@@ -152,7 +152,7 @@ def _step(
 ) -> float:
     total = 0.0
     for part in batch.split(rows_at_once(student)):
-        with hastened(student.device):
+        with autocast_bf16(student.device):
             share = loss(part) * len(part) / len(batch)
         share.backward()
         total += share.item()
@@ -186,8 +186,8 @@ class _Check:
             self.best = [parameter.detach().clone() for parameter in self.parameters]
         self.seen.append((step, value))
 
-    def at(self, pace: _Pace, losses: list[tuple[int, float]]) -> Standstill:
-        return Standstill(
+    def at(self, pace: _Pace, losses: list[tuple[int, float]]) -> TrainingState:
+        return TrainingState(
             steps=pace.steps,
             done=pace.done,
             training=tuple(losses),
@@ -195,7 +195,7 @@ class _Check:
             kept=self.kept,
         )
 
-    def go_on(self, state: Standstill, best: list[Tensor]) -> None:
+    def go_on(self, state: TrainingState, best: list[Tensor]) -> None:
         """Take up what an earlier run had measured."""
         self.seen, self.kept, self.best = list(state.held_out), state.kept, best
 

@@ -11,7 +11,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standstill:
+class TrainingState:
     """How far it was, in numbers. Which rows come next follows from the seed and the steps."""
 
     steps: int
@@ -25,11 +25,11 @@ class Standstill:
 class State:
     """And with the values of all that is trained, at this step and at the best, and AdamW's."""
 
-    standstill: Standstill
+    training_state: TrainingState
     tensors: dict[str, Tensor]
 
 
-def captured(
+def snapshot(
     parameters: Sequence[nn.Parameter], best: Sequence[Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     """The tensors of a state, by the place of their parameter among those that are trained."""
@@ -42,12 +42,12 @@ def captured(
 
 
 @torch.no_grad()
-def put_back(
+def restored(
     tensors: dict[str, Tensor],
     parameters: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> list[Tensor]:
-    """Undo `captured`; what comes out are the best values."""
+    """Undo `snapshot`; what comes out are the best values."""
     best = []
     for place, parameter in enumerate(parameters):
         parameter.copy_(tensors[f"{place}.now"])

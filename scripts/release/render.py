@@ -18,7 +18,7 @@ from PIL import Image
 from absorb.models.families import FAMILIES
 from absorb.schema.codec import from_json
 from absorb.schema.report import Report
-from absorb.show.before_after import Exhibit
+from absorb.show.before_after import BeforeAfter
 from absorb.show.card import card
 from absorb.show.charts import Section, digest
 from absorb.show.draw import png
@@ -87,7 +87,7 @@ def page(template: str, **shown: Any) -> str:
 
 def pictures() -> list[Section]:
     """Those that are shown, of what `absorb inspect demo --png FOLDER` wrote."""
-    exhibit = from_json(Exhibit, (FIGURES / "figures.json").read_text())
+    exhibit = from_json(BeforeAfter, (FIGURES / "figures.json").read_text())
     return [section for section in sections(exhibit) if section.name in ("sinks", "channels")]
 
 

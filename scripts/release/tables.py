@@ -35,7 +35,7 @@ def compared(run: Run) -> Run:
 
 
 def score_row(score: Run) -> Row:
-    formats = score["formats" if "formats" in score else "quantised"]
+    formats = score["formats" if "formats" in score else "quantized"]
     return (
         f"{score['perplexity']:.2f}",
         f"{formats['w8a8-static']:.2f}",
@@ -114,7 +114,7 @@ def small_models(models: dict[str, dict[str, Run]]) -> list[Row]:
     rows: list[Row] = [(*head, "largest |x| / median", "massive tokens", "weight on the first")]
     for name, runs in models.items():
         before = runs["untrained"]["original"]
-        perplexities = {"perplexity": before["perplexity"], **before["quantised"]}
+        perplexities = {"perplexity": before["perplexity"], **before["quantized"]}
         ratios = {column: value / before["perplexity"] for column, value in perplexities.items()}
         rows.append((f"{name}, original", *_small(ratios, before)))
         for choice, run in runs.items():

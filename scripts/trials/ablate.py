@@ -22,7 +22,7 @@ from absorb.load.source import load
 from absorb.measure.score import evaluate, perplexity
 from absorb.models.decoder import Decoder
 from absorb.pipelines.convert import fine_tuned
-from absorb.pipelines.prepare import Draft, completed, prepare
+from absorb.pipelines.prepare import Prepared, completed, prepare
 from absorb.runtime.precision import as_stored
 from absorb.runtime.reading import Subject
 from absorb.schema.scores import Score
@@ -111,7 +111,7 @@ class Bench:
         self.originals: dict[tuple[int, ...], Score] = {}
 
     @cache  # noqa: B019 - one bench a run
-    def draft(self, sink: Sink, seed: int, given: int | None, training_rows: int) -> Draft:
+    def draft(self, sink: Sink, seed: int, given: int | None, training_rows: int) -> Prepared:
         text = None if given is None else self.given[given]
         job = Job(
             model=ModelRef(name=self.model),
@@ -138,7 +138,7 @@ class Bench:
         ratios = {
             "perplexity": converted.perplexity,
             "perplexity after a BOS": perplexity(again, self.rows, "after a BOS"),
-            **converted.quantised,
+            **converted.quantized,
         }
         return {
             "seconds": seconds,
@@ -149,7 +149,7 @@ class Bench:
             "converted": asdict(converted),
         }
 
-    def original(self, draft: Draft) -> Score:
+    def original(self, draft: Prepared) -> Score:
         """The untouched model, in every format that any row is measured in."""
         prefix = draft.plan.prefix
         if prefix not in self.originals:
@@ -157,12 +157,12 @@ class Bench:
             self.originals[prefix] = self.score(draft, subject, (*USUAL, *FOUR_BITS))
         return self.originals[prefix]
 
-    def score(self, draft: Draft, subject: Subject, formats: tuple[FormatName, ...]) -> Score:
+    def score(self, draft: Prepared, subject: Subject, formats: tuple[FormatName, ...]) -> Score:
         teacher = Subject(decoder=draft.source.decoder, lead=torch.tensor(draft.plan.prefix))
         return evaluate([subject], teacher, self.rows, self.seen, Thresholds(), formats)[0]
 
 
-def trained(draft: Draft, student: Decoder, choice: Choice) -> int:
+def trained(draft: Prepared, student: Decoder, choice: Choice) -> int:
     """Fine-tune the student in place: the step that was kept."""
     wish = Distillation(steps=choice.steps, train=choice.train, purpose=choice.purpose)
     fine_tune = recipe(wish, student.device)

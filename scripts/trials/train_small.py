@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from absorb.cli.terminal import Refusals
+from absorb.cli.terminal import UserErrors
 from absorb.errors import AbsorbError
 from absorb.load.opening.tokenizer import lead_of
 from absorb.measure.findings import find
@@ -36,7 +36,7 @@ from absorb.measure.outliers import measure
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
-from absorb.runtime.precision import device_of, hastened
+from absorb.runtime.precision import autocast_bf16, device_of
 from absorb.schema.settings import Thresholds
 from absorb.show.tables import Row, table
 from absorb.text.corpus import documents
@@ -183,7 +183,7 @@ def train(model: PreTrainedModel, tokens: Tensor, recipe: Recipe) -> tuple[int, 
                 group["lr"] = recipe.rate * pace(past, recipe.warm_up)
             first = torch.randint(len(tokens) - LENGTH, (recipe.rows, 1), generator=draw)
             rows = torch.cat([bos, tokens[first.to(device) + places].long()], 1)
-            with hastened(device):
+            with autocast_bf16(device):
                 loss = predict(input_ids=rows, labels=rows, use_cache=False).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -265,7 +265,7 @@ def make(model_type: str, paths: list[Path], out: Path, recipe: Recipe, device: 
 @bench.device
 def main(model_type: str, out: Path, paths: tuple[Path, ...], minutes: float, device: str) -> None:
     """Train a small model of the architecture MODEL_TYPE, and say what sinks it has."""
-    with Refusals():
+    with UserErrors():
         if out.exists() and any(out.iterdir()):
             raise AbsorbError(f"{out} is not empty; choose another --out")
         recipe = replace(Recipe(), minutes=minutes)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from absorb.fold.sinks import constants, key_bias
-from absorb.fold.sinks.attention import Scene
+from absorb.fold.sinks.attention import LayerAttention
 from absorb.fold.sinks.choose import fit_sinks
 from absorb.fold.sinks.fit import sink_of
 from absorb.fold.sinks.forms import KeySink, LogitSink
@@ -19,7 +19,7 @@ HEADS, KV_HEADS, WIDTH, LENGTH = 4, 2, 6, 24
 GROUPS = HEADS // KV_HEADS
 
 
-def scene(softcap: float | None = None) -> Scene:
+def scene(softcap: float | None = None) -> LayerAttention:
     draw = torch.Generator().manual_seed(0)
 
     def heads(count: int) -> Tensor:
@@ -32,7 +32,7 @@ def scene(softcap: float | None = None) -> Scene:
 
     blocked = ~torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     kv = heads(KV_HEADS), heads(KV_HEADS)
-    return Scene(heads(HEADS), *kv, blocked, WIDTH**-0.5, softcap, rotate)
+    return LayerAttention(heads(HEADS), *kv, blocked, WIDTH**-0.5, softcap, rotate)
 
 
 def random_parameters(seed: int) -> Tensor:
@@ -59,7 +59,7 @@ def test_the_derivatives_are_those_of_autograd(softcap: float | None) -> None:
         torch.testing.assert_close(slope[kv_head], weighted @ outputs(parameters).flatten())
 
 
-def descend(made: Scene, target: Tensor, start: Tensor) -> Tensor:
+def descend(made: LayerAttention, target: Tensor, start: Tensor) -> Tensor:
     """Steps from `start`, free to leave any head worse off than a constant would."""
     free = torch.full((HEADS,), torch.inf, dtype=torch.float64)
     return key_bias.descended(made, target, start, free)[0]
@@ -97,7 +97,7 @@ def test_constants_find_the_logits_and_the_value_that_were_put_there() -> None:
     torch.testing.assert_close(found[:, GROUPS:], truth[:, GROUPS:], atol=0.05, rtol=0.05)
 
 
-def effect_without_sink(made: Scene) -> tuple[Tensor, Tensor]:
+def effect_without_sink(made: LayerAttention) -> tuple[Tensor, Tensor]:
     scores = made.text_scores()
     return scores.logsumexp(-1, keepdim=True), made.mix(scores.softmax(-1), made.value)
 

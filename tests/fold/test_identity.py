@@ -21,7 +21,7 @@ from absorb.fold.smoothing import searched_scales, smooth
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
-from absorb.runtime.hooks import attending
+from absorb.runtime.hooks import replacing_attention
 from absorb.runtime.precision import as_stored
 from absorb.runtime.reading import led
 from absorb.schema.findings import Removal, SpikeNeuron
@@ -261,7 +261,7 @@ def neurons(layer: torch.nn.Module, family: Family) -> Tensor:
 def test_watching_attention_leaves_no_trace(tokens: Tensor) -> None:
     model = tiny("llama")
     before = model.config._attn_implementation
-    with attending(model, lambda *args, **kwargs: None):
+    with replacing_attention(model, lambda *args, **kwargs: None):
         assert model.config._attn_implementation != before
     assert model.config._attn_implementation == before
 

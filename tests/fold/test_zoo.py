@@ -224,7 +224,7 @@ def test_no_form_is_worse_than_doing_nothing(make: Make, form: Sink) -> None:
     possible = not animal.leaves and (form != "logit" or animal.constant)
     most = ENOUGH if possible else HARD
     assert after.perplexity < before.perplexity * most
-    assert after.quantised[INT8] < before.quantised[INT8] * most
+    assert after.quantized[INT8] < before.quantized[INT8] * most
     assert after.divergence < FAR[form] or not possible
 
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from absorb.fold.sinks.attention import Scene, scene_of
+from absorb.fold.sinks.attention import LayerAttention, layer_attention
 from absorb.fold.sinks.forms import KeySink, LogitSink
 from absorb.fold.sinks.prefix_cache import prefix_of
 from absorb.models.decoder import Decoder
 from absorb.models.families import family_of
 from absorb.models.modeling_absorb import NEUTRAL
-from absorb.runtime.hooks import attending
+from absorb.runtime.hooks import replacing_attention
 
-Choose = Callable[[Scene, KeySink], LogitSink]
+Choose = Callable[[LayerAttention, KeySink], LogitSink]
 
 
 @torch.no_grad()
@@ -30,23 +30,23 @@ def sinks(
     )
 
     def attend(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        scene = scene_of(module, None, *args, **kwargs)
+        scene = layer_attention(module, None, *args, **kwargs)
         made.append(choose(scene, known.layers[len(made)]))
         out = scene.with_sink(made[-1].logits, made[-1].value, made[-1].key_bias)
         return out.transpose(1, 2).contiguous(), None
 
-    with attending(model, attend):
+    with replacing_attention(model, attend):
         model.base_model(text, position_ids=known.positions(text.shape[1]), use_cache=False)
     return tuple(made)
 
 
-def no_sink(scene: Scene, prefix: KeySink) -> LogitSink:
+def no_sink(scene: LayerAttention, prefix: KeySink) -> LogitSink:
     heads, value = scene.query.shape[1], torch.zeros_like(prefix.values[:, 0])
     logits = torch.full((heads,), NEUTRAL["sink"])
     return LogitSink(logits=logits, value=value, key_bias=value, error=torch.ones(()))
 
 
-def best_constant(scene: Scene, prefix: KeySink) -> LogitSink:
+def best_constant(scene: LayerAttention, prefix: KeySink) -> LogitSink:
     """The logit of each head, out of many, with the least squared error of its output.
 
     The value is the prefix's own, weighted by what the teacher's heads give it.
@@ -68,12 +68,12 @@ def best_constant(scene: Scene, prefix: KeySink) -> LogitSink:
     return replace(no_sink(scene, prefix), logits=logits, value=value)
 
 
-def by_kv_head(scene: Scene, values: Tensor) -> Tensor:
+def by_kv_head(scene: LayerAttention, values: Tensor) -> Tensor:
     """Sums of (rows, heads, length, n) over all but heads that do not share keys: (kv_heads, n)."""
     return values.unflatten(1, (-1, scene.groups)).sum((0, 2, 3))
 
 
-def best_value(scene: Scene, prefix: KeySink) -> LogitSink:
+def best_value(scene: LayerAttention, prefix: KeySink) -> LogitSink:
     """The same with the value that gives the least squared error for these logits."""
     sink = best_constant(scene, prefix)
     target = scene.with_prefix(prefix.keys, prefix.values)

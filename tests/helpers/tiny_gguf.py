@@ -30,7 +30,7 @@ NAMES = {
 def write_gguf(
     path: Path,
     model: PreTrainedModel,
-    quantised: bool = False,
+    quantized: bool = False,
     tokenizer: bool = True,
     extra: Callable[[GGUFWriter], None] = lambda writer: None,
     skip: str = "",
@@ -50,7 +50,7 @@ def write_gguf(
         if name == skip:
             continue
         values = _ordered(key, parameter.detach().float().numpy(), model)
-        if quantised and values.ndim == 2 and values.shape[1] % 32 == 0:  # the block size
+        if quantized and values.ndim == 2 and values.shape[1] % 32 == 0:  # the block size
             kind = GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:

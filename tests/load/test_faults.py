@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from absorb.cli.main import main
-from absorb.cli.terminal import Refusals
+from absorb.cli.terminal import UserErrors
 from absorb.load import source
 from absorb.load.source import load
 from absorb.schema.settings import ModelRef
@@ -272,7 +272,7 @@ def test_a_hundred_megabytes_on_one_line_are_not_all_tokenised(model: Path, tmp_
 
 
 def test_memory_that_is_full_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, Refusals("take less"):
+    with pytest.raises(SystemExit) as ended, UserErrors("take less"):
         torch.empty(2**50)
     assert ended.value.code == 1
     assert "the memory is full, so nothing was written; take less" in capsys.readouterr().err
@@ -315,7 +315,7 @@ def test_a_name_too_long_is_refused(model: Path) -> None:
 
 
 def test_a_reader_that_wants_no_more_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(BrokenPipeError), Refusals():
+    with pytest.raises(BrokenPipeError), UserErrors():
         raise BrokenPipeError
     assert capsys.readouterr().err == ""
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from absorb.cli.main import main
-from absorb.load.unlisted import outlined
+from absorb.load.unlisted import inferred_family
 from absorb.models.families import FAMILIES
 from absorb.models.family import UnsupportedFamilyError
 from tests.helpers.tiny import COMMON, randomise, tiny
@@ -47,7 +47,7 @@ def evaluated(model: PreTrainedModel, folder: Path, *more: str) -> Result:
 
 @pytest.mark.parametrize("model_type", DENSE)
 def test_what_an_entry_says_is_read_off_the_model(model_type: str) -> None:
-    family, found = FAMILIES[model_type], outlined(tiny(model_type), "model")
+    family, found = FAMILIES[model_type], inferred_family(tiny(model_type), "model")
     assert found.layers == family.layers
     assert found.attention == family.attention
     assert found.positions == family.positions
@@ -97,4 +97,4 @@ def test_a_list_of_layers_must_be_the_only_one() -> None:
     model = tiny("llama")
     model.model.others = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in model.model.layers])
     with pytest.raises(UnsupportedFamilyError, match="do not stand in one list"):
-        outlined(model, "model")
+        inferred_family(model, "model")

@@ -295,7 +295,7 @@ def test_a_gguf_file_gives_the_model_it_was_made_from(tmp_path: Path) -> None:
 
 
 def test_a_gguf_model_can_be_saved_and_loaded_again(tmp_path: Path, tokens: Tensor) -> None:
-    write_gguf(tmp_path / "tiny.gguf", tiny("llama"), quantised=True)
+    write_gguf(tmp_path / "tiny.gguf", tiny("llama"), quantized=True)
     source = load_from(tmp_path / "tiny.gguf")
     source.model.save_pretrained(tmp_path / "again")
     source.tokenizer.save_pretrained(tmp_path / "again")
@@ -310,7 +310,7 @@ def test_a_gguf_model_can_be_saved_and_loaded_again(tmp_path: Path, tokens: Tens
 
 def test_a_quantised_gguf_file_counts_as_float32(tmp_path: Path) -> None:
     original = tiny("llama", torch.float32)
-    write_gguf(tmp_path / "tiny.gguf", original, quantised=True)
+    write_gguf(tmp_path / "tiny.gguf", original, quantized=True)
     source = load_from(tmp_path / "tiny.gguf")
     assert source.dtype == torch.float32
     key = "model.layers.0.mlp.up_proj.weight"

@@ -111,4 +111,4 @@ def test_a_neutral_twin_scores_like_its_original(model: PreTrainedModel, tokens:
         [teacher, student], teacher, tokens, tokens, Thresholds(), ("w8a8-static", "nvfp4")
     )
     assert converted.perplexity == pytest.approx(original.perplexity, rel=1e-5)
-    assert converted.quantised == pytest.approx(original.quantised, rel=1e-3)
+    assert converted.quantized == pytest.approx(original.quantized, rel=1e-3)

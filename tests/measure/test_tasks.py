@@ -18,7 +18,7 @@ from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.pipelines import compare
 from absorb.quantize.formats import FORMATS
-from absorb.quantize.simulate import quantised
+from absorb.quantize.simulate import quantized
 from absorb.runtime.reading import Subject
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
@@ -92,7 +92,7 @@ def test_questions_of_a_file_are_answered_in_float_and_in_a_format(
     model = tiny("llama", torch.float32)
     for place in found["tasks"]:
         if place in FORMATS:
-            with quantised(Decoder(model, FAMILIES["llama"]), FORMATS["w4a4"], {}):
+            with quantized(Decoder(model, FAMILIES["llama"]), FORMATS["w4a4"], {}):
                 expected = [accuracy(model, by_length=by_length) for by_length in (False, True)]
         else:
             expected = [accuracy(model, by_length=by_length) for by_length in (False, True)]

@@ -16,8 +16,8 @@ from absorb.quantize import ranges as clipping
 from absorb.quantize.formats import FORMATS, Format
 from absorb.quantize.grids import INT4_ROW, INT8_ROW, INT8_TENSOR, rounded
 from absorb.quantize.ranges import clipped_ranges
-from absorb.quantize.simulate import quantised
-from absorb.runtime.hooks import attending
+from absorb.quantize.simulate import quantized
+from absorb.runtime.hooks import replacing_attention
 from absorb.runtime.inputs import input_peaks
 from absorb.schema.settings import FormatName
 from tests.helpers.tiny import tiny
@@ -41,7 +41,7 @@ def test_a_linear_computes_what_int8_arithmetic_would(tokens: Tensor) -> None:
     peaks = input_peaks(Decoder(model, LLAMA), tokens)
     x_step, w_step = peaks[name].max() / 127, linear.weight.abs().amax(1, keepdim=True) / 127
     product = integers(inputs, x_step).int() @ integers(linear.weight, w_step).int().T
-    with quantised(Decoder(model, LLAMA), STATIC, peaks):
+    with quantized(Decoder(model, LLAMA), STATIC, peaks):
         faked = linear(inputs)
     assert (faked - product * x_step * w_step.T).abs().max() < 1e-5 * faked.abs().max()
 
@@ -95,7 +95,7 @@ def test_a_format_changes_the_model_for_a_while(
     before = model(tokens).logits
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     ranges = ranges_of(form, model, tokens)
-    with quantised(Decoder(model, family), form, ranges):
+    with quantized(Decoder(model, family), form, ranges):
         changed = (model(tokens).logits - before).abs().max()
     assert 0 < changed < 2 * before.abs().max()
     assert torch.equal(model(tokens).logits, before)
@@ -117,7 +117,7 @@ def test_a_linear_multiplies_a_rounded_input_by_a_rounded_weight(
     peak = ranges["model.layers.1.mlp.down_proj"].max() if ranges else None
     left = rounded(form.turn(inputs), form.inputs, peak)
     expected = nn.functional.linear(left, rounded(form.turn(weight), form.weights), bias)
-    with quantised(Decoder(model, LLAMA), form, ranges):
+    with quantized(Decoder(model, LLAMA), form, ranges):
         torch.testing.assert_close(linear(inputs), expected)
 
 
@@ -125,7 +125,7 @@ def test_a_linear_multiplies_a_rounded_input_by_a_rounded_weight(
 def test_a_failure_within_leaves_the_model_as_it_was(tokens: Tensor) -> None:
     model = tiny("llama", torch.float32)
     before = model(tokens).logits
-    with pytest.raises(RuntimeError), quantised(Decoder(model, LLAMA), FORMATS["w4a4"], {}):
+    with pytest.raises(RuntimeError), quantized(Decoder(model, LLAMA), FORMATS["w4a4"], {}):
         raise RuntimeError
     assert torch.equal(model(tokens).logits, before)
 
@@ -137,7 +137,7 @@ def test_a_rotation_alone_changes_nothing(tokens: Tensor) -> None:
     for model_type in ("llama", "gpt2", "mixtral"):
         model = tiny(model_type, torch.float32)
         before = model(tokens).logits
-        with quantised(Decoder(model, FAMILIES[model_type]), form, {}):
+        with quantized(Decoder(model, FAMILIES[model_type]), form, {}):
             torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-4)
 
 
@@ -150,7 +150,7 @@ def test_a_rotation_helps_four_bits_against_an_outlier_channel(tokens: Tensor) -
     exact, errors = linear(inputs), []
     for name in ("w4a4", "w4a4-hadamard"):
         form = replace(FORMATS[name], weights=INT8_ROW)  # an outlier multiplies the weights' errors
-        with quantised(Decoder(model, LLAMA), form, {}):
+        with quantized(Decoder(model, LLAMA), form, {}):
             errors.append(float((linear(inputs) - exact).square().mean()))
     assert errors[1] < errors[0] / 4
 
@@ -208,7 +208,7 @@ def test_a_format_says_whether_rows_read_together_change_each_other(
     model = tiny("llama", torch.float64)
     model.model.embed_tokens.weight[tokens[1]] *= 7  # its first row has the smaller values
     ranges = {} if form.ranges is None else form.ranges(Decoder(model, LLAMA), tokens)
-    with quantised(Decoder(model, LLAMA), form, ranges):
+    with quantized(Decoder(model, LLAMA), form, ranges):
         together, alone = model(tokens[:2]).logits[0], model(tokens[:1]).logits[0]
     assert torch.allclose(together, alone, rtol=1e-9) is not form.mixes_rows
 
@@ -225,7 +225,7 @@ def test_a_stream_in_a_format_is_rounded_behind_every_layer(absorbed: bool, toke
 
     for layer in expected.model.layers:
         layer.register_forward_hook(halved)
-    with quantised(Decoder(model, LLAMA), FORMATS["stream-fp16"], {}):
+    with quantized(Decoder(model, LLAMA), FORMATS["stream-fp16"], {}):
         found = model(tokens, use_cache=False).logits
     torch.testing.assert_close(found, expected(tokens).logits, rtol=1e-4, atol=1e-4)
 
@@ -235,7 +235,7 @@ def test_what_does_not_fit_into_float16_is_no_number(tokens: Tensor) -> None:
     model = tiny("llama", torch.float32)
     model.model.layers[1].mlp.down_proj.weight *= 1e7
     assert model(tokens).logits.isfinite().all()
-    with quantised(Decoder(model, LLAMA), FORMATS["stream-fp16"], {}):
+    with quantized(Decoder(model, LLAMA), FORMATS["stream-fp16"], {}):
         assert not model(tokens).logits.isfinite().all()
 
 
@@ -254,11 +254,11 @@ def test_attention_reads_the_rounded_keys_and_values_of_a_cache(
         out = nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
         return out.transpose(1, 2), None
 
-    with attending(model, attend):
+    with replacing_attention(model, attend):
         expected = model(tokens, use_cache=False).logits
     subject = twin(Decoder(model, LLAMA)).model if absorbed else model
     plain = subject(tokens, use_cache=False).logits
-    with quantised(Decoder(subject, LLAMA), FORMATS["cache-int4"], {}):
+    with quantized(Decoder(subject, LLAMA), FORMATS["cache-int4"], {}):
         found = subject(tokens, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, plain, atol=1e-2)

@@ -14,8 +14,8 @@ from absorb.measure.divergence import divergence
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.quantize.formats import FORMATS
-from absorb.quantize.simulate import quantised
-from absorb.quantize.training import FORMAT_FOR, rehearsing
+from absorb.quantize.simulate import quantized
+from absorb.quantize.training import FORMAT_FOR, fake_quantized
 from absorb.schema.settings import Distillation, Purpose
 from absorb.tune.distill import distill
 from absorb.tune.recipe import recipe
@@ -39,10 +39,10 @@ def test_a_rehearsal_is_what_it_is_for(model_type: str, purpose: Purpose, tokens
     model, family = tiny(model_type, torch.float32), FAMILIES[model_type]
     form = FORMATS[FORMAT_FOR[purpose]]
     ranges = {} if form.ranges is None else form.ranges(Decoder(model, family), tokens)
-    with torch.no_grad(), quantised(Decoder(model, family), form, ranges):
+    with torch.no_grad(), quantized(Decoder(model, family), form, ranges):
         expected = model(tokens).logits
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with rehearsing(Decoder(model, family), form, tokens):
+    with fake_quantized(Decoder(model, family), form, tokens):
         logits = model(tokens).logits
         logits.square().mean().backward()
     torch.testing.assert_close(logits, expected)  # another order of sums where experts are called
@@ -64,14 +64,14 @@ def test_a_student_learns_to_be_quantised(purpose: Purpose) -> None:
     plain = copy.deepcopy(student)
 
     def gap(model: PreTrainedModel) -> float:
-        with torch.no_grad(), quantised(Decoder(model, family), form, ranges):
+        with torch.no_grad(), quantized(Decoder(model, family), form, ranges):
             return divergence(
                 Decoder(teacher, family), Decoder(model, family), PREFIX, text.validation
             )
 
     fine_tune = recipe(Distillation(steps=30, train="all", purpose=purpose), student.device)
     distill(teacher, plain, PREFIX, text, fine_tune, seed=0)
-    with rehearsing(Decoder(student, family), form, text.calibration):
+    with fake_quantized(Decoder(student, family), form, text.calibration):
         losses = distill(teacher, student, PREFIX, text, fine_tune, seed=0)
     assert losses.kept > 0
     assert gap(student) < gap(plain)

@@ -11,7 +11,7 @@ from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
 from absorb.quantize.formats import FORMATS
-from absorb.quantize.simulate import quantised
+from absorb.quantize.simulate import quantized
 from absorb.runtime.experts import mixed, neurons_of
 from absorb.runtime.inputs import input_peaks
 from tests.helpers.tiny import EXPERTS, INTERMEDIATE, tiny
@@ -72,7 +72,7 @@ def test_int8_rounds_what_lies_between_up_and_down(family: Family, tokens: Tenso
     coarse = {**peaks, **{down: 1000 * peaks[down] for _, down in Decoder(model, family).experts}}
     logits = []
     for ranges in (peaks, coarse):
-        with quantised(Decoder(model, family), FORMATS["w8a8-static"], ranges):
+        with quantized(Decoder(model, family), FORMATS["w8a8-static"], ranges):
             logits.append(model(tokens).logits)
     assert (logits[0] - logits[1]).abs().max() > 0.01 * logits[0].abs().max()
 

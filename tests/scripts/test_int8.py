@@ -8,7 +8,7 @@ from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
 from absorb.quantize.formats import FORMATS
-from absorb.quantize.simulate import quantised
+from absorb.quantize.simulate import quantized
 from absorb.runtime.inputs import input_peaks
 from tests.helpers.edits import decoder_layers, weight_of
 from tests.helpers.tiny import tiny
@@ -23,7 +23,7 @@ def test_every_matrix_is_rounded_for_a_while(family: Family, tokens: Tensor) -> 
     before = model(tokens).logits
     named = {name for readers in family.links.values() for name in readers} | {family.down}
     peaks = input_peaks(Decoder(model, family), tokens)
-    with quantised(Decoder(model, family), FORMATS["w8a8-static"], peaks):
+    with quantized(Decoder(model, family), FORMATS["w8a8-static"], peaks):
         for layer in decoder_layers(model, family):
             for name in named - ROUTERS:
                 rows = weight_of(layer, name).flatten(0, -2)

@@ -11,7 +11,7 @@ from absorb.models.families import FAMILIES
 from absorb.models.family import Family
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.rotation import rotated
-from absorb.quantize.simulate import quantised
+from absorb.quantize.simulate import quantized
 from absorb.runtime.inputs import watching_inputs
 from scripts.benchmarks.rivals.quarot import turn
 from tests.helpers.tiny import HEAD_DIM, HIDDEN, tiny
@@ -70,8 +70,8 @@ def test_all_that_is_rounded_is_what_a_merged_rotation_has(tokens: Tensor) -> No
     for name, values in expected.items():
         torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-4)
     with (
-        quantised(Decoder(ours, LLAMA), FORMATS["w4a4"], {}),
-        quantised(Decoder(theirs, LLAMA), FORMATS["w4a4"], {}),
+        quantized(Decoder(ours, LLAMA), FORMATS["w4a4"], {}),
+        quantized(Decoder(theirs, LLAMA), FORMATS["w4a4"], {}),
     ):
         logits = ours(tokens).logits, theirs(tokens).logits
     exact = theirs(tokens).logits

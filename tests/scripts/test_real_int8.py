@@ -10,7 +10,7 @@ from absorb.fold.graft import twin
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.quantize.formats import FORMATS
-from absorb.quantize.simulate import quantised
+from absorb.quantize.simulate import quantized
 from absorb.runtime.inputs import input_peaks
 from tests.helpers.tiny import tiny
 
@@ -30,7 +30,7 @@ def test_integers_give_what_fake_quantisation_does(
     model = twin(Decoder(model, LLAMA)).model if absorbed else model
     peaks = input_peaks(Decoder(model, LLAMA), tokens)
     form, exact = FORMATS["w8a8-static" if static else "w8a8-token"], model(tokens).logits
-    with quantised(Decoder(model, LLAMA), form, peaks if static else {}):
+    with quantized(Decoder(model, LLAMA), form, peaks if static else {}):
         faked = model(tokens).logits
     real = copy.deepcopy(model)
     to_int8(real, LLAMA, peaks if static else None, reduced=False)

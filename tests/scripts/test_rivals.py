@@ -15,7 +15,7 @@ from absorb.errors import AbsorbError
 from absorb.measure.score import losses
 from absorb.models.decoder import Decoder
 from absorb.runtime.hooks import watching
-from absorb.runtime.reading import Subject, remembering
+from absorb.runtime.reading import Subject, new_cache
 from scripts.bench import windows
 from scripts.benchmarks.rivals import rivals
 from scripts.benchmarks.rivals.__main__ import main as benchmark
@@ -119,7 +119,7 @@ def test_what_is_exact_changes_nothing_in_float(report: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def test_the_prefix_is_what_a_cache_of_transformers_holds(bench: Bench, rows: Tensor) -> None:
-    _, remember = remembering(bench.model)
+    _, remember = new_cache(bench.model)
     rival = rivals.with_prefix(bench)
     assert rival.chosen["prefix"][-1] == bench.source.tokenizer.bos_token_id
     bench.model(torch.tensor([rival.chosen["prefix"]]), **remember)

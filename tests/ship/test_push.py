@@ -15,7 +15,7 @@ from huggingface_hub.utils import _http
 from absorb.cli.main import main
 from absorb.errors import AbsorbError
 from absorb.schema.settings import Destination, ModelRef
-from absorb.ship.hub import admitted, upload
+from absorb.ship.hub import checked_target, upload
 from absorb.ship.staging import digests
 from absorb.ship.verify import verify
 from tests.helpers.fake_hub import TOKEN, USER, FakeHub, Trouble, serving
@@ -52,7 +52,7 @@ def push(*arguments: str | Path) -> Result:
 
 def upload_to(folder: Path, repository: str = REPOSITORY, **options: Any) -> None:
     """All of `absorb push` but the verification."""
-    upload(folder, admitted(Destination(repository=repository, **options)), lambda _: None)
+    upload(folder, checked_target(Destination(repository=repository, **options)), lambda _: None)
 
 
 def refused(act: Callable[[], object]) -> str:
@@ -279,7 +279,7 @@ def test_a_pull_request_changes_nothing(hub: FakeHub, folder: Path) -> None:
     assert "there is no repository their-lab/model to open a pull request for" in missing
     hub.create("their-lab/model")
     hub.orgs = ["their-lab"]  # so that large files may be sent
-    destination = admitted(Destination(repository="their-lab/model", create_pr=True))
+    destination = checked_target(Destination(repository="their-lab/model", create_pr=True))
     pushed = upload(folder, destination, lambda _: None)
     assert pushed.url == f"{hub.url}/their-lab/model/discussions/1"
     assert hub.files("their-lab/model") == [".gitattributes"]

@@ -123,7 +123,7 @@ def test_a_state_is_kept_every_minute(
     keep = Progress.keep_state
 
     def noted(progress: Progress, state: State) -> None:
-        kept.append(state.standstill.steps)
+        kept.append(state.training_state.steps)
         keep(progress, state)
 
     monkeypatch.setattr(Progress, "keep_state", noted)

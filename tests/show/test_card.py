@@ -41,7 +41,7 @@ def test_the_hub_reads_the_metadata(record: Report) -> None:
     results = {result.metric_name: result.metric_value for result in data.eval_results}
     assert results["perplexity"] == round(record.converted.perplexity, 3)
     assert results["perplexity in W8A8, static per tensor"] == round(
-        record.converted.quantised["w8a8-static"], 3
+        record.converted.quantized["w8a8-static"], 3
     )
 
 

@@ -26,8 +26,8 @@ from absorb.models.decoder import Decoder
 from absorb.models.families import family_of
 from absorb.runtime.inputs import input_peaks
 from absorb.schema.codec import from_json, to_json
-from absorb.ship.files import promised
-from absorb.show.before_after import Exhibit, banded
+from absorb.ship.files import atomic_file
+from absorb.show.before_after import BeforeAfter, banded
 from absorb.show.charts import Maps, Pairs, Panel, Ranks, digest
 from absorb.show.draw import png
 from absorb.show.page import drawn, inspection_page
@@ -66,8 +66,8 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 @pytest.fixture(scope="module")
-def exhibit(written: tuple[Path, Path]) -> Exhibit:
-    return from_json(Exhibit, (written[1] / "figures.json").read_text())
+def exhibit(written: tuple[Path, Path]) -> BeforeAfter:
+    return from_json(BeforeAfter, (written[1] / "figures.json").read_text())
 
 
 class Elements(HTMLParser):
@@ -85,7 +85,7 @@ class Elements(HTMLParser):
         return (attributes for tag, attributes in self.found if tag in tags)
 
 
-def test_what_was_planted_is_shown(exhibit: Exhibit) -> None:
+def test_what_was_planted_is_shown(exhibit: BeforeAfter) -> None:
     before, after = exhibit.before, exhibit.after
     assert torch.tensor(before.first_weight).shape == (LAYERS, HEADS)
     assert torch.tensor(after.channels).shape == (LAYERS, HIDDEN)
@@ -110,7 +110,7 @@ def test_ranges_are_those_that_a_fixed_format_takes(model_type: str, tokens: Ten
         assert float(found[name]) == pytest.approx(float(peak.max()), rel=1e-4)
 
 
-def test_words_and_tables_say_what_is_drawn(exhibit: Exhibit) -> None:
+def test_words_and_tables_say_what_is_drawn(exhibit: BeforeAfter) -> None:
     shown = {section.name: section for section in sections(exhibit)}
     assert list(shown) == NAMES
     assert f"channel {OUTLIER} is up to" in shown["channels"].words
@@ -121,7 +121,7 @@ def test_words_and_tables_say_what_is_drawn(exhibit: Exhibit) -> None:
         assert {len(row) for row in section.table} == {len(section.table[0])}
 
 
-def test_a_picture_knows_its_figures(written: tuple[Path, Path], exhibit: Exhibit) -> None:
+def test_a_picture_knows_its_figures(written: tuple[Path, Path], exhibit: BeforeAfter) -> None:
     _, folder = written
     assert sorted(path.stem for path in folder.glob("*.png")) == sorted(NAMES)
     for section in sections(exhibit):
@@ -129,7 +129,7 @@ def test_a_picture_knows_its_figures(written: tuple[Path, Path], exhibit: Exhibi
             assert picture.text["Figures"] == digest(section.chart)
 
 
-def test_a_page_stands_alone(written: tuple[Path, Path], exhibit: Exhibit) -> None:
+def test_a_page_stands_alone(written: tuple[Path, Path], exhibit: BeforeAfter) -> None:
     elements = Elements(written[0].read_text())
     pictures = list(elements.of("img"))
     assert [picture["alt"] for picture in pictures] == [s.words for s in sections(exhibit)]
@@ -138,7 +138,7 @@ def test_a_page_stands_alone(written: tuple[Path, Path], exhibit: Exhibit) -> No
     assert not list(elements.of("script"))
 
 
-def test_names_of_strangers_stay_text(exhibit: Exhibit) -> None:
+def test_names_of_strangers_stay_text(exhibit: BeforeAfter) -> None:
     made = replace(exhibit.inspection, model=HOSTILE, prefix_text=HOSTILE)
     tokens = (HOSTILE, *exhibit.before.token_text[1:])
     look = replace(exhibit.before, token_text=tokens)
@@ -177,16 +177,16 @@ def test_bands_keep_the_largest() -> None:
 
 def test_figures_survive_being_written_and_read(written: tuple[Path, Path]) -> None:
     text = (written[1] / "figures.json").read_text()
-    assert to_json(from_json(Exhibit, text)) == text
+    assert to_json(from_json(BeforeAfter, text)) == text
 
 
 def test_an_old_page_is_replaced_once_the_new_one_is_whole(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("old")
-    with pytest.raises(TypeError), promised(page) as file:
+    with pytest.raises(TypeError), atomic_file(page) as file:
         file.writelines([b"new", "no bytes"])
     assert page.read_text() == "old"
-    with promised(page) as file:
+    with atomic_file(page) as file:
         file.write(b"new")
     assert page.read_text() == "new"
     assert list(tmp_path.iterdir()) == [page]
@@ -238,7 +238,7 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_shows_the_page_at_any_width(
-    width: int, browser: webdriver.Chrome, written: tuple[Path, Path], exhibit: Exhibit
+    width: int, browser: webdriver.Chrome, written: tuple[Path, Path], exhibit: BeforeAfter
 ) -> None:
     screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)

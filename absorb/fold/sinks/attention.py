@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @dataclass(slots=True)
-class Scene:
+class LayerAttention:
     """One layer's attention on text: what a head sees, and what it gives with the prefix."""
 
     query: Tensor  # (rows, heads, length, head_dim)
@@ -96,7 +96,7 @@ class Scene:
         sink, weights = self.weights(logits, self.text_scores(key_bias))
         return sink * self.spread(value[:, None]) + self.mix(weights, self.value)
 
-    def asked(self, index: Tensor) -> "Scene":
+    def asked(self, index: Tensor) -> "LayerAttention":
         """The same scene with only the queries at the positions `index` (rows, queries)."""
         blocked = self.blocked.expand(len(index), -1, -1, -1)
         return replace(self, query=at(self.query, index), blocked=at(blocked, index))
@@ -145,7 +145,7 @@ def rotations_of(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Ten
             handle.remove()
 
 
-def scene_of(
+def layer_attention(
     module: nn.Module,
     cos_sin: Any,
     query: Tensor,
@@ -157,7 +157,7 @@ def scene_of(
     softcap: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
-) -> Scene:
+) -> LayerAttention:
     """The scene of a call to an attention function, and of RoPE as the module was called."""
     length = query.shape[2]
     # Hastened Linears give bfloat16; what the fit adds up must not be rounded to it.
@@ -167,4 +167,6 @@ def scene_of(
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
     rotate = Rotate(module, cos_sin, length)
     turned = rotate.cos_sin is not None
-    return Scene(query, key, value, ~mask, scaling, softcap, rotate, turned, sliding_window)
+    return LayerAttention(
+        query, key, value, ~mask, scaling, softcap, rotate, turned, sliding_window
+    )

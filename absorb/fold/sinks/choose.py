@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from absorb.fold.sinks.attention import rotations_of, scene_of
+from absorb.fold.sinks.attention import layer_attention, rotations_of
 from absorb.fold.sinks.fit import sink_of
 from absorb.fold.sinks.forms import LayerSink
 from absorb.fold.sinks.prefix_cache import Prefix, heads_last
 from absorb.models.decoder import Decoder
-from absorb.runtime.hooks import attending
-from absorb.runtime.precision import hastened
+from absorb.runtime.hooks import replacing_attention
+from absorb.runtime.precision import autocast_bf16
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def fit_sinks(
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         with torch.autocast(decoder.device.type, enabled=False):
-            scene = scene_of(module, rotations.get(module), *args, **kwargs)
+            scene = layer_attention(module, rotations.get(module), *args, **kwargs)
             layer = prefix.layers[len(sinks)]
             sink, out = sink_of(scene, layer, family.key is not None, most)
         sinks.append(sink)
@@ -52,8 +52,8 @@ def fit_sinks(
         return heads_last(out), None
 
     turned = rotations_of(decoder.rotating)
-    with bar, attending(model, attend), turned as rotations:
+    with bar, replacing_attention(model, attend), turned as rotations:
         positions = prefix.positions(tokens.shape[1])
-        with hastened(decoder.device):
+        with autocast_bf16(decoder.device):
             model.base_model(tokens.to(decoder.device), position_ids=positions, use_cache=False)
     return sinks

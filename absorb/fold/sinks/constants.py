@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from absorb.fold.sinks.attention import Scene
+from absorb.fold.sinks.attention import LayerAttention
 from absorb.fold.sinks.forms import KeySink
 from absorb.models.modeling_absorb import NEUTRAL
 
@@ -35,7 +35,7 @@ class Effect:
     target: Tensor
 
 
-def effect_of(scene: Scene, prefix: KeySink) -> Effect:
+def effect_of(scene: LayerAttention, prefix: KeySink) -> Effect:
     """The effect of a prefix on one layer's attention."""
     text, scores = scene.text_scores(), scene.prefix_scores(prefix.keys)
     lse, alone = text.logsumexp(-1, keepdim=True), scene.mix(text.softmax(-1), scene.value)
@@ -68,14 +68,14 @@ def split(parameters: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return logits.flatten(), value, key_bias
 
 
-def errors_of(scene: Scene, target: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+def errors_of(scene: LayerAttention, target: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
     """The squared error of the output, of every head and query: (heads,), (rows, heads, length)."""
     out = scene.with_sink(*split(parameters, scene.groups))
     by_query = (out - target).square().sum(-1)
     return by_query.sum((0, 2)), by_query
 
 
-def constants(scene: Scene, effect: Effect) -> tuple[Tensor, Tensor, Tensor]:
+def constants(scene: LayerAttention, effect: Effect) -> tuple[Tensor, Tensor, Tensor]:
     """Parameters without a key bias, their error (heads,), and the one that no head may exceed.
 
     That is the error of the best constant logit with the mean value of the prefix, or of no sink.
@@ -97,13 +97,13 @@ def constants(scene: Scene, effect: Effect) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(parts, 1), error, most
 
 
-def mean_value(scene: Scene, effect: Effect) -> Tensor:
+def mean_value(scene: LayerAttention, effect: Effect) -> Tensor:
     """The prefix value (kv_heads, head_dim), weighted by the share that the prefix takes."""
     total = by_key_head(scene, effect.share * effect.absorbed)
     return total / by_key_head(scene, effect.share).clamp_min(1e-12)
 
 
-def _best_value(scene: Scene, effect: Effect, logits: Tensor, value: Tensor) -> Tensor:
+def _best_value(scene: LayerAttention, effect: Effect, logits: Tensor, value: Tensor) -> Tensor:
     """The value (kv_heads, head_dim) with the least squared error; `value` where there is none."""
     share = torch.sigmoid(logits[:, None, None] - effect.lse)
     wanted = by_key_head(scene, share * (effect.target - (1 - share) * effect.alone))
@@ -111,7 +111,7 @@ def _best_value(scene: Scene, effect: Effect, logits: Tensor, value: Tensor) -> 
     return torch.where(known > 1e-9, wanted / known.clamp_min(1e-9), value)
 
 
-def by_key_head(scene: Scene, parts: Tensor) -> Tensor:
+def by_key_head(scene: LayerAttention, parts: Tensor) -> Tensor:
     """The sum over all queries that share a key head, of parts (rows, heads, length, n)."""
     rows, heads, length, _ = parts.shape
     return parts.view(rows, heads // scene.groups, scene.groups, length, -1).sum((0, 2, 3))

@@ -5,14 +5,14 @@ from math import inf
 
 from torch import Tensor
 
-from absorb.fold.sinks.attention import Scene
+from absorb.fold.sinks.attention import LayerAttention
 from absorb.fold.sinks.constants import Effect, constants, effect_of, left_out, split
 from absorb.fold.sinks.forms import KeySink, LayerSink, LogitSink
 from absorb.fold.sinks.key_bias import descended, shifted, where_it_pays
 
 
 def sink_of(
-    scene: Scene, prefix: KeySink, biased: bool, most: float = inf
+    scene: LayerAttention, prefix: KeySink, biased: bool, most: float = inf
 ) -> tuple[LayerSink, Tensor]:
     """A layer's sink, and the output (rows, heads, length, head_dim) with it.
 
@@ -30,7 +30,7 @@ def sink_of(
 
 
 def _fit(
-    scene: Scene, effect: Effect, prefix: KeySink, biased: bool
+    scene: LayerAttention, effect: Effect, prefix: KeySink, biased: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (heads,), value and key bias (kv_heads, head_dim) that stand for the prefix."""
     if biased and scene.moves_with_keys and prefix.keys.shape[1] == 1:
@@ -46,7 +46,7 @@ def _fit(
 
 
 def fitted(
-    scene: Scene, effect: Effect, logits: Tensor, value: Tensor, key_bias: Tensor
+    scene: LayerAttention, effect: Effect, logits: Tensor, value: Tensor, key_bias: Tensor
 ) -> tuple[LogitSink, Tensor]:
     """Constants as a sink, and the output (rows, heads, length, head_dim) with them."""
     out = scene.with_sink(logits, value, key_bias)

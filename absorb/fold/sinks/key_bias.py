@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from absorb.fold.sinks.attention import Scene, at
+from absorb.fold.sinks.attention import LayerAttention, at
 from absorb.fold.sinks.constants import Effect, by_key_head, constants, errors_of, is_better, split
 from absorb.fold.sinks.forms import KeySink
 
@@ -32,7 +32,12 @@ _SEED = 0
 
 
 def shifted(
-    scene: Scene, effect: Effect, prefix: KeySink, start: Tensor, error: Tensor, most: Tensor
+    scene: LayerAttention,
+    effect: Effect,
+    prefix: KeySink,
+    start: Tensor,
+    error: Tensor,
+    most: Tensor,
 ) -> Tensor:
     """A better start where a bias takes from all keys what the prefix has in slow channels.
 
@@ -56,7 +61,9 @@ def shifted(
     return start
 
 
-def descended(scene: Scene, target: Tensor, start: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+def descended(
+    scene: LayerAttention, target: Tensor, start: Tensor, most: Tensor
+) -> tuple[Tensor, Tensor]:
     """Parameters after the steps that made the output better, and their error: (heads,)."""
     draw = torch.Generator().manual_seed(_SEED)
     parameters = start
@@ -82,7 +89,7 @@ def descended(scene: Scene, target: Tensor, start: Tensor, most: Tensor) -> tupl
 
 
 def where_it_pays(
-    scene: Scene, without: Tensor, error: Tensor, biased: Tensor, less: Tensor
+    scene: LayerAttention, without: Tensor, error: Tensor, biased: Tensor, less: Tensor
 ) -> Tensor:
     """Of two sets of parameters, by their errors (heads,), the one with key biases if better."""
     had, left = (part.view(-1, scene.groups).sum(1) for part in (error, less))
@@ -90,8 +97,8 @@ def where_it_pays(
 
 
 def _drawn(
-    scene: Scene, target: Tensor, by_query: Tensor, draw: torch.Generator
-) -> tuple[Scene, Tensor, Tensor]:
+    scene: LayerAttention, target: Tensor, by_query: Tensor, draw: torch.Generator
+) -> tuple[LayerAttention, Tensor, Tensor]:
     """A few queries of each row, what their output should be, and how many each stands for.
 
     Half of them are drawn by their share of the error, of which a few queries may have nearly all.
@@ -118,7 +125,7 @@ def _step(curvature: Tensor, slope: Tensor, damping: Tensor) -> Tensor:
 
 
 def _normal(
-    scene: Scene, target: Tensor, weight: Tensor, parameters: Tensor
+    scene: LayerAttention, target: Tensor, weight: Tensor, parameters: Tensor
 ) -> tuple[Tensor, Tensor]:
     """JᵀJ (kv_heads, parameters, parameters) and Jᵀr (kv_heads, parameters) of the output error.
 
@@ -136,7 +143,7 @@ def _normal(
 
 
 def _jacobians(
-    scene: Scene, target: Tensor, parameters: Tensor
+    scene: LayerAttention, target: Tensor, parameters: Tensor
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """For each row and key head: both indices, J (head_dim * n, parameters) and r (head_dim * n,).
 

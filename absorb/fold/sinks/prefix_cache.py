@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from absorb.fold.sinks.attention import scene_of
+from absorb.fold.sinks.attention import layer_attention
 from absorb.fold.sinks.forms import KeySink
 from absorb.models.decoder import Decoder
-from absorb.runtime.hooks import attending
-from absorb.runtime.reading import remembering
+from absorb.runtime.hooks import replacing_attention
+from absorb.runtime.reading import new_cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ def prefix_of(decoder: Decoder, tokens: Tensor, start: int = 0) -> Prefix:
 
     With RoPE a start of -n is no mistake: only distances count.
     """
-    cache, arguments = remembering(decoder.model)
+    cache, arguments = new_cache(decoder.model)
     positions = torch.arange(start, start + len(tokens), device=decoder.device)[None]
     decoder.model.base_model(tokens[None].to(decoder.device), position_ids=positions, **arguments)
     layers: list[Any] = cache.layers
@@ -62,10 +62,10 @@ def prefixed(decoder: Decoder, prefix: Prefix) -> Iterator[None]:
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         layer = prefix.layers[layers[module]]
-        scene = scene_of(module, None, *args, **kwargs)
+        scene = layer_attention(module, None, *args, **kwargs)
         return heads_last(scene.with_prefix(layer.keys, layer.values)), None
 
-    with attending(decoder.model, attend):
+    with replacing_attention(decoder.model, attend):
         yield
 
 

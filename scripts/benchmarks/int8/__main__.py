@@ -20,7 +20,7 @@ import torchao
 from torch import Tensor
 from tqdm import tqdm
 
-from absorb.cli.terminal import Refusals
+from absorb.cli.terminal import UserErrors
 from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source, load
 from absorb.models.decoder import Decoder
@@ -95,7 +95,7 @@ def main(
         for name, model in (("original", original), ("converted", str(converted)))
     }
     wanted = [row for row in rows if row not in done["rows"]][:most]
-    with Refusals():
+    with UserErrors():
         for row in wanted:
             click.echo(f"=== {row}", err=True)
             model, arithmetic = rows[row]

@@ -14,8 +14,8 @@ import click
 import torch
 from torch import Tensor
 
-from absorb.cli.terminal import Refusals
-from absorb.measure.score import losses, quantised_losses
+from absorb.cli.terminal import UserErrors
+from absorb.measure.score import losses, quantized_losses
 from absorb.pipelines.compare import interval
 from absorb.quantize.formats import FORMATS
 from absorb.schema.report import versions
@@ -32,7 +32,7 @@ def all_losses(bench: Bench, rival: Rival, rows: Tensor) -> dict[str, Tensor]:
     for name in formats():
         # What is rotated already is not rotated again.
         form = FORMATS["w4a4" if rival.turned and name == "w4a4-hadamard" else name]
-        found[name] = quantised_losses(rival.subject, form, rows, bench.seen)
+        found[name] = quantized_losses(rival.subject, form, rows, bench.seen)
     return found
 
 
@@ -78,7 +78,7 @@ def main(
 ) -> None:
     """Perplexity of ORIGINAL, CONVERTED and their rivals, as they are and in low precision."""
     start = time.perf_counter()
-    with Refusals():
+    with UserErrors():
         bench = bench_of(original, converted, calibration, device)
         rows = windows(bench.source, text, count)
         rivals = measure(bench, rows)

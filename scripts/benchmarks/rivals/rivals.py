@@ -23,11 +23,11 @@ from absorb.fold.sinks.prefix_cache import prefix_of
 from absorb.fold.smoothing import smooth, smoothing_scales
 from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source, load
-from absorb.measure.score import quantised_losses
+from absorb.measure.score import quantized_losses
 from absorb.models.decoder import Decoder
 from absorb.quantize.formats import FORMATS
 from absorb.runtime.hooks import watching
-from absorb.runtime.precision import as_stored, device_of, sketch_of
+from absorb.runtime.precision import as_stored, bf16_copy, device_of
 from absorb.runtime.reading import Subject, led
 from absorb.schema.codec import from_json
 from absorb.schema.report import Report
@@ -98,7 +98,7 @@ def bench_of(original: str, folder: Path, calibration: Path, device: str) -> Ben
     report = from_json(Report, (folder / REPORT).read_text())
     settings = report.inspection.job.calibration
     wish = Calibration(text=calibration if settings.text else None, seed=settings.seed)
-    sketch = replace(source, model=sketch_of(source.decoder))
+    sketch = replace(source, model=bf16_copy(source.decoder))
     return Bench(
         source=source,
         converted=converted,
@@ -254,7 +254,7 @@ def best(bench: Bench, make: Callable[[float], Subject], settings: list[float]) 
 
     def loss(subject: Subject) -> float:
         form, seen = FORMATS["w8a8-static"], bench.seen
-        return float(quantised_losses(subject, form, seen, seen).mean())
+        return float(quantized_losses(subject, form, seen, seen).mean())
 
     setting = min(settings, key=lambda setting: loss(make(setting)))
     return make(setting), setting
