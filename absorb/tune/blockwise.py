@@ -6,8 +6,8 @@ teacher's units and by channel in multiples of the teacher's root mean square. I
 of one layer, whatever the size of the model.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from absorb.schema.training import Losses, Recipe
 from absorb.text.gather import Texts
 from absorb.tune.optimizer import choose, optimizer_of, rate_at
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by place and by name
 _SHARE = 0.25  # of the free memory, for what one layer computes with its gradients
 
 
@@ -41,14 +42,14 @@ class Walk:
 
     def __init__(self, decoder: Decoder, parts: list[Tensor]):
         self.decoder = decoder
-        calls, first = _calls(decoder, parts[0])
-        self.calls = calls
-        self.streams = [first, *(_calls(decoder, part)[1] for part in parts[1:])]
+        self.calls = _calls(decoder, parts[0])
+        self.streams = [_beginning(decoder, part) for part in parts]
 
     def given(self, layer: int, stream: Tensor) -> Tensor:
         """What a layer makes of a stream (rows, length, hidden), on the device, in float32."""
         with autocast_bf16(self.decoder.device):
-            out = self.decoder.layers[layer](stream.to(self.decoder.device), **self.calls[layer])
+            args, options = self.calls[layer]
+            out = self.decoder.layers[layer](stream.to(self.decoder.device), *args, **options)
         found: Tensor = (out if torch.is_tensor(out) else out[0]).float()
         return found
 
@@ -60,27 +61,49 @@ class Walk:
 
 
 @torch.no_grad()
-def _calls(decoder: Decoder, rows: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
-    """With what each layer is called besides the stream, and the stream that the first one reads.
+def _calls(decoder: Decoder, rows: Tensor) -> list[Call]:
+    """With what each layer is called besides the stream.
 
     Layers hand on what they are given meanwhile, so nothing is computed.
     """
-    calls: list[dict[str, Any]] = []
-    first: list[Tensor] = []
+    calls: list[Call] = []
 
-    def forward(hidden_states: Tensor, *_: Any, **others: Any) -> Tensor:
-        first.append(hidden_states)
-        calls.append(others)
+    def forward(hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+        calls.append((args, options))
         return hidden_states
 
+    with _layers_as(decoder, forward):
+        decoder.model.base_model(rows.to(decoder.device), use_cache=False)
+    return calls
+
+
+@torch.no_grad()
+def _beginning(decoder: Decoder, rows: Tensor) -> Tensor:
+    """What the first layer reads (rows, length, hidden), in host memory."""
+    found: list[Tensor] = []
+
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        found.append(hidden_states.float().cpu())
+        raise _Seen
+
+    with _layers_as(decoder, forward), suppress(_Seen):
+        decoder.model.base_model(rows.to(decoder.device), use_cache=False)
+    return found[0]
+
+
+class _Seen(Exception):  # noqa: N818 - it ends a pass of which no more is needed
+    pass
+
+
+@contextmanager
+def _layers_as(decoder: Decoder, forward: Callable[..., Tensor]) -> Iterator[None]:
     for layer in decoder.layers:
         layer.forward = forward
     try:
-        decoder.model.base_model(rows.to(decoder.device), use_cache=False)
+        yield
     finally:
         for layer in decoder.layers:
             del layer.forward
-    return calls, first[0].float().cpu()
 
 
 def distill_layers(
