@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -67,25 +68,21 @@ def train(
     """
     student.eval()  # dropout would only blur what is to be matched
     if not fine_tune.trains:
-        student.requires_grad_(False)
-        return Losses(training=(), held_out=(), kept=0)
+        return _untrained(student)
     parameters = choose(student, fine_tune.train)
     check = _Check(loss, rows_at_once(student), texts.validation, parameters)
     optimizer = optimizer_of(student, parameters, fine_tune.rate)
-    batches = _batches(texts.training, fine_tune.rows, seed)
     pace = _Pace(fine_tune)
+    losses: list[tuple[int, float]] = []
     state = keeper.state() if keeper else None
     if state is None:
-        losses: list[tuple[int, float]] = []
         check(0)
     else:
-        losses = list(state.training_state.training)
-        check.go_on(state.training_state, restored(state.tensors, parameters, optimizer))
+        losses += state.training_state.training
         pace.go_on(state.training_state)
-        batches = islice(batches, pace.steps, None)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda _: rate_at(pace.done, pace.whole)
-    )
+        check.go_on(state.training_state, restored(state.tensors, parameters, optimizer))
+    batches = islice(_batches(texts.training, fine_tune.rows, seed), pace.steps, None)
+    schedule = LambdaLR(optimizer, lambda _: rate_at(pace.done, pace.whole))
     with pace.bar:
         while pace.done < pace.whole:
             value = _step(loss, student, next(batches), optimizer, parameters)
@@ -100,6 +97,11 @@ def train(
     check.restore()
     student.requires_grad_(False)
     return Losses(training=tuple(losses), held_out=tuple(check.seen), kept=check.kept)
+
+
+def _untrained(student: PreTrainedModel) -> Losses:
+    student.requires_grad_(False)
+    return Losses(training=(), held_out=(), kept=0)
 
 
 class _Pace:
