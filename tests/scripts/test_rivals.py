@@ -165,7 +165,7 @@ def test_a_rotated_model_reads_rotated_inputs(bench: Bench, rows: Tensor) -> Non
         assert torch.equal(norm.weight, torch.ones_like(norm.weight)) != weighted
     inputs: dict[bool, Tensor] = {}
     for model in (bench.model, rotated):
-        linear = Decoder(model, bench.family).linears["model.layers.0.self_attn.o_proj"]
+        linear = Decoder(model, bench.decoder.family).linears["model.layers.0.self_attn.o_proj"]
         see = lambda _, values, m=model: inputs.update({m is rotated: values})  # noqa: E731
         with watching([linear], see, inputs=True):
             model(rows[:1])
@@ -185,9 +185,7 @@ def test_a_clipped_stream_stays_within_its_limits(
     with watching(layers, lambda _, stream: peaks.append(float(stream.abs().max()))):
         rival.subject.decoder.model(rows[:1])
         clipped, peaks[:] = list(peaks), []
-    with watching(
-        Decoder(bench.model, bench.family).layers, lambda _, s: peaks.append(float(s.abs().max()))
-    ):
+    with watching(bench.decoder.layers, lambda _, s: peaks.append(float(s.abs().max()))):
         bench.model(rows[:1])
     assert all(after < 0.5 * before for after, before in zip(clipped, peaks, strict=True))
 

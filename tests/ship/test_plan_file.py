@@ -85,7 +85,7 @@ def test_the_plan_file_alone_gives_the_same_weights_whatever_the_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = saved(tmp_path / "model", dtype)
-    monkeypatch.setattr(decide, "_MOST_LEFT_OUT", (0.3,))
+    monkeypatch.setattr(decide, "MOST_LEFT_OUT", (0.3,))
     text = ["--text", str(text_file)]
     first = converted(model, tmp_path / "first", "--sink", sink, *text, *LOW)
     found = report(first)["inspection"]
