@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.core_model_loading import revert_weight_conversion
 
+from absorb.load.files import INDEX, WEIGHTS
 from absorb.models.decoder import Decoder
 from absorb.models.streaming import Streaming
 from absorb.runtime.precision import as_stored, stored_type
@@ -32,9 +33,11 @@ def save(
     student.model.save_pretrained(folder, state_dict={})
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    _save_shards(
-        _tensors(student, student.streaming, partial(stored_type, dtype=dtype, types=types)), folder
-    )
+    type_of = partial(stored_type, dtype=dtype, types=types)
+    shards = Shards(folder, _SHARD)
+    for tensors in _tensors(student, student.streaming, type_of):
+        shards.add(tensors)
+    shards.finish()
 
 
 def _tensors(
@@ -58,34 +61,43 @@ def _tensors(
         yield revert_weight_conversion(student.model, kept)
 
 
-def _save_shards(parts: Iterator[dict[str, Tensor]], folder: Path) -> None:
-    shards: list[list[str]] = []
-    tensors: dict[str, Tensor] = {}
-    total = 0
+class Shards:
+    """Safetensors files in a folder, each filled up to `most` bytes before the next is begun."""
 
-    def close() -> None:
-        save_file(tensors, folder / f"{len(shards)}.shard", metadata={"format": "pt"})
-        shards.append(list(tensors))
-        tensors.clear()
+    def __init__(self, folder: Path, most: int):
+        self.folder, self.most = folder, most
+        self._names: list[list[str]] = []
+        self._part: dict[str, Tensor] = {}
+        self._size = self._total = 0
 
-    for part in parts:
-        if tensors and sum(t.nbytes for t in (*tensors.values(), *part.values())) > _SHARD:
-            close()
-        tensors |= part
-        total += sum(tensor.nbytes for tensor in part.values())
-    close()
-    _name_shards(shards, folder, total)
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Tensors that are to be in one file."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._part and self._size + size > self.most:
+            self._close()
+        self._part |= tensors
+        self._size += size
+        self._total += size
 
+    def finish(self) -> None:
+        """Write what is left, and give the files the names that loaders look for."""
+        self._close()
+        count = len(self._names)
+        if count == 1:
+            self._partial(0).rename(self.folder / WEIGHTS)
+            return
+        places: dict[str, str] = {}
+        for number, names in enumerate(self._names):
+            file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+            self._partial(number).rename(self.folder / file)
+            places |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total}, "weight_map": places}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
-def _name_shards(shards: list[list[str]], folder: Path, total: int) -> None:
-    """Give shards the names that transformers looks for, and an index where there are several."""
-    if len(shards) == 1:
-        (folder / "0.shard").rename(folder / "model.safetensors")
-        return
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        (folder / f"{number}.shard").rename(folder / name)
-        index |= dict.fromkeys(names, name)
-    content = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
+    def _close(self) -> None:
+        save_file(self._part, self._partial(len(self._names)), {"format": "pt"})
+        self._names.append(list(self._part))
+        self._part, self._size = {}, 0
+
+    def _partial(self, number: int) -> Path:
+        return self.folder / f"{number}.part"

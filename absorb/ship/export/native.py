@@ -10,7 +10,6 @@ The last is exact only where a norm's scales are still those of the stream: the 
 norm is then what it was.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,15 +18,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from absorb.errors import AbsorbError
 from absorb.fold.sinks.forms import LogitSink
-from absorb.load.files import INDEX, WEIGHTS, reading
+from absorb.load.files import reading
 from absorb.models.family import Family
 from absorb.ship.export.targets import Route, head_dim_of
+from absorb.ship.weights import Shards
 
 _SHARD = 2 * 10**9  # bytes; so much of the model is in memory at once
 _SCALES = ("input_scale", "output_scale")
@@ -208,21 +207,14 @@ def write(folder: Path, config: PretrainedConfig, tensors: Iterator[tuple[str, T
     """
     config.save_pretrained(folder)
     expected = _shapes(config)
-    shards: list[list[str]] = []
-    size = total = 0
-    part: Layer = {}
+    shards = Shards(folder, _SHARD)
     for name, tensor in tensors:
         if expected.pop(name, None) != tuple(tensor.shape):
             raise _misfit(config, f"{name} of the shape {tuple(tensor.shape)}")
-        if part and size + tensor.nbytes > _SHARD:
-            shards.append(_written(folder, len(shards), part))
-            part, size = {}, 0
-        part[name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
+        shards.add({name: tensor})
     if expected:
         raise _misfit(config, f"no {min(expected)}")
-    shards.append(_written(folder, len(shards), part))
-    _name_shards(folder, shards, total)
+    shards.finish()
 
 
 def _misfit(config: PretrainedConfig, what: str) -> AbsorbError:
@@ -241,26 +233,3 @@ def _shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes
-
-
-def _written(folder: Path, number: int, part: Layer) -> list[str]:
-    save_file(part, folder / _partial(number), {"format": "pt"})
-    return list(part)
-
-
-def _partial(number: int) -> str:
-    return f"{number}.part"
-
-
-def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
-    """Give the files the names that loaders look for, now that their number is known."""
-    if len(shards) == 1:
-        (folder / _partial(0)).rename(folder / WEIGHTS)
-        return
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        (folder / _partial(number)).rename(folder / file)
-        places |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
