@@ -17,8 +17,9 @@ from absorb.fold import neurons, place, residual, smoothing
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.forms import KeySink, LayerSink
 from absorb.models import modeling_absorb
-from absorb.models.decoder import Decoder, streamed
+from absorb.models.decoder import Decoder
 from absorb.models.family import Family
+from absorb.models.streaming import Streaming
 from absorb.runtime.quiet import quiet
 
 _FOLDS = (place, neurons, residual, smoothing)
@@ -68,10 +69,11 @@ def twin(decoder: Decoder, sinks: Sequence[LayerSink] = ()) -> Decoder:
     student.generation_config = copy.deepcopy(model.generation_config)
     module: nn.Module = student
     module.eval()
-    if decoder.streaming is not None:
-        return streamed(student, decoder.family, decoder.device)
-    module.to(model.device)
-    return Decoder(student, decoder.family)
+    plain = Decoder(student, decoder.family)
+    if decoder.streaming is None:
+        module.to(model.device)
+        return plain
+    return Decoder(student, plain.family, Streaming(student, plain.layers, decoder.device))
 
 
 def _drawn(info: Mapping[str, Any]) -> bool:

@@ -30,7 +30,7 @@ from absorb.load.opening.tokenizer import without_bos
 from absorb.load.unlisted import inferred_family
 from absorb.load.vocabulary import read_tokenizer
 from absorb.models import modeling_absorb
-from absorb.models.decoder import Decoder, streamed
+from absorb.models.decoder import Decoder
 from absorb.models.family import Family
 from absorb.models.streaming import Streaming
 from absorb.runtime.precision import free_memory
@@ -65,18 +65,17 @@ class Source:
     def decoder(self) -> Decoder:
         return Decoder(self.model, self.family, self.streaming)
 
-    def placed(self, device: torch.device) -> "Source":
+    def placed(self, device: torch.device, room: int) -> "Source":
         """The source with its model on a device, or with weights that come there one by one.
 
-        All models of a conversion are held at once, in float32: in all _HELD bytes a weight.
+        All models of a conversion are held at once, in float32: in all _HELD bytes a weight, of
+        which the device has `room`.
         """
-        weights, free = sum(p.numel() for p in self.model.parameters()), free_memory(device)
-        if _HELD * weights <= free:
+        if _HELD * sum(p.numel() for p in self.model.parameters()) <= room:
             nn.Module.to(self.model, device, torch.float32)
             return self
-        streaming = streamed(self.model, self.family, device).streaming
-        assert streaming is not None
-        if sum(p.nbytes for p in self.model.parameters()) * _SPARE <= free:
+        streaming = Streaming(self.model, self.decoder.layers, device)
+        if sum(p.nbytes for p in self.model.parameters()) * _SPARE <= room:
             streaming.hold()
         return replace(self, streaming=streaming)
 
@@ -103,10 +102,11 @@ def load(ref: ModelRef, *, measured: bool = False, device: torch.device | None =
     """The model that `ref` names, or an AbsorbError that says why not.
 
     Where it is only to be measured, a model that absorb has converted will do, and one of an
-    architecture that it does not know. A model that is too large for the `device` it is to compute
-    on stays in the types it is stored in, and in its files until it is asked for.
+    architecture that it does not know. With a `device` the model is placed there; one that is too
+    large for it stays in the types it is stored in, and in its files until it is asked for.
     """
-    source = _read(ref, measured, None if device is None else free_memory(device))
+    room = None if device is None else free_memory(device)
+    source = _read(ref, measured, room)
     checks.refuse_non_finite(source.model, source.name)
     checks.refuse_unusable(source.model, source.tokenizer, source.name)
     if getattr(source.model.config, "attn_logit_softcapping", None):
@@ -117,7 +117,7 @@ def load(ref: ModelRef, *, measured: bool = False, device: torch.device | None =
     session.forget(source.tokenizer)
     if not measured:
         session.rehearse(source.model, without_bos(source.tokenizer), ref.name)
-    return source
+    return source if device is None or room is None else source.placed(device, room)
 
 
 def _read(ref: ModelRef, measured: bool, room: int | None) -> Source:

@@ -103,6 +103,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, family: Family, streaming: Streaming | None = None):
         self.model, self.family, self.streaming = model, family, streaming
+        self._sites: dict[str, Site] = {}
 
     @property
     def config(self) -> Any:
@@ -150,10 +151,6 @@ class Decoder:
         if name not in self._sites:
             self._sites[name] = site_at(self.model, name)
         return self._sites[name]
-
-    @cached_property
-    def _sites(self) -> dict[str, Site]:
-        return {}
 
     @cached_property
     def linears(self) -> dict[str, Any]:
@@ -230,9 +227,3 @@ class Decoder:
         assert start >= 0
         every = torch.arange(rows, device=self.device).view(parts, -1)
         return every[:, start : start + width].flatten()
-
-
-def streamed(model: PreTrainedModel, family: Family, device: torch.device) -> Decoder:
-    """A model that computes on a device which has no room for it."""
-    layers = Decoder(model, family).layers
-    return Decoder(model, family, Streaming(model, layers, device))

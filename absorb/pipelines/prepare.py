@@ -8,7 +8,7 @@ from absorb.fold.decide import judged
 from absorb.fold.graft import graft
 from absorb.fold.plan import Plan
 from absorb.fold.smoothing import scales_for
-from absorb.load.opening.tokenizer import lead_of, without_bos
+from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source, load
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import find_prefix
@@ -43,10 +43,8 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
     refuse_unreadable(job.calibration.text)
     say(f"loading {job.model.name}")
     source = load(job.model, device=device)
-    without_bos(source.tokenizer)  # tried now rather than after an hour
     made = None if job.plan is None else read_plan(job.plan, source)
     progress = Progress(job, source) if resume else None
-    source = source.placed(device)
     if source.streaming:
         say("the model is larger than the memory for it, so its layers come there one by one")
     kept = progress.draft() if progress else None
