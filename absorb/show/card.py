@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from absorb.models.families import family_of
 from absorb.quantize.formats import FORMATS
 from absorb.schema.declared import changed
+from absorb.schema.exported import Exported
 from absorb.schema.report import Inspection, Report, sentence, verdict
 from absorb.schema.settings import Job
 from absorb.show.rows import finding_rows, score_rows
@@ -90,7 +91,7 @@ def card(report: Report) -> str:
     inspection = report.inspection
     model = inspection.model
     return _CARD.format(
-        metadata=_metadata(report),
+        metadata=metadata(inspection, _title(inspection), _results(report)),
         title=_title(inspection),
         model=f"[{model}](https://huggingface.co/{model})" if _is_on_hub(inspection) else model,
         version=inspection.versions["absorb"],
@@ -110,9 +111,9 @@ def card(report: Report) -> str:
     )
 
 
-def _is_on_hub(inspection: Inspection) -> bool:
+def _is_on_hub(of: Inspection | Exported) -> bool:
     """Some old repositories have no owner, as gpt2."""
-    return inspection.commit is not None or "/" in inspection.model
+    return of.commit is not None or "/" in of.model
 
 
 def _verdict(report: Report) -> str:
@@ -128,20 +129,20 @@ def _prefix(inspection: Inspection) -> str:
     return f"`{inspection.prefix_text!r}`"
 
 
-def _metadata(report: Report) -> str:
-    inspection = report.inspection
-    hub_id = inspection.model if _is_on_hub(inspection) else None  # else the name of a file
+def metadata(of: Inspection | Exported, title: str, results: list[EvalResult]) -> str:
+    """The front matter of a card, as YAML."""
+    hub_id = of.model if _is_on_hub(of) else None  # else the name of a file
     data = ModelCardData(
         base_model=hub_id,
         # Of the four kinds that the Hub knows this is the one: whole weights in the precision of
         # the original, so neither quantized nor an adapter, and of one model, so no merge.
         base_model_relation="finetune" if hub_id else None,
         library_name="transformers",
-        license=inspection.license,
+        license=of.license,
         pipeline_tag="text-generation",
         tags=["absorb", "attention-sink"],
-        model_name=_title(inspection),
-        eval_results=_results(report),
+        model_name=title,
+        eval_results=results or None,
     )
     return data.to_yaml()
 

@@ -1,10 +1,9 @@
 """Export → the README.md that lies in it. Pure: all that it says is in the two absorb.json."""
 
-from huggingface_hub import ModelCardData
-
 from absorb.schema.exported import Exported
 from absorb.schema.report import Report
 from absorb.ship.export.targets import ROUTES
+from absorb.show.card import metadata
 from absorb.show.tables import Row
 
 _CARD = """\
@@ -84,7 +83,7 @@ def card(exported: Exported, report: Report) -> str:
     """The README.md of an export."""
     model = exported.model
     return _CARD.format(
-        metadata=_metadata(exported),
+        metadata=metadata(exported, _title(exported), []),
         title=_title(exported),
         model=f"[{model}](https://huggingface.co/{model})" if "/" in model else model,
         version=exported.versions["absorb"],
@@ -124,20 +123,6 @@ def export_rows(exported: Exported) -> list[Row]:
 
 def _title(exported: Exported) -> str:
     return f"{exported.model.rpartition('/')[2]}, absorbed, as {exported.architecture}"
-
-
-def _metadata(exported: Exported) -> str:
-    hub_id = exported.model if "/" in exported.model else None  # else the name of a file
-    data = ModelCardData(
-        base_model=hub_id,
-        base_model_relation="finetune" if hub_id else None,
-        library_name="transformers",
-        license=exported.license,
-        pipeline_tag="text-generation",
-        tags=["absorb", "attention-sink"],
-        model_name=_title(exported),
-    )
-    return data.to_yaml()
 
 
 def _lost(exported: Exported) -> list[str]:
