@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 from absorb.errors import AbsorbError
 from absorb.models.decoder import Decoder
 from absorb.runtime.losses import mean_kl
-from absorb.runtime.reading import Subject, led
+from absorb.runtime.reading import Subject
 from absorb.schema.training import LENGTH
 
 # The mean loss in nats per token of text (rows, length).
@@ -25,15 +26,11 @@ def rows_at_once(student: PreTrainedModel) -> int:
     return max(1, int(room // (LENGTH * student.config.vocab_size * 16)))
 
 
-def gap(
-    teacher: PreTrainedModel, student: PreTrainedModel, prefix: Tensor, tokens: Tensor
-) -> Tensor:
+def gap(teacher: Subject, student: Subject, tokens: Tensor) -> Tensor:
     """Mean KL(teacher | student) in nats on text `tokens` (rows, length), with its gradient."""
-    tokens = tokens.to(student.device)
     with torch.no_grad():
-        rows = led(tokens, prefix)
-        target = teacher(rows, use_cache=False).logits[:, len(prefix) :]
-    return mean_kl(target, student(tokens, use_cache=False).logits)
+        target = teacher.logits(tokens)
+    return mean_kl(target, student.logits(tokens))
 
 
 @torch.no_grad()
@@ -45,10 +42,7 @@ def divergence(teacher: Decoder, student: Decoder, prefix: Tensor, tokens: Tenso
     read = Subject(decoder=teacher, lead=prefix), Subject(decoder=student)
     rows = len(tokens) if student.streaming else rows_at_once(student.model)
 
-    def loss(part: Tensor) -> Tensor:
-        return mean_kl(*(subject.logits(part) for subject in read))
-
-    return max(0.0, mean_loss(loss, tokens, rows))  # rounding may bring it below
+    return max(0.0, mean_loss(partial(gap, *read), tokens, rows))  # rounding may bring it below
 
 
 @torch.no_grad()

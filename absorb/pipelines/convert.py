@@ -83,9 +83,8 @@ def fine_tuned(
             draft.source.decoder, student, draft.plan, texts, fine_tune, form, scratch
         )
     with fake_quantized(student, FORMATS[goal], texts.scaling) if goal else nullcontext():
-        return distill(
-            draft.source.model, student.model, prefix, texts, fine_tune, seed, draft.progress
-        )
+        teacher = draft.source.decoder
+        return distill(teacher, student, prefix, texts, fine_tune, seed, draft.progress)
 
 
 def left_before_text(student: Decoder, draft: Prepared) -> tuple[Lead, ...]:

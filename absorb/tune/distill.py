@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from time import monotonic
 from typing import Protocol
@@ -14,7 +15,9 @@ from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
 from absorb.measure.divergence import Loss, gap, mean_loss, rows_at_once
+from absorb.models.decoder import Decoder
 from absorb.runtime.precision import autocast_bf16
+from absorb.runtime.reading import Subject
 from absorb.schema.training import Losses, Recipe
 from absorb.text.gather import Texts
 from absorb.tune.optimizer import choose, optimizer_of, rate_at
@@ -33,8 +36,8 @@ _CHECKS = 4  # how often the validation divergence is looked at: at every quarte
 
 
 def distill(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
+    teacher: Decoder,
+    student: Decoder,
     prefix: Tensor,
     texts: Texts,
     fine_tune: Recipe,
@@ -45,11 +48,8 @@ def distill(
 
     The teacher reads the tokens `prefix` (n,) first, the student never does.
     """
-
-    def loss(tokens: Tensor) -> Tensor:
-        return gap(teacher, student, prefix, tokens)
-
-    return train(student, loss, texts, fine_tune, seed, keeper)
+    loss = partial(gap, Subject(decoder=teacher, lead=prefix), Subject(decoder=student))
+    return train(student.model, loss, texts, fine_tune, seed, keeper)
 
 
 def train(

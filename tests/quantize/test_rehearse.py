@@ -70,8 +70,9 @@ def test_a_student_learns_to_be_quantised(purpose: Purpose) -> None:
             )
 
     fine_tune = recipe(Distillation(steps=30, train="all", purpose=purpose), student.device)
-    distill(teacher, plain, PREFIX, text, fine_tune, seed=0)
+    original = Decoder(teacher, family)
+    distill(original, Decoder(plain, family), PREFIX, text, fine_tune, seed=0)
     with fake_quantized(Decoder(student, family), form, text.calibration):
-        losses = distill(teacher, student, PREFIX, text, fine_tune, seed=0)
+        losses = distill(original, Decoder(student, family), PREFIX, text, fine_tune, seed=0)
     assert losses.kept > 0
     assert gap(student) < gap(plain)

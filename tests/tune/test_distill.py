@@ -66,7 +66,7 @@ def test_only_what_was_asked_for_is_trained(
         if name.endswith("sink"):
             parameter.data.fill_(0.5)  # a sink far below the logits has next to no gradient
     fine_tune = Recipe(steps=8, train=train, rows=4)
-    losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
+    losses = distill(*pair(teacher, student), PREFIX, texts(), fine_tune, seed=0)
     assert losses.kept > 0
     assert changed(student, before) == expected
     assert not any(parameter.requires_grad for parameter in student.parameters())
@@ -82,7 +82,7 @@ def test_training_brings_the_student_closer(
 ) -> None:
     start = divergence(*pair(teacher, student), PREFIX, texts().validation)
     fine_tune = Recipe(steps=30, train="all", rows=8)
-    losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
+    losses = distill(*pair(teacher, student), PREFIX, texts(), fine_tune, seed=0)
     assert losses.held_out[0] == (0, pytest.approx(start))
     reached = divergence(*pair(teacher, student), PREFIX, texts().validation)
     assert reached < 0.9 * start
@@ -95,7 +95,7 @@ def test_the_best_step_is_kept_even_if_it_is_the_untrained_one(
 ) -> None:
     before = {name: value.clone() for name, value in student.named_parameters()}
     fine_tune = Recipe(steps=2, train="all", rows=4, rate=1.0)  # ruins every weight at once
-    losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
+    losses = distill(*pair(teacher, student), PREFIX, texts(), fine_tune, seed=0)
     assert losses.kept == 0
     assert losses.held_out[-1][1] > losses.held_out[0][1]
     assert not changed(student, before)
@@ -105,7 +105,7 @@ def test_no_steps_change_nothing(teacher: PreTrainedModel, student: PreTrainedMo
     before = {name: value.clone() for name, value in student.named_parameters()}
     nothing = replace(texts(), training=torch.empty(0, 12, dtype=torch.long))
     fine_tune = Recipe(steps=0, train="all", rows=4)
-    losses = distill(teacher, student, PREFIX, nothing, fine_tune, seed=0)
+    losses = distill(*pair(teacher, student), PREFIX, nothing, fine_tune, seed=0)
     assert (losses.training, losses.kept) == ((), 0)
     assert not changed(student, before)
 
@@ -115,7 +115,7 @@ def test_a_fine_tune_that_diverges_is_told(
 ) -> None:
     fine_tune = Recipe(steps=20, train="all", rows=4, rate=1e30)
     with pytest.raises(AbsorbError, match=r"diverged.*--steps 0"):
-        distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
+        distill(*pair(teacher, student), PREFIX, texts(), fine_tune, seed=0)
 
 
 def test_a_student_that_gives_no_numbers_is_told(
@@ -130,7 +130,7 @@ def test_the_same_seed_gives_the_same_student(teacher: PreTrainedModel) -> None:
     fine_tune = Recipe(steps=4, train="all", rows=4)
     students = [twin(Decoder(teacher, FAMILIES["llama"])).model for _ in range(3)]
     for seed, student in zip((0, 0, 1), students, strict=True):
-        distill(teacher, student, PREFIX, texts(), fine_tune, seed)
+        distill(*pair(teacher, student), PREFIX, texts(), fine_tune, seed)
     first, second, other = (student.state_dict() for student in students)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert any(not torch.equal(value, other[name]) for name, value in first.items())
@@ -174,7 +174,7 @@ def test_dropout_does_not_blur_the_student() -> None:
     student = twin(Decoder(teacher, FAMILIES["gpt2"])).model
     start = divergence(*pair(teacher, student), PREFIX, texts().validation)
     fine_tune = Recipe(steps=1, train="all", rows=4)
-    losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
+    losses = distill(*pair(teacher, student), PREFIX, texts(), fine_tune, seed=0)
     assert losses.held_out[0][1] == pytest.approx(start, rel=1e-5)
     assert not student.training
 
@@ -193,7 +193,7 @@ def test_a_fine_tune_by_the_clock_ends_in_time_and_cools_down(
     monkeypatch.setattr(module, "monotonic", lambda: next(clock))
     monkeypatch.setattr(module, "rate_at", lambda *at: rates.append(rate(*at)) or rates[-1])
     fine_tune = Recipe(steps=None, minutes=0.5, train="all", rows=4)
-    losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
+    losses = distill(*pair(teacher, student), PREFIX, texts(), fine_tune, seed=0)
     assert [step for step, _ in losses.training] == list(range(1, checked[-1] + 1))
     assert [step for step, _ in losses.held_out] == checked
     assert rates[0] == pytest.approx(1 / 3)  # one second of the three that it warms up for
@@ -206,7 +206,7 @@ def test_a_fine_tune_by_the_clock_ends_in_time_and_cools_down(
 def test_the_clock_is_that_on_the_wall(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     fine_tune = Recipe(steps=None, minutes=0.01, train="sinks", rows=4)
     started = monotonic()
-    losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
+    losses = distill(*pair(teacher, student), PREFIX, texts(), fine_tune, seed=0)
     assert monotonic() - started >= 0.6
     assert losses.training
 
@@ -214,7 +214,7 @@ def test_the_clock_is_that_on_the_wall(teacher: PreTrainedModel, student: PreTra
 def test_checks_come_at_every_quarter(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     for steps, expected in ((1, [0, 1]), (3, [0, 1, 2, 3]), (10, [0, 3, 5, 8, 10])):
         fine_tune = Recipe(steps=steps, train="sinks", rows=4)
-        losses = distill(teacher, student, PREFIX, texts(), fine_tune, seed=0)
+        losses = distill(*pair(teacher, student), PREFIX, texts(), fine_tune, seed=0)
         assert [step for step, _ in losses.held_out] == expected
 
 
