@@ -1,4 +1,4 @@
-"""Sinks beside every CUDA operator, on the GPU: python -m pytest tests/test_attention_cuda.py
+"""Sinks beside every CUDA operator, on the GPU: pytest tests/models/test_attention_cuda.py
 
 With TRITON_INTERPRET=1 what is said of our own kernels alone can be tested without one.
 """

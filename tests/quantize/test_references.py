@@ -1,7 +1,7 @@
 """The grids are those of torchao and compressed-tensors, where these are installed.
 
     pip install --target DIR --no-deps torchao compressed-tensors && pip install --target DIR loguru
-    PYTHONPATH=DIR scripts/test tests/test_references.py
+    PYTHONPATH=DIR scripts/test tests/quantize/test_references.py
 
 Seen with torchao 0.18.0 and compressed-tensors 0.20.0.
 """

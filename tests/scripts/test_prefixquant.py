@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from absorb.load.source import Source
-from absorb.models.families import FAMILIES
 from scripts.benchmarks.rivals.prefixquant import prefix_tokens
 from tests.fold.test_planted import BOS, planted
-from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.helpers.sources import source_of
 
 OFTEN, SELDOM = 40, 50  # tokens that fire the planted neuron as BOS does
 
@@ -17,15 +16,7 @@ def source() -> Source:
     embedding = model.get_input_embeddings().weight
     with torch.no_grad():
         embedding[[OFTEN, SELDOM]] = embedding[BOS].clone()
-    return Source(
-        name="planted",
-        model=model,
-        tokenizer=tiny_tokenizer(),
-        family=FAMILIES["llama"],
-        dtype=torch.float32,
-        license=None,
-        commit=None,
-    )
+    return source_of(model, "planted")
 
 
 def text(places: dict[int, int], rows: int = 4) -> Tensor:

@@ -15,6 +15,7 @@ from absorb.models.families import FAMILIES
 from absorb.schema.settings import Calibration
 from absorb.text.gather import CALIBRATION_ROWS, VALIDATION_ROWS, gather
 from absorb.text.samples import LATEST_START, loops, opening_of, sampled
+from tests.helpers.sources import source_of
 from tests.helpers.tiny import VOCABULARY, tiny
 from tests.helpers.tiny_tokenizer import TEMPLATE, tiny_tokenizer
 
@@ -51,15 +52,7 @@ def planted(share: float) -> Source:
         base.norm.weight.fill_(1)
         base.embed_tokens.weight.copy_(torch.eye(VOCABULARY))
         model.lm_head.weight.copy_(logits / 8)
-    return Source(
-        name="planted",
-        model=model,
-        tokenizer=tiny_tokenizer(),
-        family=FAMILIES["llama"],
-        dtype=torch.float32,
-        license=None,
-        commit=None,
-    )
+    return source_of(model, "planted")
 
 
 @torch.no_grad()

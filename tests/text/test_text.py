@@ -16,23 +16,15 @@ from absorb.schema.settings import Calibration
 from absorb.schema.training import LENGTH
 from absorb.text.corpus import documents
 from absorb.text.gather import CALIBRATION_ROWS, HELD_OUT_ROWS, VALIDATION_ROWS, Texts, gather
+from tests.helpers.sources import source_of
 from tests.helpers.tiny import tiny
-from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 FIXED = CALIBRATION_ROWS + VALIDATION_ROWS + HELD_OUT_ROWS["cpu"]
 
 
 @pytest.fixture(scope="module")
 def source() -> Source:
-    return Source(
-        name="tiny",
-        model=tiny("llama", torch.float32, max_position_embeddings=512),
-        tokenizer=tiny_tokenizer(),
-        family=FAMILIES["llama"],
-        dtype=torch.float32,
-        license=None,
-        commit=None,
-    )
+    return source_of(tiny("llama", torch.float32, max_position_embeddings=512))
 
 
 @pytest.fixture(scope="module")

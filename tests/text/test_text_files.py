@@ -19,7 +19,6 @@ import torch
 
 from absorb.errors import AbsorbError
 from absorb.load.source import Source
-from absorb.models.families import FAMILIES
 from absorb.schema.codec import built
 from absorb.schema.declared import typed
 from absorb.schema.settings import Calibration, Evaluation
@@ -27,8 +26,9 @@ from absorb.schema.texts import Dataset, is_dataset, text_named
 from absorb.text.corpus import documents, refuse_unreadable
 from absorb.text.gather import Texts, gather_windows
 from absorb.text.repeats import without_repeats
+from tests.helpers.sources import source_of
 from tests.helpers.tiny import tiny
-from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
+from tests.helpers.tiny_tokenizer import letters
 
 DOCUMENTS = ["one, two\nthree", 'with "quotes"', "ends with a space ", "line\u2028separator é"]
 LINES = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in DOCUMENTS)
@@ -277,15 +277,7 @@ def test_documents_that_differ_in_white_space_are_the_same(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def source() -> Source:
-    return Source(
-        name="tiny",
-        model=tiny("llama", torch.float32, max_position_embeddings=512),
-        tokenizer=tiny_tokenizer(),
-        family=FAMILIES["llama"],
-        dtype=torch.float32,
-        license=None,
-        commit=None,
-    )
+    return source_of(tiny("llama", torch.float32, max_position_embeddings=512))
 
 
 def pieces(first: int, last: int) -> list[str]:

@@ -8,23 +8,14 @@ import torch
 
 from absorb.errors import AbsorbError
 from absorb.load.source import Source
-from absorb.models.families import FAMILIES
 from absorb.text.windows import windows
+from tests.helpers.sources import source_of
 from tests.helpers.tiny import tiny
-from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def source() -> Source:
-    return Source(
-        name="tiny",
-        model=tiny("llama", torch.float32),
-        tokenizer=tiny_tokenizer(),
-        family=FAMILIES["llama"],
-        dtype=torch.float32,
-        license=None,
-        commit=None,
-    )
+    return source_of(tiny("llama", torch.float32))
 
 
 def test_windows_are_the_tokens_of_a_plain_text_in_their_order(

@@ -36,11 +36,11 @@ def stand_in(module: str, **contents: Any) -> None:
 
 
 class GenerationTesterMixin:
-    """Left out: tests/test_generation.py is ours."""
+    """Left out: tests/models/test_generation.py is ours."""
 
 
 class ExportTesterMixin:
-    """Left out: tests/test_attention.py exports a model."""
+    """Left out: tests/models/test_attention.py exports a model."""
 
 
 stand_in("generation.test_utils", GenerationTesterMixin=GenerationTesterMixin)
