@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,18 +10,20 @@ from transformers import PreTrainedModel
 from absorb.errors import AbsorbError
 from absorb.models.decoder import Decoder
 from absorb.runtime.losses import mean_kl
+from absorb.runtime.precision import free_memory
 from absorb.runtime.reading import Subject
+from absorb.runtime.walk import logits
 from absorb.schema.training import LENGTH
 
 # The mean loss in nats per token of text (rows, length).
 Loss = Callable[[Tensor], Tensor]
 
 
-def rows_at_once(student: PreTrainedModel) -> int:
+def rows_at_once(student: PreTrainedModel, device: torch.device) -> int:
     """Rows whose logits, with what the loss makes of them, fit easily into memory."""
     room = 0.4e9
-    if student.device.type == "cuda":
-        room = min(16e9, 0.25 * torch.cuda.mem_get_info(student.device)[0])
+    if device.type == "cuda":
+        room = min(16e9, 0.25 * free_memory(device))
     return max(1, int(room // (LENGTH * student.config.vocab_size * 16)))
 
 
@@ -39,18 +40,23 @@ def divergence(teacher: Decoder, student: Decoder, prefix: Tensor, tokens: Tenso
 
     The teacher reads the tokens `prefix` (n,) before every row.
     """
+    rows = rows_at_once(student.model, student.device)
     read = Subject(decoder=teacher, lead=prefix), Subject(decoder=student)
-    rows = len(tokens) if student.streaming else rows_at_once(student.model)
-
-    return max(0.0, mean_loss(partial(gap, *read), tokens, rows))  # rounding may bring it below
+    both = zip(*(logits(subject, tokens, rows, "") for subject in read), strict=True)
+    total = sum(float(mean_kl(target, own)) * len(own) for target, own in both)
+    return max(0.0, finite(total / len(tokens)))  # rounding may bring it below
 
 
 @torch.no_grad()
 def mean_loss(loss: Loss, tokens: Tensor, rows: int) -> float:
     """The mean loss on text `tokens`, so many rows at once."""
-    total = sum(loss(part).item() * len(part) for part in tokens.split(rows))
-    if not math.isfinite(total):
+    return finite(sum(loss(part).item() * len(part) for part in tokens.split(rows)) / len(tokens))
+
+
+def finite(loss: float) -> float:
+    """A loss, or an AbsorbError where it is none."""
+    if not math.isfinite(loss):
         raise AbsorbError(
             "the converted model predicts what is not a number; convert with another --prefix"
         )
-    return total / len(tokens)
+    return loss

@@ -3,12 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from absorb.measure.tally import (
     ByLayer,
@@ -22,10 +20,11 @@ from absorb.runtime.experts import watching_neurons
 from absorb.runtime.hooks import watching, watching_attention
 from absorb.runtime.inputs import watching_inputs
 from absorb.runtime.precision import autocast_bf16
-from absorb.runtime.reading import led
+from absorb.runtime.reading import Subject, led
+from absorb.runtime.walk import logits, read
 from absorb.schema.settings import Thresholds
 
-_ROWS = 4
+_ROWS, _LABEL = 4, "measuring the stream"
 # A token is ordinary unless it is an outlier token by these, whatever the user counts as one: a
 # channel that is large on the sink token alone is no residual sink.
 _USUAL = Thresholds()
@@ -143,18 +142,21 @@ def measure(
     decoder: Decoder,
     tokens: Tensor,
     lead: Tensor,
-    read: Callable[[Tensor], object] | None = None,
+    see: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Measurement:
     """Measure a model on text `tokens` (rows, length), read after the tokens `lead` (n,).
 
-    `read` lets the model read a batch, lead included; by default its head is left out.
+    `see` is shown a few rows at once, lead included, and their logits; without it there are none.
     """
-    read = read or partial(decoder.model.base_model, use_cache=False)
     tally = _Tally(decoder)
     rows = led(tokens, lead)
     with _counting(decoder, tally), autocast_bf16(decoder.device):
-        for batch in tqdm(decoder.batches(rows, _ROWS), desc="measuring the stream", unit="batch"):
-            read(batch.to(decoder.device))
+        if see is None:
+            read(decoder, rows, _ROWS, _LABEL)
+        else:
+            given = logits(Subject(decoder=decoder), rows, _ROWS, _LABEL)
+            for part, own in zip(rows.split(_ROWS), given, strict=True):
+                see(part.to(own.device), own)
     return Measurement(
         tokens=rows.cpu(),
         channel_mean=tally.per_ordinary_token(tally.sizes).cpu(),

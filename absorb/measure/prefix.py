@@ -2,15 +2,15 @@
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source
 from absorb.measure.findings import find, token_weights
 from absorb.measure.outliers import Measurement, measure
 from absorb.runtime.losses import row_losses
-from absorb.runtime.reading import led
+from absorb.runtime.reading import Subject, led
+from absorb.runtime.walk import logits
 from absorb.schema.findings import Trial
 from absorb.schema.settings import Thresholds
 
@@ -45,11 +45,10 @@ def find_prefix(
     """
     whole, tokens = tokens, tokens[:_ROWS]
     if wish is not None:
-        return [_try(source, wish, tokens)]
+        return _tried(source, [wish], tokens)
     known = source.model.config.vocab_size  # a tokenizer may have more: padding that was added
     candidates = [one for one in _candidates(source.tokenizer) if max(one) < known]
-    candidates = tqdm(candidates, desc="choosing the prefix", unit="prefix")
-    trials = [_try(source, prefix, tokens[:, :_BEGINNING]) for prefix in candidates]
+    trials = _tried(source, candidates, tokens[:, :_BEGINNING])
     bos = source.tokenizer.bos_token_id
     trials.sort(key=lambda trial: -trial.loss * (1 - _MARGIN * (trial.prefix == (bos,))))
     best, seen = _measured(source, trials.pop().prefix, whole)
@@ -70,10 +69,10 @@ def _measured(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> tuple[
     """A trial, and a measurement of the text behind the prefix, in one pass."""
     losses: list[Tensor] = []
 
-    def read(rows: Tensor) -> None:
-        losses.append(_losses(source.model, rows, len(prefix)))
+    def see(rows: Tensor, logits: Tensor) -> None:
+        losses.append(row_losses(logits[:, len(prefix) :], rows[:, len(prefix) :]))
 
-    measurement = measure(source.decoder, tokens, torch.tensor(prefix), read)
+    measurement = measure(source.decoder, tokens, torch.tensor(prefix), see)
     return Trial(prefix=prefix, loss=torch.cat(losses).mean().item()), measurement
 
 
@@ -109,12 +108,12 @@ def _candidates(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
     return [(token,) for token in dict.fromkeys([*tokenizer.all_special_ids, *single])]
 
 
-def _try(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> Trial:
-    rows = led(tokens.to(source.decoder.device), torch.tensor(prefix))
-    return Trial(prefix=prefix, loss=_losses(source.model, rows, len(prefix)).mean().item())
-
-
-def _losses(model: PreTrainedModel, rows: Tensor, lead: int) -> Tensor:
-    """The mean loss of each row (rows, length), its lead and its first token left out: (rows,)."""
-    logits = model(rows, use_cache=False).logits
-    return row_losses(logits[:, lead:], rows[:, lead:])
+def _tried(source: Source, prefixes: list[tuple[int, ...]], tokens: Tensor) -> list[Trial]:
+    """Prefixes of one length, by the loss of the text (rows, length) but its first tokens."""
+    rows = torch.cat([led(tokens, torch.tensor(prefix)) for prefix in prefixes])
+    given = logits(Subject(decoder=source.decoder), rows, len(tokens), "choosing the prefix")
+    losses = [row_losses(own[:, -tokens.shape[1] :], tokens.to(own.device)) for own in given]
+    return [
+        Trial(prefix=prefix, loss=loss.mean().item())
+        for prefix, loss in zip(prefixes, losses, strict=True)
+    ]

@@ -1,15 +1,15 @@
 """Models and held-out text → Tallies and Scores, side by side in one pass over the same tokens."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from absorb.measure.tally import Tally, perplexity_of
+from absorb.models.decoder import Decoder
 from absorb.quantize.formats import FORMATS, Format
 from absorb.quantize.simulate import in_format
 from absorb.runtime.hooks import watching, watching_attention
@@ -17,6 +17,7 @@ from absorb.runtime.inputs import watching_inputs
 from absorb.runtime.losses import row_losses
 from absorb.runtime.memory import release_freed_memory
 from absorb.runtime.reading import Subject
+from absorb.runtime.walk import logits
 from absorb.schema.scores import Score
 from absorb.schema.settings import FormatName, Thresholds
 
@@ -66,33 +67,33 @@ def tallies(
     """
     seen = [Tally() for _ in subjects]
     known = next((i for i, subject in enumerate(subjects) if subject.reads_as(teacher)), None)
-    for batch in tqdm(
-        teacher.decoder.batches(held_out, _rows(held_out)), desc="evaluating", unit="batch"
-    ):
-        tokens = batch.to(teacher.decoder.device)
-        given = [
-            watched_logits(subject, tokens, tally, inputs=inputs)
-            for subject, tally in zip(subjects, seen, strict=True)
-        ]
-        target = teacher.logits(tokens) if known is None else given[known]
-        for logits, tally in zip(given, seen, strict=True):
-            tally.see_logits(logits, target, tokens)
+    at_once = _rows(held_out)
+
+    def shown(subject: Subject, tally: Tally) -> Iterator[Tensor]:
+        length = len(subject.lead) + held_out.shape[1]
+        watched = partial(_watched, subject.decoder, tally, length if inputs else None)
+        return logits(subject, held_out, at_once, "evaluating", watched)
+
+    given = [shown(subject, tally) for subject, tally in zip(subjects, seen, strict=True)]
+    if known is None:
+        given.append(logits(teacher, held_out, at_once, "the teacher"))
+    for tokens, *found in zip(held_out.split(at_once), *given, strict=True):
+        target = found[-1 if known is None else known]
+        for tally, own in zip(seen, found, strict=False):
+            tally.see_logits(own, target, tokens.to(target.device))
     return seen
 
 
-def watched_logits(
-    subject: Subject, tokens: Tensor, tally: Tally, *, inputs: bool = False
-) -> Tensor:
-    """Logits (rows, length, vocabulary) of the text; the tally sees what the model does on it."""
-    decoder = subject.decoder
+@contextmanager
+def _watched(decoder: Decoder, tally: Tally, length: int | None) -> Iterator[None]:
+    """The tally sees what a model does on text: what matrices read too, for a `length` of rows."""
     release_freed_memory()  # what a tally keeps lies among what was freed
     with ExitStack() as stack:
         stack.enter_context(watching_attention(decoder, tally.see_attention))
         stack.enter_context(watching(decoder.layers, tally.see_stream))
-        if inputs:
-            see = partial(tally.see_input, len(tokens))
-            stack.enter_context(watching_inputs(decoder, see))
-        return subject.logits(tokens)
+        if length is not None:
+            stack.enter_context(watching_inputs(decoder, partial(tally.see_input, length)))
+        yield
 
 
 def in_formats(
@@ -128,14 +129,10 @@ def losses(subject: Subject, rows: Tensor, label: str, *, alone: bool = False) -
 
     Rows are read `alone` where what a model makes of one would depend on those read with it.
     """
-    device, found = subject.decoder.device, []
+    device = subject.decoder.device
     at_once = 1 if alone else max(_rows(rows), ROWS_AT_ONCE[device.type])
-    for batch in tqdm(
-        subject.decoder.batches(rows, at_once), desc=label, unit="batch" if at_once > 1 else "row"
-    ):
-        tokens = batch.to(device)
-        found.append(row_losses(subject.logits(tokens), tokens).cpu())
-    return torch.cat(found)
+    given = zip(logits(subject, rows, at_once, label), rows.split(at_once), strict=True)
+    return torch.cat([row_losses(own, tokens.to(device)).cpu() for own, tokens in given])
 
 
 def _rows(text: Tensor) -> int:

@@ -134,9 +134,9 @@ class Tally:
         """weights is (rows, heads, queries, keys)."""
         self.first.add(layer, first_token_attention(weights))
 
-    def see_input(self, rows: int, name: str, values: Tensor) -> None:
-        """values (tokens, ..., channels), of so many rows, is what the matrix `name` reads."""
-        kurtoses = row_kurtoses(values.unflatten(0, (rows, -1)))
+    def see_input(self, length: int, name: str, values: Tensor) -> None:
+        """values (tokens, ..., channels), of rows of a length, is what the matrix `name` reads."""
+        kurtoses = row_kurtoses(values.unflatten(0, (-1, length)))
         self.inputs.setdefault(name, []).append(kurtoses)
 
     def see_logits(self, logits: Tensor, teacher: Tensor, tokens: Tensor) -> None:

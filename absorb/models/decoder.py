@@ -176,11 +176,6 @@ class Decoder:
         streaming = self.streaming
         return streaming.fetched(self.layers[layer]) if streaming else nullcontext()
 
-    def batches(self, rows: Tensor, usual: int) -> tuple[Tensor, ...]:
-        """Text (rows, length) in parts that are read at once: where weights stream, all of it."""
-        parts: tuple[Tensor, ...] = rows.split(len(rows) if self.streaming else usual)
-        return parts
-
     @contextmanager
     def edited(self, edit: Edit, touched: Callable[[int], Iterable[Tensor]]) -> Iterator[None]:
         """Every layer as `edit` leaves it for a while, which changes the weights `touched`."""

@@ -33,6 +33,10 @@ class Streaming:
         self._resting: dict[nn.Parameter, Tensor] = {}
         self._users: Counter[nn.Module] = Counter()
         self._index = {layer: index for index, layer in enumerate(layers)}
+        inside = {module for layer in layers for module in layer.modules()}
+        self.ends: list[nn.Module] = [  # what has weights outside of the layers
+            module for module in model.modules() if module not in inside and module._parameters
+        ]
         for unit in self.units:
             unit.register_forward_pre_hook(lambda unit, _: self._fetch(unit))
             unit.register_forward_hook(lambda unit, *_: self._leave(unit), always_call=True)
@@ -41,9 +45,7 @@ class Streaming:
     @property
     def units(self) -> list[nn.Module]:
         """The layers, and what has weights of its own outside of them."""
-        inside = {module for layer in self.layers for module in layer.modules()}
-        others = [m for m in self.model.modules() if m not in inside and m._parameters]
-        return [*others, *self.layers]
+        return [*self.ends, *self.layers]
 
     def hold(self) -> None:
         """Let the weights rest on the device, in the types they are stored in."""

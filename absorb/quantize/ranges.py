@@ -10,6 +10,7 @@ from absorb.models.decoder import Decoder
 from absorb.quantize.grids import INT8_TENSOR, rounded
 from absorb.runtime.inputs import ROWS, watching_inputs
 from absorb.runtime.reading import led
+from absorb.runtime.walk import read
 
 # Where a range may end, as fractions of the largest magnitude seen, and on how many tokens it is
 # tried.
@@ -31,18 +32,15 @@ def clipped_ranges(
     step = max(1, rows.numel() // _TRIED)
     tried: dict[str, list[Tensor]] = defaultdict(list)
     peaks: dict[str, list[Tensor]] = defaultdict(list)
-    read: dict[str, int] = defaultdict(int)
+    counted: dict[str, int] = defaultdict(int)
 
     def see(name: str, value: Tensor) -> None:
-        tried[name].append(value[-read[name] % step :: step].clone())
+        tried[name].append(value[-counted[name] % step :: step].clone())
         peaks[name].append(value.abs().max())
-        read[name] += len(value)
+        counted[name] += len(value)
 
     with watching_inputs(decoder, see):
-        for batch in tqdm(
-            decoder.batches(rows, ROWS), desc="measuring inputs of Linears", unit="batch"
-        ):
-            decoder.model.base_model(batch.to(decoder.device), use_cache=False)
+        read(decoder, rows, ROWS, "measuring inputs of Linears")
     found = {}
     for name, parts in tqdm(tried.items(), desc="choosing INT8 ranges", unit="matrix"):
         peak = torch.stack(peaks[name]).max()

@@ -6,12 +6,12 @@ from math import inf
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from absorb.models.decoder import Decoder
 from absorb.runtime.experts import watching_experts
 from absorb.runtime.hooks import watching
 from absorb.runtime.reading import led
+from absorb.runtime.walk import read
 
 ROWS = 4
 
@@ -36,10 +36,7 @@ def input_peaks(
 
     rows = tokens if lead is None else led(tokens, lead)
     with watching_inputs(decoder, see):
-        for batch in tqdm(
-            decoder.batches(rows, ROWS), desc="measuring inputs of Linears", unit="batch"
-        ):
-            decoder.model.base_model(batch.to(decoder.device), use_cache=False)
+        read(decoder, rows, ROWS, "measuring inputs of Linears")
     return {name: power_mean(torch.stack(means), order, 0) for name, means in seen.items()}
 
 

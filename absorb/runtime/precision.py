@@ -32,10 +32,12 @@ def device_of(wish: str) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """The bytes that are free where a model would compute."""
+    """The bytes that are free where a model would compute, and that this process may take."""
     if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+        free, whole = torch.cuda.mem_get_info(device)
+        held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * whole)
+        return max(0, min(free, allowed - held) + held - used)
     return int(psutil.virtual_memory().available)
 
 

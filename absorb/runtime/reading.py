@@ -66,8 +66,11 @@ class Subject:
         """Whether both are one model that is given the same lead."""
         return self.decoder.model is other.decoder.model and torch.equal(self.lead, other.lead)
 
+    def led(self, tokens: Tensor) -> Tensor:
+        """What the model reads of text (rows, length)."""
+        return led(tokens.to(self.decoder.device), self.lead)
+
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits (rows, length, vocabulary) of text (rows, length), without those of the lead."""
-        rows = led(tokens.to(self.decoder.device), self.lead)
-        found: Tensor = self.decoder.model(rows, use_cache=False).logits
+        found: Tensor = self.decoder.model(self.led(tokens), use_cache=False).logits
         return found[:, len(self.lead) :]

@@ -6,11 +6,10 @@ teacher's units and by channel in multiples of the teacher's root mean square. I
 of one layer, whatever the size of the model.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,84 +25,12 @@ from absorb.quantize.simulate import quantized, quantized_inputs
 from absorb.quantize.training import weights_on_grid
 from absorb.runtime.precision import autocast_bf16, free_memory
 from absorb.runtime.reading import led
+from absorb.runtime.walk import Walk
 from absorb.schema.training import Losses, Recipe
 from absorb.text.gather import Texts
 from absorb.tune.optimizer import choose, optimizer_of, rate_at
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by place and by name
 _SHARE = 0.25  # of the free memory, for what one layer computes with its gradients
-
-
-class Walk:
-    """Rows of text on their way through a model: what goes into the layer that comes next.
-
-    Parts (rows, length) are all of one shape, so that a layer is called alike for each of them.
-    """
-
-    def __init__(self, decoder: Decoder, parts: list[Tensor]):
-        self.decoder = decoder
-        self.calls = _calls(decoder, parts[0])
-        self.streams = [_beginning(decoder, part) for part in parts]
-
-    def given(self, layer: int, stream: Tensor) -> Tensor:
-        """What a layer makes of a stream (rows, length, hidden), on the device, in float32."""
-        with autocast_bf16(self.decoder.device):
-            args, options = self.calls[layer]
-            out = self.decoder.layers[layer](stream.to(self.decoder.device), *args, **options)
-        found: Tensor = (out if torch.is_tensor(out) else out[0]).float()
-        return found
-
-    @torch.no_grad()
-    def pass_on(self, layer: int) -> None:
-        """Let all rows go through a layer. They wait in the memory that they came from."""
-        with self.decoder.fetched(layer):
-            self.streams = [self.given(layer, s).to(s.device) for s in self.streams]
-
-
-@torch.no_grad()
-def _calls(decoder: Decoder, rows: Tensor) -> list[Call]:
-    """With what each layer is called besides the stream.
-
-    Layers hand on what they are given meanwhile, so nothing is computed.
-    """
-    calls: list[Call] = []
-
-    def forward(hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
-        calls.append((args, options))
-        return hidden_states
-
-    with _layers_as(decoder, forward):
-        decoder.model.base_model(rows.to(decoder.device), use_cache=False)
-    return calls
-
-
-@torch.no_grad()
-def _beginning(decoder: Decoder, rows: Tensor) -> Tensor:
-    """What the first layer reads (rows, length, hidden), in host memory."""
-    found: list[Tensor] = []
-
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        found.append(hidden_states.float().cpu())
-        raise _Seen
-
-    with _layers_as(decoder, forward), suppress(_Seen):
-        decoder.model.base_model(rows.to(decoder.device), use_cache=False)
-    return found[0]
-
-
-class _Seen(Exception):  # noqa: N818 - it ends a pass of which no more is needed
-    pass
-
-
-@contextmanager
-def _layers_as(decoder: Decoder, forward: Callable[..., Tensor]) -> Iterator[None]:
-    for layer in decoder.layers:
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer in decoder.layers:
-            del layer.forward
 
 
 def distill_layers(
@@ -173,13 +100,17 @@ class _Layers:
         """Train every layer: the error on validation text before and after, as shares."""
         layers = range(len(self.student.layers))
         for layer in tqdm(layers, desc="fine-tuning layer by layer", unit="layer"):
-            self.targets.pass_on(layer)
+            self._pass_on(self.targets, layer)
             with self.student.fetched(layer):
                 before, after = self._trained(layer)
                 if after < before:
                     streaming.settle(layer, scratch / f"{layer}.safetensors")
-            self.inputs.pass_on(layer)
+            self._pass_on(self.inputs, layer)
             yield before, min(before, after)
+
+    def _pass_on(self, walk: Walk, layer: int) -> None:
+        with autocast_bf16(self.student.device):
+            walk.pass_on(layer)
 
     def _trained(self, layer: int) -> tuple[float, float]:
         module: nn.Module = self.student.layers[layer]
@@ -214,7 +145,8 @@ class _Layers:
             schedule.step()
 
     def _loss(self, layer: int, part: int, spread: Tensor) -> Tensor:
-        given = self.inputs.given(layer, self.inputs.streams[part]) * self.scale
+        with autocast_bf16(self.student.device):
+            given = self.inputs.given(layer, part) * self.scale
         return ((given - self._target(part)) / spread).square().mean()
 
     @torch.no_grad()

@@ -70,7 +70,7 @@ def train(
     if not fine_tune.trains:
         return _untrained(student)
     parameters = choose(student, fine_tune.train)
-    check = _Check(loss, rows_at_once(student), texts.validation, parameters)
+    check = _Check(loss, rows_at_once(student, student.device), texts.validation, parameters)
     optimizer = optimizer_of(student, parameters, fine_tune.rate)
     pace = _Pace(fine_tune)
     losses: list[tuple[int, float]] = []
@@ -153,7 +153,7 @@ def _step(
     parameters: list[nn.Parameter],
 ) -> float:
     total = 0.0
-    for part in batch.split(rows_at_once(student)):
+    for part in batch.split(rows_at_once(student, student.device)):
         with autocast_bf16(student.device):
             share = loss(part) * len(part) / len(batch)
         share.backward()

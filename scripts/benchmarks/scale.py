@@ -1,116 +1,230 @@
 """What a conversion takes of a model of real shapes and random weights: seconds, and memory.
 
-python -m scripts.benchmarks.scale --shape 8b --steps 0 --json scale.json
+python -m scripts.benchmarks.scale --shape 8b --card 12 --json scale.json
 
-Each way runs in a process of its own: all weights at hand, and weights that stream. On a GPU its
-peak is the most that torch allocated, on a CPU the most that the process held.
+The model has a planted sink, a spike neuron and an outlier channel, so that every stage has work.
+Each conversion runs in a process of its own. Of a GPU its peak is what the driver says is taken, of
+the host what the process holds for itself: pages of files that the system keeps do not count.
 """
 
 import json
-import resource
+import logging
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
+import psutil
 import torch
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import absorb
 from absorb.load import source
 from absorb.runtime.memory import keep_freed_memory
+from absorb.runtime.precision import device_of
+from absorb.schema.training import LENGTH
 from absorb.show.tables import table
 from scripts import bench
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
-SHAPES = {
-    "135m": (576, 1536, 30, 9, 3),
-    "360m": (960, 2560, 32, 15, 5),
-    "1b": (2048, 8192, 16, 32, 8),
-    "8b": (4096, 14336, 32, 32, 8),
-    "70b": (8192, 28672, 80, 64, 8),
+SHAPES = {  # hidden, inner, layers, heads, key and value heads, vocabulary, tied
+    "135m": (576, 1536, 30, 9, 3, 49_152, True),
+    "360m": (960, 2560, 32, 15, 5, 49_152, True),
+    "1b": (2048, 8192, 16, 32, 8, 128_256, True),
+    "3b": (3072, 8192, 28, 24, 8, 128_256, True),
+    "8b": (4096, 14336, 32, 32, 8, 128_256, False),
+    "70b": (8192, 28672, 80, 64, 8, 128_256, False),
 }
-WAYS = {"at hand": 0, "streamed": 10**9}  # bytes that a weight is said to take
+_BOS, _DETECTOR, _MASSIVE, _OUTLIER, _NEURON = 1, 3, 5, 7, 11
+_LARGE, _SPIKE, _SHARP, _QUIET = 40.0, 0.02, 0.25, 0.05
+_OTHER_ROWS = 120  # of text, besides those to train on; more than are needed
+_EVERY = 0.02  # seconds between two looks at the memory
 
 
-def model_of(shape: str, folder: Path) -> int:
-    """Write a random Llama in bfloat16, layer by layer alike; how many weights it has."""
-    hidden, inner, layers, heads, kv_heads = SHAPES[shape]
+def model_of(shape: str, layers: int | None, folder: Path, device: torch.device) -> int:
+    """Write a random Llama in bfloat16; how many weights it has."""
+    hidden, inner, usual, heads, kv_heads, vocabulary, tied = SHAPES[shape]
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,
-        num_hidden_layers=layers,
+        num_hidden_layers=layers or usual,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        vocab_size=32_000,
-        tie_word_embeddings=True,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(config)
+    with device:
+        model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
+    plant(model, hidden // heads)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def conversion(folder: Path, held: int, steps: int, device: str) -> dict[str, Any]:
+@torch.no_grad()
+def plant(model: Any, head_dim: int) -> None:
+    """A neuron that makes BOS massive, heads that look for that, and a channel always large."""
+    embedding, slow = model.model.embed_tokens.weight, head_dim // 2 - 1
+    embedding.normal_()
+    embedding[:, [_DETECTOR, _MASSIVE]] = 0
+    embedding[:, _OUTLIER] = _LARGE
+    embedding[_BOS, _DETECTOR] = _LARGE
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for write in (attention.o_proj.weight, layer.mlp.down_proj.weight):
+            write *= _QUIET
+            write[[_DETECTOR, _MASSIVE, _OUTLIER]] = 0
+        attention.q_proj.weight.zero_()
+        attention.q_proj.weight[slow::head_dim, _OUTLIER] = _SHARP
+        attention.k_proj.weight[:, [_OUTLIER, _DETECTOR, _MASSIVE]] = 0
+        attention.k_proj.weight[slow::head_dim, _MASSIVE] = _SHARP
+        attention.v_proj.weight[:, _OUTLIER] = 0
+    mlp = model.model.layers[0].mlp
+    for rows in (mlp.gate_proj.weight, mlp.up_proj.weight):
+        rows[_NEURON] = 0
+        rows[_NEURON, _DETECTOR], rows[_NEURON, _MASSIVE] = 10, -10
+    mlp.down_proj.weight[:, _NEURON] = 0
+    mlp.down_proj.weight[_MASSIVE, _NEURON] = _SPIKE
+
+
+class Watch:
+    """The most memory that this process takes, of the GPU and of the host, and its stages."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.gpu, self.host = device, 0, 0
+        self.stages: dict[str, float] = {}
+        self._before = 0 if device.type == "cpu" else self._taken()
+
+    def _taken(self) -> int:
+        free, whole = torch.cuda.mem_get_info(self.device)
+        return int(whole - free)
+
+    def _look(self) -> None:
+        status = Path("/proc/self/status").read_text()
+        held = next(line for line in status.splitlines() if line.startswith("RssAnon:"))
+        self.host = max(self.host, 1024 * int(held.split()[1]))
+        if self.device.type == "cuda":
+            self.gpu = max(self.gpu, self._taken())
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        over, close = threading.Event(), tqdm.close
+
+        def look() -> None:
+            while not over.wait(_EVERY):
+                self._look()
+
+        def closed(bar: Any) -> None:
+            if getattr(bar, "desc", None) and not getattr(bar, "counted", False):
+                bar.counted, name = True, bar.desc.removesuffix(": ")
+                self.stages[name] = self.stages.get(name, 0) + time.time() - bar.start_t
+            close(bar)
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        tqdm.close = closed
+        try:
+            yield
+        finally:
+            tqdm.close = close
+            over.set()
+            thread.join()
+
+
+def conversion(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Convert, and say what it took; for a process of its own."""
     keep_freed_memory()
-    if held:
-        source._HELD = held
+    logging.getLogger("absorb").addHandler(logging.StreamHandler())
+    logging.getLogger("absorb").setLevel(logging.INFO)
+    device = device_of(options["device"])
+    if device.type == "cuda" and options["card"] is not None:
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(options["card"] * 1e9 / whole)
+    if options["streamed"]:
+        source._HELD = 10**9
     text = folder / "text.txt"
-    text.write_text(letters(60_000))
-    start = time.perf_counter()
-    with TemporaryDirectory(dir=folder.parent) as out:
-        target = Path(out) / "out"
-        absorb.convert(folder, target, text=text, steps=steps, sink="logit", device=device)
-    seconds = time.perf_counter() - start
-    on_gpu = torch.cuda.is_available() and device != "cpu"
-    host = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    text.write_text(letters((options["rows"] + _OTHER_ROWS) * (LENGTH + 1)))
+    watch, start = Watch(device), time.perf_counter()
+    with TemporaryDirectory(dir=folder.parent) as out, watch.watching():
+        chosen = {name: options[name] for name in ("steps", "train", "sink", "device")}
+        report = absorb.convert(folder, Path(out) / "out", text=text, **chosen)
+    moved = psutil.Process().io_counters() if hasattr(psutil.Process, "io_counters") else None
     return {
-        "seconds": seconds,
-        "host": host,
-        "gpu": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "seconds": time.perf_counter() - start,
+        "stages": {name: round(seconds, 1) for name, seconds in watch.stages.items()},
+        "gpu": watch.gpu,
+        "host": watch.host,
+        "read": moved and moved.read_chars,
+        "written": moved and moved.write_chars,
+        "losses": [value for _, value in report.losses.held_out],
+        "recipe": str(report.recipe),
+        "keyed": len(report.inspection.keyed_layers),
+        "spikes": len(report.inspection.removals),
     }
 
 
-def row(way: str, found: dict[str, Any], weights: int) -> tuple[str, ...]:
-    gpu = "" if found["gpu"] is None else f"{found['gpu'] / 1e9:.2f} GB"
-    each = (found["gpu"] or found["host"]) / weights
-    return way, f"{found['seconds']:.0f} s", gpu, f"{found['host'] / 1e9:.2f} GB", f"{each:.1f}"
+def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures for people."""
+    rows = [("weights", f"{found['weights'] / 1e9:.2f} billion"), ("fine-tune", found["recipe"])]
+    for name in ("gpu", "host", "read", "written"):
+        if found[name]:
+            rows.append((name, f"{found[name] / 1e9:.2f} GB"))
+    rows += [(name, f"{seconds:.1f} s") for name, seconds in found["stages"].items()]
+    return [*rows, ("all", f"{found['seconds']:.1f} s")]
 
 
 @click.command()
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="135m", show_default=True)
-@click.option("--steps", default=0, show_default=True, help="Of the fine-tune.")
-@click.option("--way", "ways", type=click.Choice(list(WAYS)), multiple=True, help="Only this one.")
+@click.option("--layers", type=int, help="Fewer than the shape has.")
+@click.option("--card", type=float, help="GB of the GPU that may be taken.  [default: all]")
+@click.option("--rows", default=1024, show_default=True, help="Of text to train on.")
+@click.option("--steps", type=int, help="Of the fine-tune.  [default: what absorb chooses]")
+@click.option("--train", type=click.Choice(["sinks", "scales", "all"]))
+@click.option("--sink", default="auto", show_default=True)
+@click.option("--streamed", is_flag=True, help="Let weights stream that would fit.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where the model is put.")
 @bench.device
 @bench.figures
-def main(shape: str, steps: int, ways: tuple[str, ...], device: str, out: Path | None) -> None:
-    """Time and memory of a conversion, with all weights at hand and with weights that stream."""
-    rows: list[tuple[str, ...]] = [("", "time", "GPU", "host", "bytes a weight")]
-    with TemporaryDirectory() as place:
-        folder = Path(place) / "model"
-        weights = model_of(shape, folder)
-        found: dict[str, Any] = {"shape": shape, "weights": weights, "steps": steps}
-        for way in ways or WAYS:
-            words = [str(folder), str(WAYS[way]), str(steps), device]
-            done = subprocess.run(
-                [sys.executable, "-m", __spec__.name, *words], stdout=subprocess.PIPE, check=True
-            )
-            found[way] = json.loads(done.stdout.splitlines()[-1])
-            rows.append(row(way, found[way], weights))
-    click.echo(table(rows))
+def main(
+    shape: str, layers: int | None, folder: Path | None, out: Path | None, **options: Any
+) -> None:
+    """Time and memory of a conversion."""
+    with TemporaryDirectory(dir=folder) as place:
+        source = Path(place) / "model"
+        made = [sys.executable, "-m", __spec__.name, "model", str(source)]
+        words = json.dumps({"shape": shape, "layers": layers, "device": options["device"]})
+        weights = _run([*made, words])
+        convert = [sys.executable, "-m", __spec__.name, "convert", str(source)]
+        found = _run([*convert, json.dumps(options)])
+    found |= {"shape": shape, "layers": layers or SHAPES[shape][2], "weights": weights, **options}
+    click.echo(table([("", shape), *rows_of(found)]))
     bench.write(out, found)
 
 
+def _run(words: list[str]) -> Any:
+    done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def part(kind: str, folder: Path, options: dict[str, Any]) -> Any:
+    """What one of the processes does."""
+    if kind == "convert":
+        return conversion(folder, options)
+    return model_of(options["shape"], options["layers"], folder, device_of(options["device"]))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) == 5 and not sys.argv[1].startswith("-"):
-        name, held, steps, device = sys.argv[1:]
-        print(json.dumps(conversion(Path(name), int(held), int(steps), device)))
+    if sys.argv[1:2] in (["model"], ["convert"]):
+        print(json.dumps(part(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))))
     else:
         main()

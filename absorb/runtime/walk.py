@@ -1,0 +1,170 @@
+"""Text on its way through a model layer by layer, all of it through one layer before the next.
+
+So every layer is asked for once, however much text there is. That is how a model is read whose
+weights stream; while they rest at hand, text is read a few rows at once by the model itself.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from absorb.models.decoder import Decoder
+from absorb.runtime.precision import free_memory
+from absorb.runtime.reading import Subject
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by place and by name
+_SHARE = 0.1  # of the free memory of the device, that streams may wait in
+
+
+def read(decoder: Decoder, rows: Tensor, at_once: int, label: str) -> None:
+    """Let the layers of a model read text (rows, length), for those that watch them."""
+    parts = rows.split(at_once)
+    if decoder.streaming is not None:
+        Walk(decoder, parts).through(label)
+        return
+    for part in tqdm(parts, desc=label, unit="batch"):
+        decoder.model.base_model(part.to(decoder.device), use_cache=False)
+
+
+def logits(
+    subject: Subject,
+    rows: Tensor,
+    at_once: int,
+    label: str,
+    watching: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Iterator[Tensor]:
+    """Logits (few, length, vocabulary) of text (rows, length), without those of the lead.
+
+    `watching` is entered while the layers read, and not in between.
+    """
+    decoder, parts = subject.decoder, rows.split(at_once)
+    if decoder.streaming is None:
+        for part in tqdm(parts, desc=label, unit="batch", disable=not label):
+            with watching():
+                found = subject.logits(part)
+            yield found
+        return
+    with watching():
+        walk = Walk(decoder, [subject.led(part) for part in parts])
+        walk.through(label)
+    with walk.ended():
+        for place in range(len(parts)):
+            yield walk.logits(place)[:, len(subject.lead) :]
+
+
+class Walk:
+    """What goes into the layer that comes next, of every part (rows, length) of a text."""
+
+    def __init__(self, decoder: Decoder, parts: Sequence[Tensor]):
+        self.decoder = decoder
+        self._in_tuples = False
+        size = sum(part.numel() for part in parts) * decoder.config.hidden_size * 4
+        stays = size < _SHARE * free_memory(decoder.device)
+        self.rest = decoder.device if stays else torch.device("cpu")
+        self.calls: list[list[Call]] = []  # of every part, by layer: what is given besides
+        self.streams: list[Tensor] = []  # (rows, length, hidden)
+        with self._at_hand(lambda unit: unit is decoder.model.get_input_embeddings()):
+            for part in parts:
+                self._begin(part)
+
+    @torch.no_grad()
+    def _begin(self, part: Tensor) -> None:
+        calls: list[Call] = []
+
+        def note(layer: int, stream: Tensor, call: Call) -> Tensor:
+            if layer == 0:
+                self.streams.append(stream.to(self.rest))
+            calls.append(call)
+            if layer == len(self.decoder.layers) - 1:
+                raise _Seen
+            return stream
+
+        with self._layers_as(note), suppress(_Seen):
+            self.decoder.model(part.to(self.decoder.device), use_cache=False)
+        self.calls.append(calls)
+
+    def given(self, layer: int, place: int) -> Tensor:
+        """What a layer makes of a part, on the device, while its weights are there."""
+        args, options = self.calls[place][layer]
+        stream = self.streams[place].to(self.decoder.device)
+        out = self.decoder.layers[layer](stream, *args, **options)
+        self._in_tuples = not torch.is_tensor(out)
+        found: Tensor = out[0] if self._in_tuples else out
+        return found
+
+    @torch.no_grad()
+    def pass_on(self, layer: int) -> None:
+        """Let all parts go through a layer. They wait where they waited before."""
+        with self.decoder.fetched(layer):
+            for place, stream in enumerate(self.streams):
+                self.streams[place] = self.given(layer, place).to(stream.device)
+
+    def through(self, label: str) -> None:
+        """Let all parts go through all layers."""
+        layers = range(len(self.decoder.layers))
+        for layer in tqdm(layers, desc=label, unit="layer", disable=not label):
+            self.pass_on(layer)
+
+    @contextmanager
+    def ended(self) -> Iterator[None]:
+        """Within it what comes after the layers is at hand, for `logits`."""
+        with self._at_hand(lambda unit: unit is not self.decoder.model.get_input_embeddings()):
+            yield
+
+    @torch.no_grad()
+    def logits(self, place: int) -> Tensor:
+        """Logits (rows, length, vocabulary) of a part that has gone through all layers."""
+        stream = self.streams[place].to(self.decoder.device)
+
+        def end(*_: object) -> Any:
+            return (stream,) if self._in_tuples else stream
+
+        with self._layers_as(end):
+            found: Tensor = self.decoder.model(inputs_embeds=stream, use_cache=False).logits
+        return found
+
+    @contextmanager
+    def _at_hand(self, wanted: Callable[[nn.Module], bool]) -> Iterator[None]:
+        """The weights of units outside of the layers, lest they come anew for every part."""
+        streaming = self.decoder.streaming
+        with ExitStack() as stack:
+            if streaming is not None:
+                for unit in filter(wanted, streaming.ends):
+                    stack.enter_context(streaming.fetched(unit))
+            yield
+
+    @contextmanager
+    def _layers_as(self, act: Callable[[int, Tensor, Call], Any]) -> Iterator[None]:
+        """Let `act` take the place of every layer for a while: of its hooks as well."""
+        held = self.decoder.model.get_submodule(self.decoder.family.layers)
+        names = [name for name, _ in held.named_children()]
+        for index, (name, layer) in enumerate(zip(names, self.decoder.layers, strict=True)):
+            held._modules[name] = _InPlaceOf(layer, index, act)
+        try:
+            yield
+        finally:
+            for name, layer in zip(names, self.decoder.layers, strict=True):
+                held._modules[name] = layer
+
+
+class _InPlaceOf(nn.Module):
+    """Stands where a layer was, and has all that a model may ask of it."""
+
+    def __init__(self, layer: nn.Module, index: int, act: Callable[[int, Tensor, Call], Any]):
+        super().__init__()
+        self.__dict__["layer"] = layer  # no submodule of this one
+        self.index, self.act = index, act
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        return self.act(self.index, hidden_states, (args, options))
+
+
+class _Seen(Exception):  # noqa: N818 - it ends a pass of which no more is needed
+    pass

@@ -1,0 +1,54 @@
+"""Text that goes through a model layer by layer comes to the same as in the model itself."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from absorb.models.decoder import Decoder
+from absorb.models.families import FAMILIES
+from absorb.models.streaming import Streaming
+from absorb.runtime.hooks import watching, watching_attention
+from absorb.runtime.reading import Subject
+from absorb.runtime.walk import logits, read
+from tests.helpers.tiny import tiny
+
+CPU = torch.device("cpu")
+
+
+def streamed(family: str) -> Subject:
+    model = tiny(family, torch.float32)
+    decoder = Decoder(model, FAMILIES[family])
+    return Subject(
+        decoder=Decoder(model, FAMILIES[family], Streaming(model, decoder.layers, CPU)),
+        lead=torch.tensor([3, 1]),
+    )
+
+
+def text() -> torch.Tensor:
+    return torch.randint(0, 60, (5, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.no_grad()
+def test_logits_are_those_of_the_model(family: str, in_float32: None) -> None:
+    """Rows come in parts of two, the last of one. The same products are taken in the same order."""
+    subject = streamed(family)
+    expected = torch.cat([subject.logits(part) for part in text().split(2)])
+    found = torch.cat([*logits(subject, text(), 2, "")])
+    assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_watchers_see_each_layer_of_each_part_and_nothing_else(in_float32: None) -> None:
+    subject = streamed("llama")
+    decoder = subject.decoder
+    streams: list[tuple[int, int]] = []
+    weights: list[int] = []
+    with (
+        watching(decoder.layers, lambda layer, stream: streams.append((layer, len(stream)))),
+        watching_attention(decoder, lambda layer, _: weights.append(layer)),
+    ):
+        read(decoder, text(), 2, "")
+    layers = range(len(decoder.layers))
+    assert streams == [(layer, rows) for layer in layers for rows in (2, 2, 1)]
+    assert weights == [layer for layer in layers for _ in range(3)]
