@@ -36,7 +36,8 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
         held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * whole)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        allowed = int(torch.cuda.get_per_process_memory_fraction(index) * whole)
         return max(0, min(free, allowed - held) + held - used)
     return int(psutil.virtual_memory().available)
 
