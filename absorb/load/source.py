@@ -43,7 +43,7 @@ _FINGERPRINT_VALUES = 4096  # of each parameter, at most
 # What a conversion holds of a model at once, in bytes a weight: the original, the student, another
 # student with logits alone, the weights before they were rounded, and what a layer computes.
 _HELD = 20
-_SPARE = 2  # of the memory that weights at rest may take, to leave room for a layer at work
+_SPARE = 4  # weights rest on the device where it has so many times the room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

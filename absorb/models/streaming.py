@@ -33,6 +33,8 @@ class Streaming:
         self._resting: dict[nn.Parameter, Tensor] = {}
         self._users: Counter[nn.Module] = Counter()
         self._index = {layer: index for index, layer in enumerate(layers)}
+        # Autocast keeps a copy of every weight that takes a gradient, as long as it lasts.
+        model.requires_grad_(False)
         inside = {module for layer in layers for module in layer.modules()}
         self.ends: list[nn.Module] = [  # what has weights outside of the layers
             module for module in model.modules() if module not in inside and module._parameters
