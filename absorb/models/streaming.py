@@ -18,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from absorb.models.staging import Staging
+
 Edit = Callable[[int], None]
 
 
@@ -32,6 +34,7 @@ class Streaming:
         self._settled: dict[int, dict[nn.Parameter, Tensor]] = {}  # and where it rested before
         self._resting: dict[nn.Parameter, Tensor] = {}
         self._users: Counter[nn.Module] = Counter()
+        self._stage: Staging | None = None
         self._index = {layer: index for index, layer in enumerate(layers)}
         # Autocast keeps a copy of every weight that takes a gradient, as long as it lasts.
         model.requires_grad_(False)
@@ -73,6 +76,8 @@ class Streaming:
             for parameter, tensor in tensors.items():
                 parameter.data = tensor
         self._settled.clear()
+        if self._stage is not None:
+            self._stage.forget()
 
     def move(self, device: torch.device) -> None:
         """Let the model compute elsewhere from now on."""
@@ -99,13 +104,31 @@ class Streaming:
         self._users[unit] += 1
         if self._users[unit] > 1:
             return
+        layer = self._index.get(unit)
+        staging = self._staging if layer is not None else None
+        staged = {} if staging is None or layer is None else staging.take(layer)
         for parameter in unit.parameters():
-            self._resting[parameter] = parameter.data
-            parameter.data = parameter.data.to(self.device, torch.float32, copy=True)
-        if unit in self._index:
-            self._edit(self._index[unit])
+            self._resting[parameter] = resting = parameter.data
+            # Types are changed on the device: what is smaller arrives sooner.
+            there = staged.get(parameter, resting).to(self.device, non_blocking=bool(staged))
+            parameter.data = there.to(torch.float32, copy=there is resting)
+        if layer is not None:
+            if staging is not None:
+                staging.taken(layer)
+            self._edit(layer)
         elif self.fold_end is not None:
             self.fold_end(unit)
+
+    @property
+    def _staging(self) -> Staging | None:
+        """Where weights wait for the GPU: none where it has them, or there is none."""
+        here = next(self.layers[0].parameters()).device
+        if self.device.type != "cuda" or here.type == "cuda":
+            return None
+        if self._stage is None:
+            with torch.inference_mode(False):  # or nobody else may fill it
+                self._stage = Staging(self.layers)
+        return self._stage
 
     def _edit(self, layer: int) -> None:
         if self.fold is not None and layer not in self._settled:

@@ -59,12 +59,13 @@ def logits(
 class Walk:
     """What goes into the layer that comes next, of every part (rows, length) of a text."""
 
-    def __init__(self, decoder: Decoder, parts: Sequence[Tensor]):
-        self.decoder = decoder
+    def __init__(
+        self, decoder: Decoder, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32
+    ):
+        self.decoder, self.dtype = decoder, dtype
         self._in_tuples = False
-        size = sum(part.numel() for part in parts) * decoder.config.hidden_size * 4
-        stays = size < _SHARE * free_memory(decoder.device)
-        self.rest = decoder.device if stays else torch.device("cpu")
+        size = sum(part.numel() for part in parts) * decoder.config.hidden_size * dtype.itemsize
+        self._stays = size < _SHARE * free_memory(decoder.device)
         self.calls: list[list[Call]] = []  # of every part, by layer: what is given besides
         self.streams: list[Tensor] = []  # (rows, length, hidden)
         with self._at_hand(lambda unit: unit is decoder.model.get_input_embeddings()):
@@ -77,7 +78,7 @@ class Walk:
 
         def note(layer: int, stream: Tensor, call: Call) -> Tensor:
             if layer == 0:
-                self.streams.append(stream.to(self.rest))
+                self.streams.append(self._room_for(stream).copy_(stream))
             calls.append(call)
             if layer == len(self.decoder.layers) - 1:
                 raise _Seen
@@ -87,10 +88,20 @@ class Walk:
             self.decoder.model(part.to(self.decoder.device), use_cache=False)
         self.calls.append(calls)
 
+    def _room_for(self, stream: Tensor) -> Tensor:
+        if self._stays or stream.device.type != "cuda":
+            return torch.empty_like(stream, dtype=self.dtype)
+        return torch.empty(stream.shape, dtype=self.dtype, pin_memory=True)
+
+    def waiting(self, place: int) -> Tensor:
+        """What goes into the next layer of a part: on the device, in float32."""
+        stream = self.streams[place].to(self.decoder.device, non_blocking=True)
+        return stream.to(torch.float32)
+
     def given(self, layer: int, place: int) -> Tensor:
         """What a layer makes of a part, on the device, while its weights are there."""
         args, options = self.calls[place][layer]
-        stream = self.streams[place].to(self.decoder.device)
+        stream = self.waiting(place)
         out = self.decoder.layers[layer](stream, *args, **options)
         self._in_tuples = not torch.is_tensor(out)
         found: Tensor = out[0] if self._in_tuples else out
@@ -101,7 +112,7 @@ class Walk:
         """Let all parts go through a layer. They wait where they waited before."""
         with self.decoder.fetched(layer):
             for place, stream in enumerate(self.streams):
-                self.streams[place] = self.given(layer, place).to(stream.device)
+                stream.copy_(self.given(layer, place), non_blocking=True)
 
     def through(self, label: str) -> None:
         """Let all parts go through all layers."""
@@ -118,7 +129,7 @@ class Walk:
     @torch.no_grad()
     def logits(self, place: int) -> Tensor:
         """Logits (rows, length, vocabulary) of a part that has gone through all layers."""
-        stream = self.streams[place].to(self.decoder.device)
+        stream = self.waiting(place)
 
         def end(*_: object) -> Any:
             return (stream,) if self._in_tuples else stream

@@ -93,8 +93,10 @@ class _Layers:
         judges = [part for part in texts.validation.split(rows) if len(part) == rows]
         self.parts, self.group = len(parts), max(1, fine_tune.rows // rows)
         lead = torch.tensor(plan.prefix)
-        self.inputs = Walk(student, [*parts, *judges])
-        self.targets = Walk(teacher, [led(part, lead) for part in (*parts, *judges)])
+        # As much of the stream as the layers' products keep: half the room and half the way.
+        dtype = torch.bfloat16 if student.device.type == "cuda" else torch.float32
+        self.inputs = Walk(student, [*parts, *judges], dtype)
+        self.targets = Walk(teacher, [led(part, lead) for part in (*parts, *judges)], dtype)
 
     def errors(self, streaming: Streaming, scratch: Path) -> Iterator[tuple[float, float]]:
         """Train every layer: the error on validation text before and after, as shares."""
@@ -159,7 +161,7 @@ class _Layers:
         return torch.stack(squares).mean(0).sqrt().clamp_min(1e-6)
 
     def _target(self, part: int) -> Tensor:
-        return self.targets.streams[part][:, self.prefix :].to(self.student.device)
+        return self.targets.waiting(part)[:, self.prefix :]
 
 
 def _rows_at_once(student: Decoder, fine_tune: Recipe, texts: Texts) -> int:

@@ -45,7 +45,8 @@ def optimizer_of(
             rate = _RATES.get(name.rpartition(".")[2], weight_rate)
             groups.setdefault(rate, []).append(parameter)
     settings = [{"params": group, "lr": rate} for rate, group in groups.items()]
-    return torch.optim.AdamW(settings, betas=(0.9, 0.95), weight_decay=0.0)
+    fused = parameters[0].device.type == "cuda"
+    return torch.optim.AdamW(settings, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
 def rate_at(done: float, whole: float) -> float:
