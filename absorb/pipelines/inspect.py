@@ -18,12 +18,12 @@ from absorb.show.before_after import BeforeAfter, before_after_of
 
 def inspect(job: Job, say: Say) -> Inspection:
     """Everything that convert finds out before the fine-tune; writes nothing."""
-    return prepare(job, say, training_rows=None).inspection
+    return prepare(job, say, None).inspection
 
 
 def exhibit(job: Job, say: Say) -> BeforeAfter:
     """The same, with how the model looks before and after what convert does before a fine-tune."""
-    draft = prepare(job, say, training_rows=None)
+    draft = prepare(job, say, None)
     before = draft.measurement
     assert before is not None  # no plan is read to inspect
     draft = completed(draft)

@@ -12,15 +12,18 @@ from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source, load
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import find_prefix
+from absorb.pipelines.needs import held_for, needs_of, refuse_unfit
 from absorb.pipelines.survey import inspection_from_plan, survey
 from absorb.runtime.precision import bf16_copy, device_of
 from absorb.schema.findings import Trial
 from absorb.schema.report import Inspection
 from absorb.schema.settings import Job, Purpose
+from absorb.schema.training import Recipe
 from absorb.ship.plan_file import read_plan
 from absorb.ship.resume import Progress
 from absorb.text.corpus import encoded, refuse_unreadable
 from absorb.text.gather import Texts, gather
+from absorb.tune.recipe import refuse_minutes
 
 _MOST_IS_LEFT_OUT = 0.5  # a share of the effect of the prefix
 
@@ -37,16 +40,25 @@ class Prepared:
     progress: Progress | None = None
 
 
-def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False) -> Prepared:
-    """Draw up the plan, but for its smoothing, or take that which the user names."""
+def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) -> Prepared:
+    """Draw up the plan, but for its smoothing, or take that which the user names.
+
+    Without a fine-tune there is no text to train on and none to report on.
+    """
     device = device_of(job.device)
     refuse_unreadable(job.calibration.text)
     say(f"loading {job.model.name}")
-    source = load(job.model, device=device)
+    source = load(job.model, device=device, held=held_for(fine_tune))
     made = None if job.plan is None else read_plan(job.plan, source)
     progress = Progress(job, source) if resume else None
     if source.streaming:
+        refuse_minutes(job.distillation)
         say("the model is larger than the memory for it, so its layers come there one by one")
+    if fine_tune is not None:
+        needs = needs_of(source, fine_tune, job.out)
+        say(f"the conversion {needs}")
+        refuse_unfit(needs, job.out)
+    training_rows = None if fine_tune is None else fine_tune.training_rows
     kept = progress.draft() if progress else None
     if kept is None:
         return replace(planned(job, source, made, training_rows, say), progress=progress)

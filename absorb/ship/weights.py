@@ -16,7 +16,7 @@ from absorb.models.decoder import Decoder
 from absorb.models.streaming import Streaming
 from absorb.runtime.precision import as_stored, stored_type
 
-_SHARD = 5_000_000_000  # bytes
+_SHARD = 2 * 10**9  # bytes; so much of the model is in memory at once
 
 
 def save(

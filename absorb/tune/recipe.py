@@ -8,6 +8,8 @@ from absorb.errors import AbsorbError
 from absorb.schema.settings import Distillation
 from absorb.schema.training import WEIGHT_RATES, Recipe
 
+_ROUNDS, _LAYER_RATE = 2, 2e-4  # where layers are trained one by one
+
 
 def recipe(wish: Distillation, device: torch.device) -> Recipe:
     """What the user asked for, the rest chosen for a few minutes on this device.
@@ -28,11 +30,22 @@ def recipe(wish: Distillation, device: torch.device) -> Recipe:
     )
 
 
-def by_layers(recipe: Recipe) -> Recipe:
-    """The same for a model of which the memory holds one layer at a time."""
-    if recipe.minutes is not None:
+def by_layers(recipe: Recipe, wish: Distillation) -> Recipe:
+    """The same for a model of which the memory holds one layer at a time.
+
+    At its rate a layer learns in two rounds over the text what it does in six at that of a whole
+    model.
+    """
+    steps = (
+        recipe.steps if wish.steps is not None else _ROUNDS * recipe.training_rows // recipe.rows
+    )
+    return replace(recipe, steps=steps, rate=_LAYER_RATE, by_layers=True)
+
+
+def refuse_minutes(wish: Distillation) -> None:
+    """Refuse a limit in minutes for a model of which the memory holds one layer at a time."""
+    if wish.minutes is not None:
         raise AbsorbError(
             "the model is larger than the memory, so its layers are trained one by one, each in so "
             "many steps; pass --steps instead of --minutes"
         )
-    return replace(recipe, by_layers=True)

@@ -151,7 +151,7 @@ def conversion(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(options["card"] * 1e9 / whole)
     if options["streamed"]:
-        source._HELD = 10**9
+        source.free_memory = lambda device: 0
     text = folder / "text.txt"
     text.write_text(letters((options["rows"] + _OTHER_ROWS) * (LENGTH + 1)))
     watch, start = Watch(device), time.perf_counter()

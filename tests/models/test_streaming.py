@@ -42,7 +42,7 @@ def test_weights_that_stream_become_what_others_do(
     tiny_tokenizer().save_pretrained(source)
     text.write_text(letters(26_000))
     resident = converted(source, tmp_path / "resident", text, sink=sink)
-    monkeypatch.setattr(loading, "_HELD", 10**9)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 0)
     streamed = converted(source, tmp_path / "streamed", text, sink=sink)
     assert streamed.keys() == resident.keys()
     for name, tensor in resident.items():
@@ -63,7 +63,7 @@ def test_layers_that_stream_learn_one_after_the_other(
     tiny(family, torch.float32, max_position_embeddings=512).save_pretrained(source)
     tiny_tokenizer().save_pretrained(source)
     text.write_text(letters(26_000))
-    monkeypatch.setattr(loading, "_HELD", 10**9)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 0)
     out = tmp_path / "out"
     report = absorb.convert(
         source, out, text=text, sink="logit", steps=8, train="all", purpose=purpose
@@ -87,7 +87,7 @@ def test_layers_that_come_no_closer_stay_untrained(
     tiny("gpt2", torch.float32, max_position_embeddings=512).save_pretrained(source)
     tiny_tokenizer().save_pretrained(source)
     text.write_text(letters(26_000))
-    monkeypatch.setattr(loading, "_HELD", 10**9)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 0)
     untrained = converted(source, tmp_path / "untrained", text, sink="logit")
     options = {"sink": "logit", "steps": 4, "train": "all"}
     report = absorb.convert(source, tmp_path / "trained", text=text, **options)

@@ -1,0 +1,102 @@
+"""What a conversion takes of this machine: told before it begins, refused where it is missing.
+
+Sums of what is held at once; a process takes some hundred megabytes more.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from absorb.errors import AbsorbError
+from absorb.load.source import HELD, HELD_TO_TRAIN, Source
+from absorb.runtime.precision import free_memory
+from absorb.schema.settings import Train
+from absorb.schema.training import LENGTH, Recipe
+from absorb.text.gather import CALIBRATION_ROWS
+
+# Bytes a weight of the layer in hand: float32, and where all is trained its gradient, what AdamW
+# remembers and a bfloat16 copy. Else the gradient stops at a few parameters.
+_LAYER: dict[Train, int] = {"sinks": 6, "scales": 6, "all": 18}
+_UNTRAINED = 6
+_SCORES = 12  # tensors of the size of all attention weights, in a fit
+_LOGITS = 4  # copies of the logits of the tokens that are read at once
+_TOKENS = 512
+_SPARE = 0.5e9  # what a GPU keeps for itself, and odds and ends
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Bytes of memory where the model computes, and of the disk, and what there is of them."""
+
+    memory: int
+    free: int
+    disk: int
+    disk_free: int
+    streams: bool
+
+    def __str__(self) -> str:
+        how = "layer by layer" if self.streams else "at once"
+        return (
+            f"needs about {_gb(self.memory)} of memory ({_gb(self.free)} are free), as the model "
+            f"computes {how}, and {_gb(self.disk)} of disk ({_gb(self.disk_free)} are free)"
+        )
+
+
+def held_for(fine_tune: Recipe | None) -> int:
+    """Bytes a weight of a conversion that holds all models at once."""
+    if fine_tune is None or not fine_tune.trains or fine_tune.train != "all":
+        return HELD
+    return HELD_TO_TRAIN
+
+
+def needs_of(source: Source, fine_tune: Recipe, out: Path) -> Needs:
+    """What a conversion of a model that is loaded takes; its weights are counted as they rest."""
+    weights = list(source.model.parameters())
+    stored = sum(w.numel() * source.dtype.itemsize for w in weights)
+    trains = fine_tune.trains and source.streaming is not None
+    device = source.decoder.device
+    count = sum(weight.numel() for weight in weights)
+    return Needs(
+        memory=_streamed(source, fine_tune) if source.streaming else held_for(fine_tune) * count,
+        free=free_memory(device) + (0 if source.streaming else 4 * count),
+        disk=stored * (2 if trains else 1),  # layers that are trained wait there
+        disk_free=shutil.disk_usage(_first_there(out)).free,
+        streams=source.streaming is not None,
+    )
+
+
+def _streamed(source: Source, fine_tune: Recipe) -> int:
+    """The most that a layer at work takes, or the head, or a fit: one after the other."""
+    config, decoder = source.model.config, source.decoder
+    layer = max(sum(p.numel() for p in one.parameters()) for one in decoder.layers)
+    each = _LAYER[fine_tune.train] if fine_tune.trains else _UNTRAINED
+    heads = decoder.heads[0]
+    fit = _SCORES * CALIBRATION_ROWS * heads * LENGTH**2 * 4 + _UNTRAINED * layer
+    ends = config.vocab_size * (4 * config.hidden_size + 4 * _LOGITS * _TOKENS)
+    return int(_SPARE + max(each * layer, fit, ends))
+
+
+def refuse_unfit(needs: Needs, out: Path) -> None:
+    """Refuse what cannot work, with what would make it work."""
+    if needs.disk > needs.disk_free:
+        raise AbsorbError(
+            f"{out} is on a disk with {_gb(needs.disk_free)} left and the conversion writes "
+            f"{_gb(needs.disk)}; make room, or name another place with --out"
+        )
+    if needs.streams and needs.memory > needs.free:
+        raise AbsorbError(
+            f"one layer of the model at work needs {_gb(needs.memory)} of memory and "
+            f"{_gb(needs.free)} are free; pass --train sinks or --steps 0, which need less, or "
+            "--device cpu where the host has more"
+        )
+
+
+def _first_there(path: Path) -> Path:
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    return there
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
