@@ -4,6 +4,7 @@ torch takes seconds to import, so everything that needs it is imported inside th
 """
 
 import logging
+import os
 import re
 import sys
 from io import TextIOWrapper
@@ -50,6 +51,9 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     keep_freed_memory()
     share_cores()
+    if os.environ.get("RANK", "0") != "0":  # one process of torchrun speaks for all
+        os.environ["TQDM_DISABLE"] = "1"
+        logging.getLogger("absorb").setLevel(logging.CRITICAL)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -1,5 +1,6 @@
 """What the command line says, and how it ends when something is refused or a signal comes."""
 
+import os
 import signal
 import sys
 from typing import Any, NoReturn
@@ -7,6 +8,11 @@ from typing import Any, NoReturn
 import click
 
 from absorb.errors import AbsorbError
+
+# torchrun starts several processes, of which one speaks for all.
+_NUMBER = os.environ.get("RANK", "0")
+_SPEAKS = _NUMBER == "0"
+_LOST = f"absorb: another process than {_NUMBER} of torchrun has ended, so nothing was written"
 
 
 class UserErrors:
@@ -25,8 +31,10 @@ class UserErrors:
         signal.signal(signal.SIGTERM, _terminated)
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if error is not None and "RANK" in os.environ:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it on top
         if isinstance(error, AbsorbError):
-            click.echo(f"absorb: {error}", err=True)
+            say(f"absorb: {error}")
             sys.exit(1)
         if isinstance(error, BrokenPipeError):
             return  # click ends in silence, as the reader of stdout wants no more
@@ -35,9 +43,14 @@ class UserErrors:
             click.echo(f"absorb: {reason}, so nothing was written; check the name", err=True)
             sys.exit(1)
         if _is_out_of_memory(error):
+            where = "" if _SPEAKS else f" of process {_NUMBER}"
             click.echo(
-                f"absorb: the memory is full, so nothing was written; {self.frugal}", err=True
+                f"absorb: the memory{where} is full, so nothing was written; {self.frugal}",
+                err=True,
             )
+            sys.exit(1)
+        if _is_of_others(error):
+            click.echo(_LOST, err=True)
             sys.exit(1)
         if isinstance(error, KeyboardInterrupt):
             click.echo(f"absorb: interrupted; {self.interrupted}", err=True)
@@ -51,16 +64,28 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
+def _is_of_others(error: BaseException | None) -> bool:
+    """Whether another process could not be reached, as gloo and NCCL have it."""
+    return "RANK" in os.environ and any(
+        word in str(error) for word in ("by peer", "gloo", "NCCL", "ProcessGroup")
+    )
+
+
 def _terminated(*_: Any) -> NoReturn:
+    if "RANK" in os.environ:
+        click.echo(_LOST, err=True)
     sys.exit(143)
 
 
 def say(sentence: str) -> None:
-    click.echo(sentence, err=True)
+    if _SPEAKS:
+        click.echo(sentence, err=True)
 
 
 def print_result(result: str) -> None:
     """Results go to stdout. By now whatever was to be written is."""
+    if not _SPEAKS:
+        return
     try:
         click.echo(result)
     except BrokenPipeError:

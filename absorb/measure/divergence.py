@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
 from absorb.models.decoder import Decoder
+from absorb.runtime import ranks
 from absorb.runtime.losses import mean_kl
 from absorb.runtime.precision import free_memory
 from absorb.runtime.reading import Subject
@@ -44,7 +45,7 @@ def divergence(teacher: Decoder, student: Decoder, prefix: Tensor, tokens: Tenso
     read = Subject(decoder=teacher, lead=prefix), Subject(decoder=student)
     both = zip(*(logits(subject, tokens, rows, "") for subject in read), strict=True)
     total = sum(float(mean_kl(target, own)) * len(own) for target, own in both)
-    return max(0.0, finite(total / len(tokens)))  # rounding may bring it below
+    return max(0.0, finite(ranks.mean(total / len(tokens))))  # rounding may bring it below
 
 
 @torch.no_grad()

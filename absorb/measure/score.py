@@ -12,6 +12,7 @@ from absorb.measure.tally import Tally, perplexity_of
 from absorb.models.decoder import Decoder
 from absorb.quantize.formats import FORMATS, Format
 from absorb.quantize.simulate import in_format
+from absorb.runtime import ranks
 from absorb.runtime.hooks import watching, watching_attention
 from absorb.runtime.inputs import watching_inputs
 from absorb.runtime.losses import row_losses
@@ -131,8 +132,12 @@ def losses(subject: Subject, rows: Tensor, label: str, *, alone: bool = False) -
     """
     device = subject.decoder.device
     at_once = 1 if alone else max(_rows(rows), ROWS_AT_ONCE[device.type])
-    given = zip(logits(subject, rows, at_once, label), rows.split(at_once), strict=True)
-    return torch.cat([row_losses(own, tokens.to(device)).cpu() for own, tokens in given])
+
+    def found(rows: Tensor) -> Tensor:
+        given = zip(logits(subject, rows, at_once, label), rows.split(at_once), strict=True)
+        return torch.cat([row_losses(own, tokens.to(device)).cpu() for own, tokens in given])
+
+    return ranks.by_row(rows, found)
 
 
 def _rows(text: Tensor) -> int:

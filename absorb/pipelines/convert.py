@@ -1,7 +1,9 @@
 """The story of a conversion, from a model's name to a folder."""
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,13 +17,14 @@ from absorb.models.decoder import Decoder
 from absorb.pipelines.prepare import Prepared, completed, prepare
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import FORMAT_FOR, fake_quantized
+from absorb.runtime import ranks
 from absorb.runtime.precision import as_stored, device_of, in_one_type
 from absorb.runtime.reading import Subject
 from absorb.schema.report import Lead, Probe, Report, sentence, verdict
 from absorb.schema.scores import Score
 from absorb.schema.settings import Job, Purpose
 from absorb.schema.training import Losses, Recipe
-from absorb.ship.plan_file import PLAN, write_plan
+from absorb.ship.plan_file import PLAN, read_plan, write_plan
 from absorb.ship.resume import forget
 from absorb.ship.staging import staged
 from absorb.ship.write import write
@@ -35,10 +38,10 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
 
     With `resume` what is found is kept in OUT.progress meanwhile, and gone on from if it is there.
     """
-    with staged(job.out, job.force) as folder:
+    with ranks.joined(job.device), _place(job) as folder:
         fine_tune = recipe(job.distillation, device_of(job.device))
         prepared = prepare(job, say, fine_tune, resume)
-        draft = completed(prepared, fine_tune.purpose)
+        draft = of_first(completed(prepared, fine_tune.purpose), folder)
         if draft.source.streaming:
             fine_tune = by_layers(fine_tune, job.distillation)
         if draft.progress is not None:
@@ -62,10 +65,34 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
             probe=Probe(tokens=(), logits=()),
             leads=left_before_text(student, draft),
         )
-        say(f"writing {job.out}")
-        written = write(folder, student, draft.source, report)
-    forget(job.out)
-    return written
+        if ranks.is_first():
+            say(f"writing {job.out}")
+            report = write(folder, student, draft.source, report)
+    if ranks.is_first():
+        forget(job.out)
+    return report
+
+
+@contextmanager
+def _place(job: Job) -> Iterator[Path]:
+    """Where to write: what becomes the checkpoint, or, for a process that helps, nothing at all."""
+    with staged(job.out, job.force) if ranks.is_first() else TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def of_first(draft: Prepared, folder: Path) -> Prepared:
+    """The same plan for all processes that convert together."""
+    if ranks.count() == 1:
+        return draft
+    file = folder / "agreed.safetensors"
+    write_plan(file, draft.plan, draft.inspection)
+    own = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+    size = int(ranks.of_first(torch.tensor(len(own))))
+    theirs = ranks.of_first(own if ranks.is_first() else own.new_zeros(size))
+    file.write_bytes(theirs.numpy().tobytes())
+    plan, inspection = read_plan(file, draft.source)
+    file.unlink()
+    return replace(draft, plan=plan, inspection=inspection)
 
 
 def fine_tuned(

@@ -140,7 +140,7 @@ def read(job: Job, source: Source, training_rows: int | None) -> tuple[Texts, li
     text = job.calibration.prefix
     wish = None if text is None else encoded(source, text)  # refused before any text is sampled
     sketch = replace(source, model=bf16_copy(source.decoder))
-    texts = gather(sketch, job.calibration, training_rows)
+    texts = gather(sketch, job.calibration, training_rows).of_first()
     if job.plan is not None:
         return texts, []
     return texts, find_prefix(sketch, wish, texts.calibration, job.thresholds)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from absorb.models.decoder import Decoder
+from absorb.runtime import ranks
 from absorb.runtime.experts import watching_experts
 from absorb.runtime.hooks import watching
 from absorb.runtime.reading import led
@@ -34,10 +35,18 @@ def input_peaks(
     def see(name: str, value: Tensor) -> None:
         seen.setdefault(name, []).append(power_mean(value, order, 0))
 
-    rows = tokens if lead is None else led(tokens, lead)
+    rows = ranks.share(tokens if lead is None else led(tokens, lead))
     with watching_inputs(decoder, see):
         read(decoder, rows, ROWS, "measuring inputs of Linears")
-    return {name: power_mean(torch.stack(means), order, 0) for name, means in seen.items()}
+    found = {name: power_mean(torch.stack(means), order, 0) for name, means in seen.items()}
+    return {name: _of_all(values, order) for name, values in found.items()}
+
+
+def _of_all(values: Tensor, order: float) -> Tensor:
+    """The same of the rows that other processes have read."""
+    if order == inf:
+        return ranks.largest(values)
+    return (ranks.summed(values**order) / ranks.count()) ** (1 / order)
 
 
 def power_mean(values: Tensor, order: float, dim: int) -> Tensor:

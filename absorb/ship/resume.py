@@ -20,6 +20,7 @@ from torch import Tensor
 from absorb.errors import AbsorbError
 from absorb.fold.plan import Plan
 from absorb.load.source import Source
+from absorb.runtime import ranks
 from absorb.schema.codec import built, parsed, to_json
 from absorb.schema.report import Inspection, versions
 from absorb.schema.settings import Job, expanded
@@ -71,7 +72,7 @@ class Progress:
 
     def keep_draft(self, texts: Texts, plan: Plan, inspection: Inspection) -> None:
         """Keep the text and the plan, unless they are. The text says that both are there."""
-        if (self.folder / _TEXTS).is_file():
+        if (self.folder / _TEXTS).is_file() or not ranks.is_first():
             return
         with unwritable_explained(self.folder):
             self.folder.mkdir(exist_ok=True)
@@ -99,7 +100,8 @@ class Progress:
 
     def keep_state(self, state: State) -> None:
         """Keep where the fine-tune stands, in place of where it stood."""
-        _write(self.folder / _STATE, state.tensors, to_json(state.training_state))
+        if ranks.is_first():
+            _write(self.folder / _STATE, state.tensors, to_json(state.training_state))
         self.saved = monotonic()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from absorb.errors import AbsorbError
 from absorb.load.source import Source
+from absorb.runtime import ranks
 from absorb.schema.declared import typed
 from absorb.schema.settings import Calibration, Evaluation
 from absorb.schema.texts import Dataset
@@ -45,6 +46,16 @@ class Texts:
         """What smoothing scales are taken from: largest values need more text than averages do."""
         known = torch.cat([self.calibration, self.validation, self.training])
         return known[:_SCALING_ROWS]
+
+    def of_first(self) -> "Texts":
+        """The same text for all processes that convert together."""
+        return replace(
+            self,
+            calibration=ranks.of_first(self.calibration),
+            validation=ranks.of_first(self.validation),
+            held_out=ranks.of_first(self.held_out),
+            training=ranks.of_first(self.training),
+        )
 
     @property
     def fingerprint(self) -> str:

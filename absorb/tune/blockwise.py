@@ -23,6 +23,7 @@ from absorb.models.streaming import Streaming
 from absorb.quantize.formats import Format
 from absorb.quantize.simulate import quantized, quantized_inputs
 from absorb.quantize.training import weights_on_grid
+from absorb.runtime import ranks
 from absorb.runtime.precision import autocast_bf16, free_memory
 from absorb.runtime.reading import led
 from absorb.runtime.walk import Walk
@@ -88,10 +89,11 @@ class _Layers:
         self.student, self.fine_tune, self.form = student, fine_tune, form
         self.prefix = len(plan.prefix)
         self.scale = plan.residual.to(student.device)
-        rows = _rows_at_once(student, fine_tune, texts)
-        parts = [part for part in texts.training.split(rows) if len(part) == rows]
+        rows = ranks.least(_rows_at_once(student, fine_tune, texts))
+        training = texts.training[: len(texts.training) // ranks.count() * ranks.count()]
+        parts = [part for part in ranks.share(training).split(rows) if len(part) == rows]
         judges = [part for part in texts.validation.split(rows) if len(part) == rows]
-        self.parts, self.group = len(parts), max(1, fine_tune.rows // rows)
+        self.parts, self.group = len(parts), max(1, fine_tune.rows // ranks.count() // rows)
         lead = torch.tensor(plan.prefix)
         # As much of the stream as the layers' products keep: half the room and half the way.
         dtype = torch.bfloat16 if student.device.type == "cuda" else torch.float32
@@ -135,7 +137,8 @@ class _Layers:
         for group in order:
             for part in group:
                 loss = self._loss(layer, part, spread) / len(group)
-                loss.backward()
+                (loss / ranks.count()).backward()
+            ranks.add_gradients(parameters)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             if not isfinite(norm.item()):
                 raise AbsorbError(
@@ -153,12 +156,14 @@ class _Layers:
 
     @torch.no_grad()
     def _error(self, layer: int, parts: range, spread: Tensor) -> float:
-        return float(torch.stack([self._loss(layer, part, spread) for part in parts]).mean())
+        errors = [self._loss(layer, part, spread) for part in parts]
+        return ranks.mean(float(torch.stack(errors).mean()))
 
     def _spread(self) -> Tensor:
         """The root mean square of each channel of the teacher's stream: (hidden,)."""
         squares = [self._target(part).square().mean((0, 1)) for part in range(self.parts)]
-        return torch.stack(squares).mean(0).sqrt().clamp_min(1e-6)
+        of_all = ranks.summed(torch.stack(squares).mean(0)) / ranks.count()
+        return of_all.sqrt().clamp_min(1e-6)
 
     def _target(self, part: int) -> Tensor:
         return self.targets.waiting(part)[:, self.prefix :]
@@ -170,7 +175,8 @@ def _rows_at_once(student: Decoder, fine_tune: Recipe, texts: Texts) -> int:
     width = 12 * config.hidden_size + 6 * getattr(config, "intermediate_size", config.hidden_size)
     row = 4 * width * texts.training.shape[1]
     fit = max(1, int(_SHARE * free_memory(student.device) // row))
-    return min(fit, fine_tune.rows, len(texts.validation), len(texts.training))
+    share = len(texts.training) // ranks.count()
+    return max(1, min(fit, fine_tune.rows // ranks.count(), len(texts.validation), share))
 
 
 def _orders(parts: int, group: int, steps: int, seed: int) -> Iterator[list[int]]:

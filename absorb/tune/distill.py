@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from absorb.errors import AbsorbError
 from absorb.measure.divergence import Loss, gap, mean_loss, rows_at_once
 from absorb.models.decoder import Decoder
+from absorb.runtime import ranks
 from absorb.runtime.precision import autocast_bf16
 from absorb.runtime.reading import Subject
 from absorb.schema.training import Losses, Recipe
@@ -153,11 +154,13 @@ def _step(
     parameters: list[nn.Parameter],
 ) -> float:
     total = 0.0
-    for part in batch.split(rows_at_once(student, student.device)):
+    for part in ranks.share(batch).split(rows_at_once(student, student.device)):
         with autocast_bf16(student.device):
             share = loss(part) * len(part) / len(batch)
         share.backward()
         total += share.item()
+    ranks.add_gradients(parameters)
+    total = ranks.mean(total) * ranks.count()
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)
     if not math.isfinite(total + norm.item()):
         raise AbsorbError(
@@ -182,7 +185,7 @@ class _Check:
         self.best: list[Tensor] = []
 
     def __call__(self, step: int) -> None:
-        value = mean_loss(self.loss, self.validation, self.rows)
+        value = ranks.mean(mean_loss(self.loss, self.validation, self.rows))
         if value < min((before for _, before in self.seen), default=math.inf):
             self.kept = step
             self.best = [parameter.detach().clone() for parameter in self.parameters]

@@ -1,0 +1,112 @@
+"""Several processes that convert one model together, as torchrun starts them.
+
+Each computes on a GPU of its own, or all on one CPU. Rows of text are shared out, and what is found
+is brought together, so that all come to the same. Alone a process does nothing here.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from absorb.errors import AbsorbError
+from absorb.runtime.precision import device_of
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Let the processes of torchrun find each other; `device` is what the user asked for."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    on_gpus = device_of(device).type == "cuda"
+    if on_gpus:
+        place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if place >= there:
+            raise AbsorbError(f"there are {there} GPUs here; pass --nproc-per-node {there}")
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if on_gpus else "gloo")
+    yield  # where it fails the others are waiting, and torchrun ends them
+    dist.destroy_process_group()
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def number() -> int:
+    """Which of them this is."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this is the one that writes."""
+    return number() == 0
+
+
+def share(rows: Tensor) -> Tensor:
+    """The rows that this process reads: all, where there are too few to share them out."""
+    return rows if len(rows) < count() else rows[number() :: count()]
+
+
+def by_row(rows: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `find` makes of every row, (rows, ...), each process having found its share."""
+    own = find(share(rows))
+    if count() == 1 or len(own) == len(rows):
+        return own
+    whole = own.new_zeros(len(rows), *own.shape[1:])
+    whole[number() :: count()] = own
+    return summed(whole)
+
+
+def summed(tensor: Tensor) -> Tensor:
+    return _together(tensor, dist.ReduceOp.SUM)
+
+
+def largest(tensor: Tensor) -> Tensor:
+    return _together(tensor, dist.ReduceOp.MAX)
+
+
+def mean(value: float) -> float:
+    """The mean of what all processes have found, the same for all to the last bit."""
+    return float(summed(torch.tensor(value, dtype=torch.float64))) / count()
+
+
+def least(value: int) -> int:
+    return -int(largest(torch.tensor(-value)))
+
+
+def of_first(tensor: Tensor) -> Tensor:
+    """What the first process has, in a tensor of the same shape and type."""
+    if count() == 1:
+        return tensor
+    there = _at_hand(tensor)
+    dist.broadcast(there, 0)
+    return there.to(tensor.device)
+
+
+def _together(tensor: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+    if count() == 1:
+        return tensor
+    there = _at_hand(tensor)
+    dist.all_reduce(there, how)
+    return there.to(tensor.device)
+
+
+def _at_hand(tensor: Tensor) -> Tensor:
+    """A copy where the processes reach it."""
+    where = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return tensor.detach().to(where, copy=True).contiguous()
+
+
+def add_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Let every process have the sum of all gradients."""
+    if count() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:  # of an expert that none of these rows has reached
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
