@@ -6,6 +6,7 @@ original's weights and the plan: where weights stream, it is made anew whenever 
 """
 
 import copy
+import gc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ _FOLDS = (place, neurons, residual, smoothing)
 @torch.no_grad()
 def graft(decoder: Decoder, plan: Plan) -> Decoder:
     """A new absorbed model that does without a prefix what the stock one does with the plan's."""
+    if decoder.streaming:
+        gc.collect()  # the student before may hold page-locked memory
     student = twin(decoder, plan.sinks)
     place.shift_positions(student, len(plan.prefix))
     residual.write_ends(student, plan)

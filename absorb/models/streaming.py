@@ -42,6 +42,12 @@ class Streaming:
         self.ends: list[nn.Module] = [  # what has weights outside of the layers
             module for module in model.modules() if module not in inside and module._parameters
         ]
+        owners: dict[nn.Parameter, nn.Module] = {}
+        for unit in self.units:
+            for parameter in unit.parameters():
+                owners.setdefault(parameter, unit)
+        # A tied head comes and goes with the embedding.
+        self._first = {u: next((owners[p] for p in u.parameters()), u) for u in self.units}
         for unit in self.units:
             unit.register_forward_pre_hook(lambda unit, _: self._fetch(unit))
             unit.register_forward_hook(lambda unit, *_: self._leave(unit), always_call=True)
@@ -109,13 +115,14 @@ class Streaming:
 
     @torch.no_grad()
     def _fetch(self, unit: nn.Module) -> None:
+        unit = self._first[unit]
         self._users[unit] += 1
         if self._users[unit] > 1:
             return
         layer = self._index.get(unit)
         staging = self._staging if layer is not None else None
         staged = {} if staging is None or layer is None else staging.take(layer)
-        for parameter in unit.parameters():
+        for parameter in self._weights_of(unit):
             self._resting[parameter] = resting = parameter.data
             # Types are changed on the device: what is smaller arrives sooner.
             there = staged.get(parameter, resting).to(self.device, non_blocking=bool(staged))
@@ -126,6 +133,11 @@ class Streaming:
             self._edit(layer)
         elif self.fold_end is not None:
             self.fold_end(unit)
+
+    def _weights_of(self, first: nn.Module) -> list[nn.Parameter]:
+        """Those of a unit, and of others that are tied to it."""
+        units = [unit for unit in self.units if self._first[unit] is first]
+        return list(dict.fromkeys(p for unit in units for p in unit.parameters()))
 
     @property
     def _staging(self) -> Staging | None:
@@ -145,7 +157,8 @@ class Streaming:
             edit(layer)
 
     def _leave(self, unit: nn.Module) -> None:
+        unit = self._first[unit]
         self._users[unit] -= 1
         if not self._users[unit]:
-            for parameter in unit.parameters():
+            for parameter in self._weights_of(unit):
                 parameter.data = self._resting.pop(parameter)

@@ -92,7 +92,7 @@ class _Layers:
         rows = ranks.least(_rows_at_once(student, fine_tune, texts))
         training = texts.training[: len(texts.training) // ranks.count() * ranks.count()]
         parts = [part for part in ranks.share(training).split(rows) if len(part) == rows]
-        judges = [part for part in texts.validation.split(rows) if len(part) == rows]
+        judges = texts.validation.split(rows)
         self.parts, self.group = len(parts), max(1, fine_tune.rows // ranks.count() // rows)
         lead = torch.tensor(plan.prefix)
         # As much of the stream as the layers' products keep: half the room and half the way.
@@ -175,8 +175,9 @@ def _rows_at_once(student: Decoder, fine_tune: Recipe, texts: Texts) -> int:
     width = 12 * config.hidden_size + 6 * getattr(config, "intermediate_size", config.hidden_size)
     row = 4 * width * texts.training.shape[1]
     fit = max(1, int(_SHARE * free_memory(student.device) // row))
-    share = len(texts.training) // ranks.count()
-    return max(1, min(fit, fine_tune.rows // ranks.count(), len(texts.validation), share))
+    step = fine_tune.rows // ranks.count()
+    most = min(fit, step, len(texts.training) // ranks.count())
+    return max((rows for rows in range(1, most + 1) if step % rows == 0), default=1)
 
 
 def _orders(parts: int, group: int, steps: int, seed: int) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ the host what the process holds for itself: pages of files that the system keeps
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -147,6 +148,9 @@ def conversion(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger("absorb").addHandler(logging.StreamHandler())
     logging.getLogger("absorb").setLevel(logging.INFO)
     device = device_of(options["device"])
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # started by torchrun
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     if device.type == "cuda" and options["card"] is not None:
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(options["card"] * 1e9 / whole)

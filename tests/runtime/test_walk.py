@@ -39,6 +39,22 @@ def test_logits_are_those_of_the_model(family: str, in_float32: None) -> None:
 
 
 @torch.no_grad()
+def test_a_model_may_be_on_two_walks_at_once(in_float32: None) -> None:
+    """As the original is, which is measured and teaches: a tied head is then there for both."""
+    model = tiny("llama", torch.float32, tie_word_embeddings=True)
+    layers = Decoder(model, FAMILIES["llama"]).layers
+    decoder = Decoder(model, FAMILIES["llama"], Streaming(model, layers, CPU))
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    subject, led = Subject(decoder=decoder), Subject(decoder=decoder, lead=torch.tensor([3, 1]))
+    expected = [subject.logits(text()), led.logits(text())]
+    walks = [logits(one, text(), 2, "") for one in (subject, led)]
+    found = [torch.cat(parts) for parts in zip(*zip(*walks, strict=True), strict=True)]
+    for own, known in zip(found, expected, strict=True):
+        assert_close(own, known, rtol=0, atol=1e-6)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
+
+
+@torch.no_grad()
 def test_watchers_see_each_layer_of_each_part_and_nothing_else(in_float32: None) -> None:
     subject = streamed("llama")
     decoder = subject.decoder
