@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from absorb.models.staging import Staging
@@ -64,17 +63,19 @@ class Streaming:
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(self.device)
 
-    def settle(self, layer: int, file: Path) -> None:
-        """Let a layer rest as it is at hand from now on: in a file, in the types it rested in."""
-        unit = self.layers[layer]
-        self._settled[layer] = {p: self._resting[p] for p in unit.parameters()}
-        named = {
+    def at_hand(self, layer: int) -> dict[str, Tensor]:
+        """The weights of a layer at work, by their names in it, in the types they rest in."""
+        return {
             name: p.detach().to("cpu", self._resting[p].dtype).contiguous()
-            for name, p in unit.named_parameters()
+            for name, p in self.layers[layer].named_parameters()
         }
-        save_file(named, file)
-        with safe_open(file, "pt") as content:
-            for name, parameter in unit.named_parameters():
+
+    def settle(self, layer: int, file: Path) -> None:
+        """Let a layer rest in a file from now on, which holds what `at_hand` gave."""
+        with self.fetched(self.layers[layer]), safe_open(file, "pt") as content:
+            named = list(self.layers[layer].named_parameters())
+            self._settled[layer] = {p: self._resting[p] for _, p in named}
+            for name, parameter in named:
                 self._resting[parameter] = content.get_tensor(name)
 
     def unsettle(self) -> None:

@@ -50,8 +50,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
         write_plan(folder / PLAN, draft.plan, draft.inspection)
         student = graft(draft.source.decoder, draft.plan)
         say(f"fine-tune: {fine_tune}")
-        with TemporaryDirectory(dir=folder) as scratch:
-            losses = fine_tuned(student, draft, fine_tune, job.calibration.seed, Path(scratch))
+        losses = fine_tuned(student, draft, fine_tune, job.calibration.seed, folder)
         if fine_tune.trains and not losses.kept:
             say("no step came closer to the teacher on validation text; the model stays untrained")
         original, converted = before_and_after(student, draft, fine_tune.purpose)
@@ -96,22 +95,30 @@ def of_first(draft: Prepared, folder: Path) -> Prepared:
 
 
 def fine_tuned(
-    student: Decoder, draft: Prepared, fine_tune: Recipe, seed: int, scratch: Path
+    student: Decoder, draft: Prepared, fine_tune: Recipe, seed: int, folder: Path
 ) -> Losses:
     """Train a student in place: as if quantised, where that is the purpose.
 
-    Layers that are trained one by one are kept in the folder `scratch`.
+    Layers that are trained one by one rest in files, in `folder` unless a later run may need them.
     """
     texts, prefix = draft.texts, torch.tensor(draft.plan.prefix)
     goal = FORMAT_FOR.get(fine_tune.purpose)
     if student.streaming and fine_tune.trains:
-        form = FORMATS[goal] if goal else None
-        return distill_layers(
-            draft.source.decoder, student, draft.plan, texts, fine_tune, form, scratch
-        )
+        form, source = FORMATS[goal] if goal else None, draft.source.decoder
+        with _scratch(draft, folder) as place:
+            return distill_layers(source, student, draft.plan, texts, fine_tune, form, place)
     with fake_quantized(student, FORMATS[goal], texts.scaling) if goal else nullcontext():
         teacher = draft.source.decoder
         return distill(teacher, student, prefix, texts, fine_tune, seed, draft.progress)
+
+
+@contextmanager
+def _scratch(draft: Prepared, folder: Path) -> Iterator[Path]:
+    if draft.progress is not None:
+        yield draft.progress.layers
+        return
+    with TemporaryDirectory(dir=folder) as place:
+        yield Path(place)
 
 
 def left_before_text(student: Decoder, draft: Prepared) -> tuple[Lead, ...]:

@@ -7,6 +7,7 @@ kept once there is a plan, the fine-tune at every check and once a minute.
 import hashlib
 import json
 import os
+import shutil
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ from absorb.text.gather import Texts
 from absorb.tune.state import State, TrainingState
 
 _TEXTS, _PLAN, _STATE = "texts.safetensors", "plan.safetensors", "state.safetensors"
+_LAYERS = "layers"  # a folder of those that are trained one by one
 _PARTS = ("calibration", "validation", "held_out", "training")
 _SECONDS = 60
 _NOTE = "absorb"  # the entry of the metadata
@@ -94,6 +96,14 @@ class Progress:
         except ValueError as error:
             raise _damaged(self.folder / _STATE, error) from error
 
+    @property
+    def layers(self) -> Path:
+        """Where layers that are trained one by one are kept."""
+        place = self.folder / _LAYERS
+        with unwritable_explained(self.folder):
+            place.mkdir(exist_ok=True)
+        return place
+
     def is_due(self) -> bool:
         """Whether a minute has passed since anything was kept."""
         return monotonic() - self.saved > _SECONDS
@@ -122,6 +132,7 @@ def _clear(folder: Path) -> None:
         for name in (_TEXTS, _STATE, _PLAN):
             (folder / name).unlink(missing_ok=True)
             _partial(folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / _LAYERS, ignore_errors=True)
         with suppress(OSError):
             folder.rmdir()
 

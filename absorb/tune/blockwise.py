@@ -29,6 +29,7 @@ from absorb.runtime.reading import led
 from absorb.runtime.walk import Walk
 from absorb.schema.training import Losses, Recipe
 from absorb.text.gather import Texts
+from absorb.tune.kept import KeptLayer
 from absorb.tune.optimizer import choose, optimizer_of, rate_at
 
 _SHARE = 0.25  # of the free memory, for what one layer computes with its gradients
@@ -45,6 +46,7 @@ def distill_layers(
 ) -> Losses:
     """Train the layers of a student whose weights stream, which are kept in the folder `scratch`.
 
+    Layers that an earlier run has kept there are taken as they are.
     With a format the student computes as if quantised. The layers stay untrained where all of them
     together come no closer to the teacher on validation text. Raises an AbsorbError where the loss
     is not a number any more.
@@ -105,10 +107,15 @@ class _Layers:
         layers = range(len(self.student.layers))
         for layer in tqdm(layers, desc="fine-tuning layer by layer", unit="layer"):
             self._pass_on(self.targets, layer)
-            with self.student.fetched(layer):
-                before, after = self._trained(layer)
-                if after < before:
-                    streaming.settle(layer, scratch / f"{layer}.safetensors")
+            kept = KeptLayer(scratch / f"{layer}.safetensors")
+            if not kept.is_there:
+                with self.student.fetched(layer):
+                    errors = self._trained(layer)
+                    better = errors[1] < errors[0]
+                    kept.write(streaming.at_hand(layer) if better else {}, errors)
+            before, after = kept.errors
+            if after < before:
+                streaming.settle(layer, kept.file)
             self._pass_on(self.inputs, layer)
             yield before, min(before, after)
 

@@ -12,6 +12,7 @@ import absorb
 from absorb.load import source as loading
 from absorb.schema.settings import Purpose
 from absorb.ship.isolated import logits_after
+from absorb.tune import blockwise
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
@@ -94,3 +95,36 @@ def test_layers_that_come_no_closer_stay_untrained(
     assert report.losses.kept == 0
     trained = load_file(tmp_path / "trained" / "model.safetensors")
     assert all(torch.equal(trained[name], tensor) for name, tensor in untrained.items())
+
+
+def test_layers_that_an_earlier_run_has_trained_are_gone_on_from(
+    in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends while the second layer is trained; the checkpoint is that of a run that does not."""
+    source, text = tmp_path / "source", tmp_path / "text.txt"
+    tiny("llama", torch.float32, max_position_embeddings=512).save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    text.write_text(letters(26_000))
+    monkeypatch.setattr(loading, "free_memory", lambda device: 0)
+    job = {"text": text, "sink": "logit", "steps": 4, "train": "all"}
+    whole = absorb.convert(source, tmp_path / "whole", **job)
+    trained = blockwise._Layers._trained
+    calls: list[int] = []
+
+    def ends(layers: blockwise._Layers, layer: int) -> tuple[float, float]:
+        calls.append(layer)
+        if calls == [0, 1]:
+            raise KeyboardInterrupt
+        return trained(layers, layer)
+
+    monkeypatch.setattr(blockwise._Layers, "_trained", ends)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        absorb.convert(source, out, resume=True, **job)
+    assert not out.exists()
+    again = absorb.convert(source, out, resume=True, **job)
+    assert calls == [0, 1, *range(1, len(whole.losses.layers))]
+    assert again.losses == whole.losses
+    first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "out"))
+    assert first == second
+    assert not (tmp_path / "out.progress").exists()
