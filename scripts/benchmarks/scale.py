@@ -2,7 +2,7 @@
 
 python -m scripts.benchmarks.scale --shape 8b --card 12 --json scale.json
 
-The model has a planted sink, a spike neuron and an outlier channel, so that every stage has work.
+The model has a planted sink and an outlier channel.
 Each conversion runs in a process of its own. Of a GPU its peak is what the driver says is taken, of
 the host what the process holds for itself: pages of files that the system keeps do not count.
 """
@@ -74,7 +74,10 @@ def model_of(shape: str, layers: int | None, folder: Path, device: torch.device)
 
 @torch.no_grad()
 def plant(model: Any, head_dim: int) -> None:
-    """A neuron that makes BOS massive, heads that look for that, and a channel always large."""
+    """A neuron that makes BOS massive, heads that look for that, and a channel always large.
+
+    The tokenizer adds no BOS, so that it is found as a prefix and not in the text.
+    """
     embedding, slow = model.model.embed_tokens.weight, head_dim // 2 - 1
     embedding.normal_()
     embedding[:, [_DETECTOR, _MASSIVE]] = 0

@@ -70,6 +70,7 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "attention_cpu": tables.attention(found["attention_cpu"]),
         "attention_h200": tables.attention(found["attention_h200"]),
         "model": tables.model(models),
+        "scale": tables.scale(found["scale"]),
     }
     return {name: markdown(table) for name, table in rows.items()}
 

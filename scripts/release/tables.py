@@ -72,6 +72,37 @@ def model(runs: dict[str, Run]) -> list[Row]:
     return [("", *shapes), *rows]
 
 
+_SCALE_STAGES = {
+    "fine-tune": ("fine-tuning layer by layer",),
+    "prefix, measuring, fit, scales": (
+        "choosing the prefix",
+        "measuring the stream",
+        "fitting sinks",
+        "measuring inputs of Linears",
+        "choosing exponents of scales",
+    ),
+    "figures before and after": ("evaluating", "the teacher", "W8A8, static per tensor"),
+    "writing and hashing": ("writing", "hashing"),
+}
+
+
+def scale(runs: dict[str, Run]) -> list[Row]:
+    """What conversions of real shapes took, each on a card of so many GB."""
+    head = ("", *(f"{name.upper()}, {run['layers']} layers" for name, run in runs.items()))
+    several = list(runs.values())
+    rows: list[Row] = [
+        ("weights, billions", *(f"{run['weights'] / 1e9:.2f}" for run in several)),
+        ("GPU memory that was allowed, GB", *(f"{run['card']:.0f}" for run in several)),
+        ("GPU memory, peak", *(f"{run['gpu'] / 1e9:.1f}" for run in several)),
+        ("host memory, peak", *(f"{run['host'] / 1e9:.1f}" for run in several)),
+        ("seconds in all", *(f"{run['seconds']:.0f}" for run in several)),
+    ]
+    for stage, names in _SCALE_STAGES.items():
+        spent = (sum(run["stages"].get(name, 0) for name in names) for run in several)
+        rows.append((f"- {stage}", *(f"{seconds:.0f}" for seconds in spent)))
+    return [head, *rows]
+
+
 def sinks(run: Run) -> list[Row]:
     """What each form of a sink makes of the model, untrained."""
     names = ("original", "mean logits", "first fit", "sequential fit", "auto", "key")
