@@ -652,7 +652,7 @@ def _to_sinks_alone(
     """Output and log-sum-exp of attention to the keys of sinks and nothing else, of a `kind`."""
     query, how = query.to(kind), How(scale, causal=False)
     if query.device.type in BY_OPERATOR:
-        return _cpu(query, *_as_text(sinks, query), None, how)[:2]  # type: ignore[call-arg, arg-type]
+        return OPERATORS["cpu"].forward(query, *_as_text(sinks, query), None, how)[:2]
     logits, values = _logits_and_values(query, sinks, how)
     with _without_autocast(query.device.type):
         return logits.softmax(-1) @ values, logits.logsumexp(-1)  # type: ignore[operator]
@@ -738,7 +738,7 @@ def _key_gradients(
     query, out, gradient = (tensor.to(total.dtype) for tensor in (query, *given))
     if query.device.type in BY_OPERATOR:
         inputs, how = (query, *_as_text(sinks, query), None), How(scale, causal=False)
-        more, *parts = _cpu_backward(gradient, inputs, Given(out, total), how)
+        more, *parts = OPERATORS["cpu"].backward(gradient, inputs, Given(out, total), how)
         return of_query.add_(more.to(of_query.dtype)), *(part.sum(0) for part in parts)
     groups = query.shape[1] // len(sinks[0])
     key, value = (part.to(total.dtype).repeat_interleave(groups, 0) for part in sinks)
@@ -753,9 +753,6 @@ def _key_gradients(
 # --- the operators of stock attention ------------------------------------------------------------
 
 
-_aten: Any = torch.ops.aten
-
-
 class Given(NamedTuple):
     """What an operator gives: seed and offset are those of its dropout."""
 
@@ -765,83 +762,57 @@ class Given(NamedTuple):
     offset: Tensor | None = None
 
 
-def _cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How) -> Given:
-    return Given(
-        *_aten._scaled_dot_product_flash_attention_for_cpu.default(
-            query, key, value, how.dropout, how.causal, attn_mask=mask, scale=how.scale
-        )
+def _by_names(name: str) -> Callable[[dict[str, Any]], Any]:
+    """An operator that takes, out of many arguments, those that its schema names."""
+    operator = getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
+    known = operator._schema.arguments
+    # In order where that is possible: a compiler takes an `out` by name for a place to write to.
+    first, last = ([a.name for a in known if a.kwarg_only is named] for named in (False, True))
+    return lambda given: operator(
+        *(given[name] for name in first if name in given), **{name: given[name] for name in last}
     )
-
-
-def _cpu_backward(gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
-    query, key, value, mask = inputs
-    return _aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-        gradient, query, key, value, *given[:2], how.dropout, how.causal, attn_mask=mask,
-        scale=how.scale,
-    )  # fmt: skip
-
-
-def _cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How) -> Given:
-    found = _aten._scaled_dot_product_cudnn_attention.default(
-        query, key, value, mask, True, how.dropout, how.causal, scale=how.scale
-    )
-    return Given(*found[:2], *found[6:8])
-
-
-def _cudnn_backward(gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
-    query, key, value, mask = inputs
-    return _aten._scaled_dot_product_cudnn_attention_backward.default(
-        gradient, query, key, value, *given, mask, None, None, query.shape[2], key.shape[2],
-        how.dropout, how.causal, scale=how.scale,
-    )  # fmt: skip
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, how: How) -> Given:
-    found = _aten._scaled_dot_product_flash_attention.default(
-        query, key, value, how.dropout, how.causal, scale=how.scale
-    )
-    return Given(*found[:2], *found[6:8])
-
-
-def _flash_backward(gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
-    query, key, value, _ = inputs
-    return _aten._scaled_dot_product_flash_attention_backward.default(
-        gradient, query, key, value, *given[:2], None, None, query.shape[2], key.shape[2],
-        how.dropout, how.causal, *given[2:], scale=how.scale,
-    )  # fmt: skip
-
-
-def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How) -> Given:
-    return Given(
-        *_aten._scaled_dot_product_efficient_attention.default(
-            query, key, value, mask, True, how.dropout, how.causal, scale=how.scale
-        )
-    )
-
-
-def _efficient_backward(gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
-    query, key, value, mask = inputs
-    # Nobody trains a mask: its gradient, the last, is not asked for.
-    return _aten._scaled_dot_product_efficient_attention_backward.default(
-        gradient, query, key, value, mask, *given, how.dropout, [True, True, True, False],
-        how.causal, scale=how.scale,
-    )[:3]  # fmt: skip
 
 
 class Operator(NamedTuple):
     """One of the operators behind scaled_dot_product_attention."""
 
-    forward: Callable[..., Given]
-    backward: Callable[..., Any]  # the gradients of query, key and value
+    ahead: Callable[[dict[str, Any]], Any]
+    back: Callable[[dict[str, Any]], Any]
+    drawn: int = 2  # where in what it gives seed and offset are, if it has dropout
     grouped: bool = True  # one mask and one KV head may serve several query heads
     rereads: bool = False  # but then it reads keys and values once for each of them
 
+    def forward(self, *inputs: Any) -> Given:
+        """For query, key, value, mask and how."""
+        found = self.ahead({**_named(*inputs), "compute_log_sumexp": True})
+        return Given(*found[:2], *found[self.drawn :][:2])
+
+    def backward(self, gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
+        """The gradients of query, key and value."""
+        found = {"out": given.out, "logsumexp": given.lse, "grad_out": gradient}
+        found |= {"philox_seed": given.seed, "philox_offset": given.offset, "grad_out_": gradient}
+        lengths = {"max_q": inputs[0].shape[2], "max_k": inputs[1].shape[2]}
+        # Of the whole batch there is one length. Nobody trains a mask.
+        rest = {"cum_seq_q": None, "cum_seq_k": None, "grad_input_mask": [True, True, True, False]}
+        return self.back({**_named(*inputs, how), **found, **lengths, **rest})[:3]
+
+
+def _named(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How
+) -> dict[str, Any]:
+    masks = {"attn_mask": mask, "attn_bias": mask}
+    options = {"dropout_p": how.dropout, "is_causal": how.causal, "scale": how.scale}
+    return {"query": query, "key": key, "value": value, **masks, **options}
+
 
 OPERATORS = {
-    "cpu": Operator(_cpu, _cpu_backward, rereads=True),
-    "cudnn": Operator(_cudnn, _cudnn_backward),
-    "flash": Operator(_flash, _flash_backward),
-    "efficient": Operator(_efficient, _efficient_backward, grouped=False, rereads=True),
+    name: Operator(_by_names(attention), _by_names(f"{attention}_backward"), *how)
+    for name, attention, *how in (
+        ("cpu", "flash_attention_for_cpu", 2, True, True),
+        ("cudnn", "cudnn_attention", 6),
+        ("flash", "flash_attention", 6),
+        ("efficient", "efficient_attention", 2, False, True),
+    )
 }
 
 
