@@ -32,10 +32,11 @@ MERGED, SAVED = 2e-5, 0.0
 def main(*families: str) -> None:
     with TemporaryDirectory() as name:
         convert_all(Path(name), families or FAMILIES)
-        known = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-        known |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{name}/modules"}
+        quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+        quiet |= {"PYTHONWARNINGS": "ignore"}
+        known = {**os.environ, **quiet, "HF_MODULES_CACHE": f"{name}/modules"}
         command = [sys.executable, "-m", "scripts.soak.trainers", "--in", name]
-        sys.exit(subprocess.run(command, env=known, check=False).returncode)
+        sys.exit(subprocess.run(command, env=known, cwd=ROOT, stdin=subprocess.DEVNULL).returncode)
 
 
 def convert_all(place: Path, families: tuple[str, ...]) -> None:
@@ -53,7 +54,7 @@ def convert_all(place: Path, families: tuple[str, ...]) -> None:
         # Where the head is the embedding, what is done to one is done to the other.
         model = tiny(family, torch.float32, tie_word_embeddings=form == "logit")
         embedding = model.get_input_embeddings().weight.data
-        embedding[:, 5] = 60 * embedding.abs().mean() * embedding[:, 5].sign()
+        embedding[:, 5] = 200 * embedding.abs().mean() * embedding[:, 5].sign()
         model.save_pretrained(place / family)
         tiny_tokenizer().save_pretrained(place / family)
         out = place / f"{family}-{form}"
@@ -177,10 +178,10 @@ def trained(folder: Path, out: Path) -> str:
     names["TrainerForSinks"](model=model, args=arguments, train_dataset=rows).train()
     # Adam moves a number by at most the rate in a step; a decay of 20 takes 2 % of it.
     for name, value in model.named_parameters():
-        far = (value - started[name]).abs()
         if re.search(r"sink(_key|_value)?$|(input|output)_scale$", name):
-            assert far.max() <= 1.1 * STEPS * RATE, f"{name} decayed by {far.max():.2g}"
-        elif name.endswith("proj.weight"):
+            far = float((value.detach() - started[name]).abs().max())
+            assert far <= 1.1 * STEPS * RATE, f"{name} decayed by {far:.2g}"
+        elif value.ndim == 2:
             assert value.norm() < started[name].norm(), f"{name} did not decay"
     after = logits(model)
     model.save_pretrained(out / "model")
@@ -214,13 +215,14 @@ def taught(folder: Path, out: Path, adapter: bool = False) -> str:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     tokenizer.pad_token = tokenizer.unk_token
     before = logits(model)
+    settings = arguments_for(out) | ({"learning_rate": 1e-2} if adapter else {})
     said = [{"prompt": "a b c", "completion": " d e f g"}, {"prompt": "x", "completion": " y z"}]
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**arguments_for(out), max_length=32, bf16=False, trust_remote_code=True),
+        args=SFTConfig(**settings, max_length=32, bf16=False, trust_remote_code=True),
         train_dataset=Dataset.from_list(said * 4),
         processing_class=tokenizer,
         peft_config=LoraConfig(target_modules="all-linear", r=4) if adapter else None,
