@@ -712,47 +712,44 @@ class Given(NamedTuple):
 class Operator(NamedTuple):
     """One of the operators behind scaled_dot_product_attention."""
 
-    ahead: Callable[[dict[str, Any]], Any]
-    back: Callable[[dict[str, Any]], Any]
+    ahead: Callable[..., Any]
+    back: Callable[..., Any]
     drawn: int = 2  # where seed and offset are in what it gives, if it has dropout
     grouped: bool = True  # one mask and one KV head may serve several query heads
     rereads: bool = False  # but then it reads keys and values once for each of them
 
     def forward(self, inputs: Sequence[Any], how: How) -> Given:
         """For query, key, value and mask."""
-        found = self.ahead(_asked(inputs, how) | {"compute_log_sumexp": True})
+        found = self.ahead(*inputs, inputs[3], how.dropout, how.causal, how.scale, True)
         return Given(*found[:2], *found[self.drawn :][:2])
 
     def backward(self, gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
         """The gradients of query, key and value."""
-        found: dict[str, Any] = {"out": given.out, "logsumexp": given.lse, "grad_out": gradient}
-        found |= {"philox_seed": given.seed, "philox_offset": given.offset, "grad_out_": gradient}
-        lengths = {"max_q": inputs[0].shape[2], "max_k": inputs[1].shape[2]}
-        # All rows of a batch are of one length, and nobody trains a mask.
-        rest = {"cum_seq_q": None, "cum_seq_k": None, "grad_input_mask": [True, True, True, False]}
-        return self.back(_asked(inputs, how) | found | lengths | rest)[:3]
+        lengths = (None, None, inputs[0].shape[2], inputs[1].shape[2])
+        more = (gradient, gradient, *given, *lengths, [True, True, True, False])
+        return self.back(*inputs, inputs[3], how.dropout, how.causal, how.scale, *more)[:3]
 
 
-def _asked(inputs: Sequence[Any], how: How) -> dict[str, Any]:
-    names = ("query", "key", "value", "attn_mask", "attn_bias")
-    options = {"dropout_p": how.dropout, "is_causal": how.causal, "scale": how.scale}
-    return dict(zip(names, [*inputs, inputs[3]], strict=True)) | options
+# What is handed to an operator, by the names in their schemas, which call a mask or a gradient so
+# or so. All rows of a batch are of one length, and nobody trains a mask.
+_AHEAD = ["query", "key", "value", "attn_mask", "attn_bias", "dropout_p", "is_causal", "scale"]
+_BACK = ["grad_out", "grad_out_", "out", "logsumexp", "philox_seed", "philox_offset"]
+_BACK += ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "grad_input_mask"]
 
 
-def _by_names(operator: Any) -> Callable[[dict[str, Any]], Any]:
-    """An operator that takes, out of many arguments, those that its schema names."""
-    known = operator.default._schema.arguments
-    # In order where that is possible: a compiler takes an `out` by name for a place to write to.
-    first, last = ([a.name for a in known if a.kwarg_only is named] for named in (False, True))
-    return lambda given: operator.default(
-        *(given[name] for name in first if name in given), **{name: given[name] for name in last}
-    )
+def _by_names(name: str, names: Sequence[str]) -> Callable[..., Any]:
+    """An operator that takes, out of arguments of these names, those in its schema."""
+    operator = getattr(torch.ops.aten, name).default
+    known = [a for a in operator._schema.arguments if a.name in names]
+    first = [names.index(a.name) for a in known if not a.kwarg_only]
+    last = {a.name: names.index(a.name) for a in known if a.kwarg_only}
+    return lambda *given: operator(*[given[i] for i in first], **{n: given[last[n]] for n in last})
 
 
-def _operator(name: str, **more: Any) -> Operator:
-    names = (f"_scaled_dot_product_{name}{end}" for end in ("", "_backward"))
-    ahead, back = (_by_names(getattr(torch.ops.aten, name)) for name in names)
-    return Operator(ahead, back, **more)
+def _operator(kind: str, **more: Any) -> Operator:
+    name = f"_scaled_dot_product_{kind}"
+    ahead = _by_names(name, [*_AHEAD, "compute_log_sumexp"])
+    return Operator(ahead, _by_names(f"{name}_backward", _AHEAD + _BACK), **more)
 
 
 OPERATORS = {
