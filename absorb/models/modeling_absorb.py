@@ -300,19 +300,19 @@ FUSED_NORMS = ("cuda",)
 
 def _normed(module: Any, scaled: Tensor) -> Tensor:
     """What the stock norm gives, in the type of `scaled`."""
-    stock, normed = _stock(module), nn.functional
+    stock = _stock(module)
     if isinstance(module, nn.LayerNorm):
         # Of the stock norms only this one wants its weights in the type of what it reads.
         weight, bias = (p if p is None else p.to(scaled) for p in (module.weight, module.bias))
         if stock.__name__ == "NemotronLayerNorm1P":
             weight = weight + 1
-        return normed.layer_norm(scaled, module.normalized_shape, weight, bias, module.eps)
+        return nn.functional.layer_norm(scaled, module.normalized_shape, weight, bias, module.eps)
     # Llama's formula. Gemma's, which adds one to the weight, has another name for its epsilon.
     llamas = stock.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
     if llamas and scaled.device.type in FUSED_NORMS:
         # One kernel where the stock norm has seven: this pays for what the sinks cost.
         weight = module.weight.to(scaled)
-        return normed.rms_norm(scaled, weight.shape, weight, module.variance_epsilon)
+        return nn.functional.rms_norm(scaled, weight.shape, weight, module.variance_epsilon)
     found: Tensor = stock.forward(module, scaled)
     return found
 
@@ -463,16 +463,10 @@ def flex(
     if groups & (groups - 1):
         # Its kernels only share keys among 2, 4, 8 .. heads.
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out, aux = compile_friendly_flex_attention(
-        query,
-        key,
-        value,
-        score_mod=None if how.softcap is None else lambda score, *_: _capped(score, how),
-        block_mask=mask,
-        enable_gqa=query.shape[1] != key.shape[1],
-        scale=how.scale,
-        return_aux=AuxRequest(lse=True),
-    )
+    capped = None if how.softcap is None else lambda score, *_: _capped(score, how)
+    given = {"score_mod": capped, "block_mask": mask, "scale": how.scale}
+    given |= {"enable_gqa": query.shape[1] != key.shape[1], "return_aux": AuxRequest(lse=True)}
+    out, aux = compile_friendly_flex_attention(query, key, value, **given)
     lse: Tensor = aux.lse[..., None]  # type: ignore[union-attr]
     logits, values = _logits_and_values(query, sinks, how)
     total = torch.logaddexp(lse, logits.logsumexp(-1, keepdim=True))
