@@ -21,6 +21,8 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
+os.environ["TQDM_DISABLE"] = "1"
+
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("llama", "gemma3_text", "qwen3", "gpt_neox")
 FORMS = ("logit", "key")
