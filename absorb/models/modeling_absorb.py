@@ -9,7 +9,7 @@ model named in config.json, with parameters mixed in at the places that config.a
                   positions -n .. -1 where there is RoPE, of the shape config.absorb["sink_shape"]
     sink_value    the values of these keys, in the same layers
     input_scale   one factor per channel, on what a module reads from the residual stream
-    output_scale  one factor per channel, on what a module writes to it
+    output_scale  one factor per channel, on what a module gives, to the stream or to the head
     bias          a bias for a linear layer that has none in the stock model
 
 A layer has a `sink`, or a `sink_key` with its `sink_value`. Neither counts as a token: positions,
