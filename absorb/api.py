@@ -165,8 +165,8 @@ def export(folder: str | Path, out: str | Path, **options: Unpack[ExportOptions]
     from the converted model than is allowed.
     """
     given = asked(Export, options)
-    wish = filled(Export, {"folder": Path(folder), "out": Path(out), **given})
-    return exporting.export(wish, _say)
+    request = filled(Export, {"folder": Path(folder), "out": Path(out), **given})
+    return exporting.export(request, _say)
 
 
 def asked(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:

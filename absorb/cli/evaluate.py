@@ -30,7 +30,7 @@ def evaluate(html: Path | None, as_json: bool, **options: Any) -> None:
     absorb eval ./my-llama --text corpus.txt --formats w8a8-static,nvfp4 --json
     absorb eval smollm2-absorbed --against demo --tasks piqa,questions.jsonl --limit 200
     """
-    wish = settled(Evaluation, options)
+    request = settled(Evaluation, options)
     with UserErrors("evaluate fewer models at once, or pass --device cpu"), ExitStack() as files:
         from absorb.pipelines.compare import compare
         from absorb.schema.codec import to_json
@@ -38,7 +38,7 @@ def evaluate(html: Path | None, as_json: bool, **options: Any) -> None:
         from absorb.show.tables import table
 
         file = None if html is None else files.enter_context(atomic_file(html))
-        result = compare(wish, say)
+        result = compare(request, say)
         if file is not None:
             from absorb.show.page import comparison_page  # matplotlib, which nothing else needs
 

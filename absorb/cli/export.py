@@ -22,14 +22,14 @@ def export(as_json: bool, **options: Any) -> None:
     absorb export smollm2-absorbed --to native --out smollm2-native
     absorb export smollm2-absorbed --to gguf --type bf16 --out smollm2-gguf
     """
-    wish = settled(Export, options)
+    request = settled(Export, options)
     with UserErrors("close other programs, or export on a larger machine"):
         from absorb.pipelines.export import export
         from absorb.schema.codec import to_json
         from absorb.ship.export.card import export_rows
         from absorb.show.tables import listing
 
-        result = export(wish, say)
-        written = f"written to {wish.out}, whose README.md says how each engine loads it"
+        result = export(request, say)
+        written = f"written to {request.out}, whose README.md says how each engine loads it"
         told = f"{listing(export_rows(result))}\n\n{written}"
         print_result(to_json(result).rstrip() if as_json else told)

@@ -54,7 +54,7 @@ def twin(decoder: Decoder, sinks: Sequence[LayerSink] = ()) -> Decoder:
     copies, save where they stream: there both models share them.
     """
     model: Any = decoder.model
-    cls: Any = modeling_absorb.absorbed(type(model))
+    cls: Any = modeling_absorb.absorbed(model.__class__)
     settings = model.config.to_dict()
     for ours in ("model_type", "architectures", "auto_map", "transformers_version"):
         settings.pop(ours, None)
@@ -104,7 +104,7 @@ def sites(decoder: Decoder, sinks: Sequence[LayerSink]) -> dict[str, list[str] |
         **_sites_of_sinks(family, layers, len(decoder.layers), sinks),
         "input_scale": [*(layers + n for n in read_by_norms), family.final_norm.removeprefix(stem)],
         "output_scale": [
-            *([] if residual.has_plain_end(decoder) else [family.embedding.removeprefix(stem)]),
+            *([family.final_norm.removeprefix(stem)] if residual.has_end_apart(decoder) else []),
             *(layers + name for name in outputs if kept_apart(name)),
         ],
     }

@@ -36,14 +36,16 @@ def write(student: Decoder, plan: Plan, layer: int) -> None:
         student.site(layer, name).multiply_input(scale)
 
 
-def has_plain_end(decoder: Decoder) -> bool:
-    """Whether the final norm can take λ into its weight, so that the embedding needs no scale.
+def has_end_apart(decoder: Decoder) -> bool:
+    """Whether the final norm needs a scale of its own, to make up for an embedding that is divided.
 
-    Others read an embedding by its weight alone: trainers of single tokens, and adapters. With an
-    offset the weight would lie where bfloat16 keeps few digits, and some norms have none.
+    It does where that is the head as well, and the norm has no weight that could take λ: with an
+    offset the weight would lie where bfloat16 keeps few digits. The embedding has no scale: others
+    read it by its weight alone, as trainers of single tokens and adapters do.
     """
     weight = getattr(decoder.named(decoder.family.final_norm).module, "weight", None)
-    return weight is not None and decoder.family.norm_offset == 0
+    plain = weight is not None and decoder.family.norm_offset == 0
+    return decoder.config.tie_word_embeddings and not plain
 
 
 def write_ends(student: Decoder, plan: Plan) -> None:
@@ -67,14 +69,9 @@ def write_end(student: Decoder, plan: Plan, unit: Any) -> None:
     scale = plan.residual.to(student.device)
     if unit is last.module:
         last.multiply_input(scale)
+        if tied:
+            last.divide_output(1 / scale)
     if family.positions is not None and unit is student.named(family.positions).module:
         unit.weight /= scale
-    if not has_plain_end(student):
-        if unit is embedding:
-            unit.output_scale /= scale
-    elif unit is embedding or (tied and getattr(unit, "weight", None) is embedding.weight):
+    if unit is embedding or (tied and getattr(unit, "weight", None) is embedding.weight):
         unit.weight /= scale
-    elif unit is last.module and tied:
-        unit.weight *= scale
-        if getattr(unit, "bias", None) is not None:
-            unit.bias *= scale

@@ -96,8 +96,8 @@ def _sizes(
     sizes = {}
     for name, readers in student.family.links.items():
         size = torch.stack([inputs[reader] for reader in student.names(readers[0])])
-        reach = [_reach(student, r, size[0], order) for r in readers]
-        weight = power_mean(torch.stack(reach), order, 0)
+        norms = [_column_norms(student, r, size[0], order) for r in readers]
+        weight = power_mean(torch.stack(norms), order, 0)
         if name in student.family.neurons and order == inf:
             size = size.maximum(size.median(-1, keepdim=True).values)
         if name == student.family.value:
@@ -106,17 +106,17 @@ def _sizes(
     return sizes
 
 
-def _reach(student: Decoder, name: str, size: Tensor, order: float) -> Tensor:
+def _column_norms(student: Decoder, name: str, size: Tensor, order: float) -> Tensor:
     """How large the weights of every input channel are, in the shape (layers, ...) of `size`.
 
     Experts that read the same channels share it.
     """
-    reaches = []
+    by_layer = []
     for layer, site in enumerate(student.sites(name)):
         with student.fetched(layer):
-            reach = power_mean(site.weight.detach(), order, -2)
-        reaches.append(power_mean(reach.view(-1, *size.shape), order, 0))
-    return torch.stack(reaches)
+            norms = power_mean(site.weight.detach(), order, -2)
+        by_layer.append(power_mean(norms.view(-1, *size.shape), order, 0))
+    return torch.stack(by_layer)
 
 
 def _shared(channels: Tensor, student: Decoder, order: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from absorb.errors import AbsorbError, is_failure
-from absorb.schema.codec import parsed
+from absorb.schema.codec import parse_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -72,7 +72,7 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
             "name a folder or repository that holds one, or a .gguf file"
         )
     try:
-        content = parsed(file.read_bytes())
+        content = parse_json(file.read_bytes())
     except ValueError as error:
         raise AbsorbError(
             f"the {file.name} of {name} is not JSON ({error}); fetch it again"

@@ -27,7 +27,7 @@ def inferred_family(model: PreTrainedModel, name: str) -> Family:
     attention = [n for n, m in first.named_modules() if type(m).__name__.endswith("Attention")]
     family = Family(
         model_type=model.config.model_type,
-        outline=True,
+        inferred=True,
         layers=layers,
         attention=min(attention, key=len, default=""),
         positions=_positions(model),

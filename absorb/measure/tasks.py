@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
-from absorb.schema.codec import parsed
+from absorb.schema.codec import parse_json
 
 # As the harness asks its own tasks of this kind, arc_easy and piqa.
 _MULTIPLE_CHOICE = {
@@ -106,7 +106,7 @@ def questions_in(path: Path) -> tuple[dict[str, Any], ...]:
 
 def _question(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        fields = parsed(line)
+        fields = parse_json(line)
     except ValueError:
         fields = None
     if not isinstance(fields, dict):

@@ -25,7 +25,7 @@ class Family:
     model_type: str
     # No entry, but what was read off a model that has none: where its layers and their attention
     # are. It can be measured, and not converted.
-    outline: bool = False
+    inferred: bool = False
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     final_norm: str = "model.norm"

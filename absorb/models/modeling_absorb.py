@@ -9,14 +9,13 @@ model named in config.json, with parameters mixed in at the places that config.a
                   positions -n .. -1 where there is RoPE, of the shape config.absorb["sink_shape"]
     sink_value    the values of these keys, in the same layers
     input_scale   one factor per channel, on what a module reads from the residual stream
-    output_scale  one factor per channel, on what a module writes to it
+    output_scale  one factor per channel, on what a module gives, to the stream or to the head
     bias          a bias for a linear layer that has none in the stock model
 
 A layer has a `sink`, or a `sink_key` with its `sink_value`. Neither counts as a token: positions,
 caches and masks are those of the text alone, and no sliding window leaves a sink behind.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
@@ -77,19 +76,13 @@ class Absorbed(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         self.register_forward_pre_hook(_refuse_no_tokens, with_kwargs=True)
         config.auto_map = auto_map(config)
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        for module in self._sites("sink"):
-            _add(module, "sink", heads)
-            _change(module, _attention)
-        for module in self._sites("sink_key"):
-            _add(module, "sink_key", *config.absorb["sink_shape"])
-            _add(module, "sink_value", *config.absorb["sink_shape"])
-            _change(module, _attention)
-        scaled = [(name, m) for name in ("input_scale", "output_scale") for m in self._sites(name)]
-        for name, module in scaled:
-            _add(module, name, hidden)
-        for module in {module for _, module in scaled}:
-            _change(module, _scaling(module))
+        heads, hidden = (config.num_attention_heads,), (config.hidden_size,)
+        keys = config.absorb.get("sink_shape")
+        sizes = {"sink": heads, "sink_key": keys, "sink_value": keys}
+        sizes |= {"input_scale": hidden, "output_scale": hidden}
+        for name, size in sizes.items():
+            for module in self._sites("sink_key" if name == "sink_value" else name):
+                _add(module, name, size)
         for module in self._sites("bias"):
             if module.bias is None:
                 module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
@@ -144,11 +137,17 @@ def _refuse_no_tokens(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         )
 
 
-def _add(module: nn.Module, name: str, *size: int) -> None:
+def _add(module: Any, name: str, size: Sequence[int]) -> None:
+    """Give a module a parameter, and the forward that uses it."""
+    # Heads of some architectures hold a model in which all this is done already.
     if name not in module._parameters:
         # float32 whatever the dtype of the model: a few numbers that everything else depends on.
-        value = torch.full(size, NEUTRAL[name], dtype=torch.float32)
+        value = torch.full(tuple(size), NEUTRAL[name], dtype=torch.float32)
         module.register_parameter(name, nn.Parameter(value))
+    stock: Any = type(module)
+    if not stock.__name__.endswith("Absorbed"):
+        forward = _scaled_norm if name.endswith("scale") else _attention
+        module.__class__ = _with_forward(stock, forward)
 
 
 def stock_classes(config: Any) -> dict[str, Any]:
@@ -170,25 +169,24 @@ def auto_map(config: PretrainedConfig) -> dict[str, str]:
     return {auto: f"{module}.{PREFIX}{cls.__name__}" for auto, cls in classes.items()}
 
 
-def absorbed(base: Any) -> type[PreTrainedModel]:
+@cache
+def absorbed(base: Any) -> Any:
     """The absorbed twin of a stock class: Qwen3ForCausalLM gives AbsorbQwen3ForCausalLM."""
-    twins = vars(sys.modules[__name__])
-    name = PREFIX + base.__name__
-    if name not in twins:
-        strict = [*(base._keep_in_fp32_modules_strict or ()), *_ADDED]
-        inner: Any = transformers.MODEL_MAPPING[base.config_class]
-        body = {
-            "__module__": __name__,
-            "config_class": _absorbed_config(base.config_class),
-            "_keep_in_fp32_modules_strict": strict,
-            # Some heads call the model inside otherwise, and leave the weights of a causal one.
-            "base_model_prefix": inner.base_model_prefix,
-        }
-        twin: Any = type(name, (Absorbed, base), body)
-        autos = [auto for auto, cls in stock_classes(base.config_class).items() if cls is base]
-        twin.register_for_auto_class("AutoModelForCausalLM" if base.can_generate() else autos[0])
-        twins[name] = twin
-    return twins[name]  # type: ignore[no-any-return]
+    inner: Any = transformers.MODEL_MAPPING[base.config_class]
+    body = {
+        "__module__": __name__,
+        "config_class": _absorbed_config(base.config_class),
+        "_keep_in_fp32_modules_strict": [*(base._keep_in_fp32_modules_strict or ()), *_ADDED],
+        # Some heads call the model inside otherwise, and leave the weights of a causal one.
+        "base_model_prefix": inner.base_model_prefix,
+    }
+    twin: Any = type(PREFIX + base.__name__, (Absorbed, base), body)
+    autos = [auto for auto, cls in stock_classes(base.config_class).items() if cls is base]
+    twin.register_for_auto_class("AutoModelForCausalLM" if base.can_generate() else autos[0])
+    # Heads of some architectures ask for the model inside them by its configuration.
+    body_class = twin if base is inner else absorbed(inner)
+    transformers.AutoModel.register(twin.config_class, body_class, exist_ok=True)
+    return twin
 
 
 def _eager_by_its_stock_name(method: Any) -> Any:
@@ -214,29 +212,23 @@ def _without_attention(plan: dict[str, Any] | None) -> dict[str, Any] | None:
     return plan and {name: how for name, how in plan.items() if blocks.isdisjoint(name.split("."))}
 
 
-def _absorbed_config(stock: Any) -> type[PretrainedConfig]:
-    twins = vars(sys.modules[__name__])
-    name = PREFIX + stock.__name__
-    if name not in twins:
-        weights: Any = vars(PretrainedConfig)["output_attentions"]
-        body = {
-            "__module__": __name__,
-            # Under the stock one a load without trust_remote_code would just drop the sinks.
-            "model_type": f"absorb_{stock.model_type}",
-            "output_attentions": weights.setter(_eager_by_its_stock_name(weights.fset)),
-            "validate": _eager_by_its_stock_name(stock.validate),
-            "base_model_tp_plan": _without_attention(stock.base_model_tp_plan),
-        }
-        twin: Any = type(name, (stock,), body)
-        twin.register_for_auto_class()
-        twins[name] = twin
-        # Heads of some architectures ask for the model inside them by its configuration.
-        body_class = absorbed(transformers.MODEL_MAPPING[stock])
-        transformers.AutoModel.register(twin, body_class, exist_ok=True)
-    return twins[name]  # type: ignore[no-any-return]
+@cache
+def _absorbed_config(stock: Any) -> Any:
+    weights: Any = vars(PretrainedConfig)["output_attentions"]
+    body = {
+        "__module__": __name__,
+        # Under the stock one a load without trust_remote_code would just drop the sinks.
+        "model_type": f"absorb_{stock.model_type}",
+        "output_attentions": weights.setter(_eager_by_its_stock_name(weights.fset)),
+        "validate": _eager_by_its_stock_name(stock.validate),
+        "base_model_tp_plan": _without_attention(stock.base_model_tp_plan),
+    }
+    twin: Any = type(PREFIX + stock.__name__, (stock,), body)
+    twin.register_for_auto_class()
+    return twin
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> Any:
     """Make the twins that config.json names in auto_map, when they are first asked for."""
     stock = getattr(transformers, name.removeprefix(PREFIX), None)
     if not name.startswith(PREFIX) or stock is None:
@@ -272,13 +264,6 @@ def _blank(stock: Any, forward: Any) -> Any:
     return cls.__new__(cls)
 
 
-def _change(module: Any, forward: Any) -> None:
-    stock: Any = type(module)
-    # Heads of some architectures hold a model that is changed already.
-    if not stock.__name__.endswith("Absorbed"):
-        module.__class__ = _with_forward(stock, forward)
-
-
 def _stock(module: Any) -> Any:
     return type(module).__mro__[1]
 
@@ -296,24 +281,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _scaled_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    # Fused it is not one kernel on a CPU, and in bfloat16 three times as slow as the stock norm.
-    norm = _fused_rms_norm if hidden_states.device.type == "cuda" else _scaled_norm
-    return norm(module, hidden_states)
-
-
-def _fused_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    """A stock RMSNorm of `input_scale * hidden_states`, in two kernels where the stock has eight.
-
-    This pays for what the sinks cost.
-    """
-    dtype = _wide(hidden_states.dtype)
-    scaled = hidden_states.to(dtype) * module.input_scale.to(dtype)
-    weight = module.weight.to(dtype)
-    normed = nn.functional.rms_norm(scaled, weight.shape, weight, module.variance_epsilon)
-    return normed.to(hidden_states.dtype)
-
-
 def _scaled_norm(module: Any, hidden_states: Tensor) -> Tensor:
     """`output_scale * norm(input_scale * hidden_states)`, with the scales that the norm has."""
     dtype = _wide(hidden_states.dtype)
@@ -326,35 +293,28 @@ def _scaled_norm(module: Any, hidden_states: Tensor) -> Tensor:
     return normed.to(hidden_states.dtype)
 
 
+# Where torch computes an RMSNorm in one kernel. On a CPU it does not, and in bfloat16 takes three
+# times as long as the stock norm.
+FUSED_NORMS = ("cuda",)
+
+
 def _normed(module: Any, scaled: Tensor) -> Tensor:
     """What the stock norm gives, in the type of `scaled`."""
+    stock = _stock(module)
     if isinstance(module, nn.LayerNorm):
         # Of the stock norms only this one wants its weights in the type of what it reads.
         weight, bias = (p if p is None else p.to(scaled) for p in (module.weight, module.bias))
-        if _stock(module).__name__ == "NemotronLayerNorm1P":
+        if stock.__name__ == "NemotronLayerNorm1P":
             weight = weight + 1
         return nn.functional.layer_norm(scaled, module.normalized_shape, weight, bias, module.eps)
-    normed: Tensor = _stock(module).forward(module, scaled)
-    return normed
-
-
-def _scaled_embedding(module: Any, input_ids: Tensor) -> Tensor:
-    """The rows of a stock embedding times `output_scale`."""
-    scale: Tensor = module.output_scale.to(module.weight.dtype)
-    if hasattr(module, "embed_scale"):
-        # Gemma's factor, after which alone a row may not fit float16 any more.
-        scale = scale * module.embed_scale.to(scale.dtype)
-    return nn.Embedding.forward(module, input_ids) * scale
-
-
-def _scaling(module: nn.Module) -> Any:
-    """The forward that applies the scales of a module of this kind."""
-    if isinstance(module, nn.Embedding):
-        return _scaled_embedding
-    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        # Llama's formula. Gemma's, which adds one to the weight, has another name for it.
-        return _scaled_rms_norm
-    return _scaled_norm
+    # Llama's formula. Gemma's, which adds one to the weight, has another name for its epsilon.
+    llamas = stock.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    if llamas and scaled.device.type in FUSED_NORMS:
+        # One kernel where the stock norm has seven: this pays for what the sinks cost.
+        weight = module.weight.to(scaled)
+        return nn.functional.rms_norm(scaled, weight.shape, weight, module.variance_epsilon)
+    found: Tensor = stock.forward(module, scaled)
+    return found
 
 
 # --- what a sink does to attention ---------------------------------------------------------------
@@ -469,7 +429,7 @@ def fast(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *sinks)):
         out = WithSinks.apply(operator, how, *inputs, *sinks)  # type: ignore[no-untyped-call]
     else:
-        given = operator.forward(*inputs, how)
+        given = operator.forward(inputs, how)
         out = _joined(query, sinks, how.scale, given.out, _rows(given.lse, query), trained=False)
     return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
@@ -503,16 +463,10 @@ def flex(
     if groups & (groups - 1):
         # Its kernels only share keys among 2, 4, 8 .. heads.
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out, aux = compile_friendly_flex_attention(
-        query,
-        key,
-        value,
-        score_mod=None if how.softcap is None else lambda score, *_: _capped(score, how),
-        block_mask=mask,
-        enable_gqa=query.shape[1] != key.shape[1],
-        scale=how.scale,
-        return_aux=AuxRequest(lse=True),
-    )
+    capped = None if how.softcap is None else lambda score, *_: _capped(score, how)
+    given = {"score_mod": capped, "block_mask": mask, "scale": how.scale}
+    given |= {"enable_gqa": query.shape[1] != key.shape[1], "return_aux": AuxRequest(lse=True)}
+    out, aux = compile_friendly_flex_attention(query, key, value, **given)
     lse: Tensor = aux.lse[..., None]  # type: ignore[union-attr]
     logits, values = _logits_and_values(query, sinks, how)
     total = torch.logaddexp(lse, logits.logsumexp(-1, keepdim=True))
@@ -531,26 +485,18 @@ def _for_layers(attend: Callable[..., Any]) -> Callable[..., Any]:
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
     ) -> Any:
-        return attend(query, key, value, mask, _sinks_of(module), _how(module, **options))
+        names = ("sink",) if hasattr(module, "sink") else ("sink_key", "sink_value")
+        sinks = tuple(getattr(module, name) for name in names)
+        causal, dropout = options.get("is_causal"), options.get("dropout", 0.0)
+        how = How(
+            options["scaling"],
+            module.is_causal if causal is None else causal,
+            dropout if module.training else 0.0,
+            options.get("softcap"),
+        )
+        return attend(query, key, value, mask, sinks, how)
 
     return attention
-
-
-def _sinks_of(module: Any) -> Sinks:
-    names = ("sink",) if hasattr(module, "sink") else ("sink_key", "sink_value")
-    return tuple(getattr(module, name) for name in names)
-
-
-def _how(
-    module: Any,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    **_: Any,
-) -> How:
-    causal = module.is_causal if is_causal is None else is_causal
-    return How(scaling, causal, dropout if module.training else 0.0, softcap)
 
 
 eager_attention, sink_attention, flex_attention = map(_for_layers, (eager, fast, flex))
@@ -563,14 +509,15 @@ IMPLEMENTATIONS = {
     "eager": "absorb_eager",
     "flex_attention": "absorb_flex",
 }
-# An attention function without a mask function of the same name is given no mask at all.
-for _name, _function, _mask in (
-    ("absorb", sink_attention, "sdpa"),
-    ("absorb_eager", eager_attention, "eager"),
-    ("absorb_flex", flex_attention, "flex_attention"),
+for _stock_name, _function in (
+    ("sdpa", sink_attention),
+    ("eager", eager_attention),
+    ("flex_attention", flex_attention),
 ):
+    _name = IMPLEMENTATIONS[_stock_name]
     ALL_ATTENTION_FUNCTIONS.register(_name, _function)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_mask])
+    # An attention function without a mask function of its name is given no mask at all.
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_stock_name])
 
 # Kernels of the flash-attention packages that were seen to take sinks, by transformers' names.
 KERNELS: set[str] = set()
@@ -633,7 +580,10 @@ def _joined(
         return out
     if len(sinks) == 1:
         other = _rowwise(sinks[0], query)
-        joined = _rescaled(out, torch.sigmoid(lse - other)[..., None])
+        # In place, so that in half precision a factor in float32 costs nothing more. But to what
+        # was overwritten the compiler of torch 2.11 gives no gradient.
+        scaled = torch.mul if torch.compiler.is_compiling() else Tensor.mul_
+        joined = _cast(scaled(out, torch.sigmoid(lse - other)[..., None]), out.dtype)
     else:
         alone, other = _to_sinks_alone(query, sinks, scale, lse.dtype)
         mixed = torch.lerp if torch.compiler.is_compiling() else Tensor.lerp_
@@ -652,7 +602,7 @@ def _to_sinks_alone(
     """Output and log-sum-exp of attention to the keys of sinks and nothing else, of a `kind`."""
     query, how = query.to(kind), How(scale, causal=False)
     if query.device.type in BY_OPERATOR:
-        return _cpu(query, *_as_text(sinks, query), None, how)[:2]  # type: ignore[call-arg, arg-type]
+        return OPERATORS["cpu"].forward([query, *_as_text(sinks, query), None], how)[:2]
     logits, values = _logits_and_values(query, sinks, how)
     with _without_autocast(query.device.type):
         return logits.softmax(-1) @ values, logits.logsumexp(-1)  # type: ignore[operator]
@@ -663,17 +613,8 @@ def _as_text(sinks: Sinks, query: Tensor) -> list[Tensor]:
     return [part.to(query.dtype).expand(len(query), -1, -1, -1) for part in sinks]
 
 
-def _rescaled(out: Tensor, factor: Tensor) -> Tensor:
-    """out * factor in the dtype of out, which may be overwritten."""
-    if torch.compiler.is_compiling():
-        # To a tensor that was overwritten the compiler of torch 2.11 gives no gradient.
-        return _cast(out * factor, out.dtype)
-    # In place, so that in half precision a factor in float32 costs nothing more.
-    return out.mul_(factor)
-
-
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Cast to the dtype it has, a tensor gets no gradient from that compiler, which says nothing.
+    # Cast to the dtype it has, a tensor gets no gradient from the compiler of torch 2.11.
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -688,7 +629,7 @@ class WithSinks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: Any, how: How, *tensors: Any) -> Tensor:
         inputs, sinks, query = tensors[:4], tensors[4:], tensors[0]
-        given = operator.forward(*inputs, how)
+        given = operator.forward(inputs, how)
         lse = _rows(given.lse, query)
         out = _joined(query, sinks, how.scale, given.out, lse, trained=True)
         ctx.save_for_backward(out, *given[1:], *tensors)
@@ -738,7 +679,7 @@ def _key_gradients(
     query, out, gradient = (tensor.to(total.dtype) for tensor in (query, *given))
     if query.device.type in BY_OPERATOR:
         inputs, how = (query, *_as_text(sinks, query), None), How(scale, causal=False)
-        more, *parts = _cpu_backward(gradient, inputs, Given(out, total), how)
+        more, *parts = OPERATORS["cpu"].backward(gradient, inputs, Given(out, total), how)
         return of_query.add_(more.to(of_query.dtype)), *(part.sum(0) for part in parts)
     groups = query.shape[1] // len(sinks[0])
     key, value = (part.to(total.dtype).repeat_interleave(groups, 0) for part in sinks)
@@ -753,9 +694,6 @@ def _key_gradients(
 # --- the operators of stock attention ------------------------------------------------------------
 
 
-_aten: Any = torch.ops.aten
-
-
 class Given(NamedTuple):
     """What an operator gives: seed and offset are those of its dropout."""
 
@@ -765,83 +703,54 @@ class Given(NamedTuple):
     offset: Tensor | None = None
 
 
-def _cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How) -> Given:
-    return Given(
-        *_aten._scaled_dot_product_flash_attention_for_cpu.default(
-            query, key, value, how.dropout, how.causal, attn_mask=mask, scale=how.scale
-        )
-    )
-
-
-def _cpu_backward(gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
-    query, key, value, mask = inputs
-    return _aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-        gradient, query, key, value, *given[:2], how.dropout, how.causal, attn_mask=mask,
-        scale=how.scale,
-    )  # fmt: skip
-
-
-def _cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How) -> Given:
-    found = _aten._scaled_dot_product_cudnn_attention.default(
-        query, key, value, mask, True, how.dropout, how.causal, scale=how.scale
-    )
-    return Given(*found[:2], *found[6:8])
-
-
-def _cudnn_backward(gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
-    query, key, value, mask = inputs
-    return _aten._scaled_dot_product_cudnn_attention_backward.default(
-        gradient, query, key, value, *given, mask, None, None, query.shape[2], key.shape[2],
-        how.dropout, how.causal, scale=how.scale,
-    )  # fmt: skip
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, how: How) -> Given:
-    found = _aten._scaled_dot_product_flash_attention.default(
-        query, key, value, how.dropout, how.causal, scale=how.scale
-    )
-    return Given(*found[:2], *found[6:8])
-
-
-def _flash_backward(gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
-    query, key, value, _ = inputs
-    return _aten._scaled_dot_product_flash_attention_backward.default(
-        gradient, query, key, value, *given[:2], None, None, query.shape[2], key.shape[2],
-        how.dropout, how.causal, *given[2:], scale=how.scale,
-    )  # fmt: skip
-
-
-def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: How) -> Given:
-    return Given(
-        *_aten._scaled_dot_product_efficient_attention.default(
-            query, key, value, mask, True, how.dropout, how.causal, scale=how.scale
-        )
-    )
-
-
-def _efficient_backward(gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
-    query, key, value, mask = inputs
-    # Nobody trains a mask: its gradient, the last, is not asked for.
-    return _aten._scaled_dot_product_efficient_attention_backward.default(
-        gradient, query, key, value, mask, *given, how.dropout, [True, True, True, False],
-        how.causal, scale=how.scale,
-    )[:3]  # fmt: skip
-
-
 class Operator(NamedTuple):
     """One of the operators behind scaled_dot_product_attention."""
 
-    forward: Callable[..., Given]
-    backward: Callable[..., Any]  # the gradients of query, key and value
+    ahead: Callable[..., Any]
+    back: Callable[..., Any]
+    drawn: int = 2  # where seed and offset are in what it gives, if it has dropout
     grouped: bool = True  # one mask and one KV head may serve several query heads
     rereads: bool = False  # but then it reads keys and values once for each of them
 
+    def forward(self, inputs: Sequence[Any], how: How) -> Given:
+        """For query, key, value and mask."""
+        found = self.ahead(*inputs, inputs[3], how.dropout, how.causal, how.scale, True)
+        return Given(*found[:2], *found[self.drawn :][:2])
+
+    def backward(self, gradient: Tensor, inputs: Sequence[Any], given: Given, how: How) -> Any:
+        """The gradients of query, key and value."""
+        lengths = (None, None, inputs[0].shape[2], inputs[1].shape[2])
+        more = (gradient, gradient, *given, *lengths, [True, True, True, False])
+        return self.back(*inputs, inputs[3], how.dropout, how.causal, how.scale, *more)[:3]
+
+
+# What is handed to an operator, by the names in their schemas, which call a mask or a gradient so
+# or so. All rows of a batch are of one length, and nobody trains a mask.
+_AHEAD = ["query", "key", "value", "attn_mask", "attn_bias", "dropout_p", "is_causal", "scale"]
+_BACK = ["grad_out", "grad_out_", "out", "logsumexp", "philox_seed", "philox_offset"]
+_BACK += ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "grad_input_mask"]
+
+
+def _by_names(name: str, names: Sequence[str]) -> Callable[..., Any]:
+    """An operator that takes, out of arguments of these names, those in its schema."""
+    operator = getattr(torch.ops.aten, name).default
+    known = [a for a in operator._schema.arguments if a.name in names]
+    first = [names.index(a.name) for a in known if not a.kwarg_only]
+    last = {a.name: names.index(a.name) for a in known if a.kwarg_only}
+    return lambda *given: operator(*[given[i] for i in first], **{n: given[last[n]] for n in last})
+
+
+def _operator(kind: str, **more: Any) -> Operator:
+    name = f"_scaled_dot_product_{kind}"
+    ahead = _by_names(name, [*_AHEAD, "compute_log_sumexp"])
+    return Operator(ahead, _by_names(f"{name}_backward", _AHEAD + _BACK), **more)
+
 
 OPERATORS = {
-    "cpu": Operator(_cpu, _cpu_backward, rereads=True),
-    "cudnn": Operator(_cudnn, _cudnn_backward),
-    "flash": Operator(_flash, _flash_backward),
-    "efficient": Operator(_efficient, _efficient_backward, grouped=False, rereads=True),
+    "cpu": _operator("flash_attention_for_cpu", rereads=True),
+    "cudnn": _operator("cudnn_attention", drawn=6),
+    "flash": _operator("flash_attention", drawn=6),
+    "efficient": _operator("efficient_attention", grouped=False, rereads=True),
 }
 
 

@@ -11,6 +11,7 @@ from absorb.fold.residual import residual_scales
 from absorb.load.source import Source
 from absorb.measure.findings import find
 from absorb.measure.outliers import Measurement
+from absorb.models.rope import rope_changes_at
 from absorb.schema.findings import Trial
 from absorb.schema.report import Inspection, LayerFigures, versions
 from absorb.schema.settings import Job
@@ -68,6 +69,7 @@ def survey(
         keyed_layers=plan.keyed_layers,
         residual_scales={i: s for i, s in enumerate(plan.residual.tolist()) if s != 1},
         divergence=decision.divergence,
+        rope_changes_at=rope_changes_at(source.model.config),
         logit_divergence=decision.logit_divergence,
         versions=versions(),
         job=recorded(job, source),

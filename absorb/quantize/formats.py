@@ -56,13 +56,13 @@ class Format:
     inputs: Grid = FLOAT32
     # Takes (decoder, tokens, lead) and gives the fixed ranges of inputs, as `input_peaks`.
     ranges: Callable[..., dict[str, Tensor]] | None = None
-    turn: Callable[[Tensor], Tensor] = _as_they_are  # of both, before they are rounded
+    rotate: Callable[[Tensor], Tensor] = _as_they_are  # of both, before they are rounded
     stream: Grid | None = None
     cache: Grid | None = None
 
     @property
     def rotates(self) -> bool:
-        return self.turn is rotated
+        return self.rotate is rotated
 
     @property
     def mixes_rows(self) -> bool:
@@ -88,7 +88,9 @@ FORMATS: dict[FormatName, Format] = {
     "fp8": Format(label="FP8 (E4M3), dynamic per token", weights=E4M3_ROW, inputs=E4M3_ROW),
     "w4a8": Format(label="W4A8, weights in groups of 128", weights=INT4_GROUPS, inputs=INT8_ROW),
     "w4a4": Format(label="W4A4, dynamic per token", weights=INT4_ROW, inputs=INT4_ROW),
-    "w4a4-hadamard": Format(label="W4A4, rotated", weights=INT4_ROW, inputs=INT4_ROW, turn=rotated),
+    "w4a4-hadamard": Format(
+        label="W4A4, rotated", weights=INT4_ROW, inputs=INT4_ROW, rotate=rotated
+    ),
     "nvfp4": Format(label="NVFP4, weights and activations", weights=NVFP4, inputs=NVFP4),
     "mxfp4": Format(label="MXFP4, weights and activations", weights=MXFP4, inputs=MXFP4),
     "stream-fp16": Format(label="FP16 residual stream", stream=FLOAT16),

@@ -39,8 +39,8 @@ def rounded(values: Tensor, grid: Grid, peak: Tensor | None = None) -> Tensor:
         return values
     # In float32: no half precision holds the least scale there is, or the products exactly.
     spans = _spans(values.float(), grid.span)
-    reach = spans.detach().abs().amax(-1, True) if peak is None else peak.float()
-    scale = grid.scale(reach, grid.top)
+    peaks = spans.detach().abs().amax(-1, True) if peak is None else peak.float()
+    scale = grid.scale(peaks, grid.top)
     levels = (spans / scale.clamp_min(_TINY)).clamp(-grid.top, grid.top)
     whole = grid.nearest(levels.detach())
     if levels.requires_grad:

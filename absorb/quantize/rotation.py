@@ -22,11 +22,11 @@ def rotated(values: Tensor) -> Tensor:
     """
     signs, blocks, factors = _rotation(values.shape[-1], values.device)
     with torch.autocast(values.device.type, enabled=False):
-        turned: Tensor = (values.float() * signs).unflatten(-1, (blocks, -1))
+        result: Tensor = (values.float() * signs).unflatten(-1, (blocks, -1))
         for factor in factors:
             # The first axis of what a Kronecker product works on is taken, and becomes the last.
-            turned = (turned.unflatten(-1, (len(factor), -1)).mT @ factor.T).flatten(-2)
-    return turned.flatten(-2)
+            result = (result.unflatten(-1, (len(factor), -1)).mT @ factor.T).flatten(-2)
+    return result.flatten(-2)
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import Tensor
 from absorb.models.decoder import Decoder
 from absorb.quantize.formats import Format
 from absorb.quantize.grids import rounded
-from absorb.quantize.stream_and_cache import stored
+from absorb.quantize.stream_and_cache import rounding_stream_and_cache
 from absorb.runtime.experts import mixed, neurons_of
 from absorb.runtime.memory import release_freed_memory
 from absorb.runtime.reading import Subject
@@ -38,12 +38,12 @@ def quantized(decoder: Decoder, form: Format, ranges: dict[str, Tensor]) -> Iter
     def edit(layer: int) -> None:
         for weight in weights(layer):
             for matrix in weight.view(-1, *weight.shape[-2:]):
-                matrix.copy_(rounded(form.turn(matrix), form.weights))
+                matrix.copy_(rounded(form.rotate(matrix), form.weights))
 
     with (
         decoder.edited(edit, weights),
         quantized_inputs(decoder, form, ranges),
-        stored(decoder, form.stream, form.cache),
+        rounding_stream_and_cache(decoder, form.stream, form.cache),
     ):
         yield
 
@@ -92,8 +92,8 @@ class _Entrance:
 
     def __call__(self, values: Tensor, peak: Tensor | None) -> Tensor:
         if self.last is None or self.last[0] is not values or self.last[1] is not peak:
-            turned = self.form.turn(values)
-            self.last = values, peak, rounded(turned, self.form.inputs, peak).to(values)
+            rotated_values = self.form.rotate(values)
+            self.last = values, peak, rounded(rotated_values, self.form.inputs, peak).to(values)
         return self.last[2]
 
 

@@ -13,7 +13,9 @@ from absorb.runtime.reading import new_cache
 
 
 @contextmanager
-def stored(decoder: Decoder, stream: Grid | None, cache: Grid | None) -> Iterator[None]:
+def rounding_stream_and_cache(
+    decoder: Decoder, stream: Grid | None, cache: Grid | None
+) -> Iterator[None]:
     """What every decoder layer gives is rounded for a while, and what its attention caches.
 
     A row of the stream is a token, a row of the cache the key or value of a token in one head. The

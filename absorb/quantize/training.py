@@ -66,6 +66,6 @@ class _OnGrid(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         rows = weight.mT if self.transposed else weight
         matrices = rows.reshape(-1, *rows.shape[-2:])
-        on_grid = torch.stack([rounded(self.form.turn(m), self.form.weights) for m in matrices])
+        on_grid = torch.stack([rounded(self.form.rotate(m), self.form.weights) for m in matrices])
         whole = on_grid.view(rows.shape).to(weight)
         return whole.mT if self.transposed else whole

@@ -17,18 +17,18 @@ from absorb.models.modeling_absorb import NEUTRAL
 ADDED = set(NEUTRAL) - {"bias"}
 
 
-def device_of(wish: str) -> torch.device:
+def device_of(request: str) -> torch.device:
     """The device that is meant by `auto`, cpu, cuda, cuda:1, ..."""
-    if wish == "auto":
+    if request == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wish.partition(":")[0] not in ("cpu", "cuda"):
-        raise AbsorbError(f"--device {wish} is not supported; pass cpu, cuda, cuda:1, ... or auto")
+    if request.partition(":")[0] not in ("cpu", "cuda"):
+        raise AbsorbError(f"--device {request} is not supported; pass cpu, cuda, cuda:1 or auto")
     try:
-        torch.empty(0, device=wish)
+        torch.empty(0, device=request)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise AbsorbError(f"--device {wish} cannot be used here ({reason}); try auto") from None
-    return torch.device(wish)
+        raise AbsorbError(f"--device {request} cannot be used here ({reason}); try auto") from None
+    return torch.device(request)
 
 
 def free_memory(device: torch.device) -> int:

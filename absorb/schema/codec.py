@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", bound="DataclassInstance")
 
 
-def parsed(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """What a text of JSON means. A ValueError, and nothing else, says that it is none."""
     try:
         data = json.loads(text)
@@ -24,7 +24,7 @@ def parsed(text: str | bytes) -> Any:
     return data
 
 
-def built(kind: Any, data: Any) -> Any:
+def decode(kind: Any, data: Any) -> Any:
     """Plain data as what the annotations say it is: dataclasses, tuples and dictionaries.
 
     A ValueError says what does not fit. Whole numbers will do for floats.
@@ -37,7 +37,7 @@ def built(kind: Any, data: Any) -> Any:
         return _dictionary(inner, _expected(dict, data))
     if origin is tuple:
         each = inner[:1] * len(_expected(list, data)) if inner[-1] is Ellipsis else inner
-        return tuple(built(one, value) for one, value in zip(each, data, strict=True))
+        return tuple(decode(one, value) for one, value in zip(each, data, strict=True))
     if origin is Literal:
         return _chosen(inner, data)
     if kind is Path:
@@ -54,8 +54,8 @@ def built(kind: Any, data: Any) -> Any:
 def _first_that_fits(kinds: list[Any], data: Any) -> Any:
     for kind in kinds[:-1]:
         with suppress(ValueError):
-            return built(kind, data)
-    return built(kinds[-1], data)
+            return decode(kind, data)
+    return decode(kinds[-1], data)
 
 
 def _dataclass(kind: Any, data: dict[str, Any]) -> Any:
@@ -64,13 +64,13 @@ def _dataclass(kind: Any, data: dict[str, Any]) -> Any:
     strange = (needed - data.keys()) | (data.keys() - kinds.keys())
     if strange:
         raise ValueError(f"{min(strange)!r} is missing or unknown")
-    return kind(**{name: built(kinds[name], value) for name, value in data.items()})
+    return kind(**{name: decode(kinds[name], value) for name, value in data.items()})
 
 
 def _dictionary(inner: tuple[Any, ...], data: dict[str, Any]) -> dict[Any, Any]:
     key, value = inner
     whole = key is int  # JSON has no other keys than strings
-    return {int(k) if whole else built(key, k): built(value, v) for k, v in data.items()}
+    return {int(k) if whole else decode(key, k): decode(value, v) for k, v in data.items()}
 
 
 def _chosen(choices: tuple[Any, ...], data: Any) -> Any:
@@ -100,5 +100,5 @@ def _plain(value: object) -> str:
 
 def from_json(kind: type[Kind], text: str) -> Kind:
     """The inspection or report that `to_json` wrote; a ValueError says why it is none."""
-    data: Kind = built(kind, parsed(text))
+    data: Kind = decode(kind, parse_json(text))
     return data

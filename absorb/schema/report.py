@@ -45,6 +45,7 @@ class Inspection:
     keyed_layers: tuple[int, ...]  # whose sinks are the prefix's keys and values, not logits
     residual_scales: dict[int, float]
     divergence: float  # of the untrained student, in nats per token
+    rope_changes_at: int | None = None  # the longest text, in tokens, if frequencies change beyond
     # Of one with logits in the keyed layers too, if any were fitted there.
     logit_divergence: float | None = None
     versions: dict[str, str]

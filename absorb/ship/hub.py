@@ -39,28 +39,28 @@ class Pushed:
     url: str
 
 
-def push(folder: Path, wish: Destination, say: Say) -> Pushed:
+def push(folder: Path, request: Destination, say: Say) -> Pushed:
     """Upload a checkpoint that is as absorb wrote it; `say` is told what is being done."""
-    destination = checked_target(wish)
+    destination = checked_target(request)
     for reason in verify(ModelRef(name=str(folder)), say).wrong:
         raise AbsorbError(f"{reason}, so {folder} was not uploaded")
     return upload(folder, destination, say)
 
 
-def checked_target(wish: Destination) -> Destination:
+def checked_target(request: Destination) -> Destination:
     """The destination under its full name, or an AbsorbError that says why nothing may go there.
 
     Asks the Hub for the account and the repository, and changes nothing.
     """
-    _refuse_name(wish.repository)
-    with _explained(wish.repository):
+    _refuse_name(request.repository)
+    with _explained(request.repository):
         account = HfApi().whoami()
-    owner, _, name = wish.repository.rpartition("/")
-    destination = replace(wish, repository=f"{owner or account['name']}/{name}")
+    owner, _, name = request.repository.rpartition("/")
+    destination = replace(request, repository=f"{owner or account['name']}/{name}")
     _refuse_account(account, destination)
     found = _found(destination)
     if found is None:
-        if wish.create_pr:
+        if request.create_pr:
             raise AbsorbError(
                 f"there is no repository {destination.repository} to open a pull request for, or "
                 "it is private; check the name, or drop --create-pr"

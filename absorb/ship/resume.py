@@ -22,7 +22,7 @@ from absorb.errors import AbsorbError
 from absorb.fold.plan import Plan
 from absorb.load.source import Source
 from absorb.runtime import ranks
-from absorb.schema.codec import built, parsed, to_json
+from absorb.schema.codec import decode, parse_json, to_json
 from absorb.schema.report import Inspection, versions
 from absorb.schema.settings import Job, expanded
 from absorb.ship.files import unwritable_explained
@@ -92,7 +92,7 @@ class Progress:
             return None
         tensors, note = _noted(self.folder / _STATE)
         try:
-            return State(training_state=built(TrainingState, note), tensors=tensors)
+            return State(training_state=decode(TrainingState, note), tensors=tensors)
         except ValueError as error:
             raise _damaged(self.folder / _STATE, error) from error
 
@@ -172,7 +172,7 @@ def _noted(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file, and what is written beside them."""
     try:
         with safe_open(path, "pt") as content:
-            note = parsed((content.metadata() or {}).get(_NOTE, "{}"))
+            note = parse_json((content.metadata() or {}).get(_NOTE, "{}"))
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise _damaged(path, error) from error

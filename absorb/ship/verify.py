@@ -17,7 +17,7 @@ from torch import Tensor
 from absorb.errors import AbsorbError
 from absorb.load import download, files
 from absorb.runtime.precision import ADDED
-from absorb.schema.codec import from_json, parsed
+from absorb.schema.codec import from_json, parse_json
 from absorb.schema.exported import Exported
 from absorb.schema.report import Inspection, Report
 from absorb.schema.settings import ModelRef, expanded
@@ -96,7 +96,7 @@ def read_report(folder: Path, name: str) -> Written:
         raise AbsorbError(f"{name} has no {REPORT}, so absorb did not write it; check the name")
     try:
         text = file.read_text(encoding="utf-8")
-        kind: Any = Exported if "target" in parsed(text) else Report
+        kind: Any = Exported if "target" in parse_json(text) else Report
         report: Written = from_json(kind, text)
     # Whatever a stranger put in place of it: what cannot be built is no report of ours.
     except (

@@ -18,7 +18,7 @@ _NEURONS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
+class Snapshot:
     """What one model shows on the calibration text."""
 
     first_weight: Layers  # of every head: mean attention weight on the first token
@@ -36,19 +36,19 @@ class Neuron:
     layer: int
     neuron: int
     contribution: float
-    fate: str  # "removed", "kept", or "no spike"
+    status: str  # "removed", "kept", or "no spike"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeforeAfter:
     """An inspection, and how the model looks before and after what it plans.
 
-    After is before any fine-tune. Both looks have as many channels in a band.
+    After is before any fine-tune. Both snapshots have as many channels in a band.
     """
 
     inspection: Inspection
-    before: Look
-    after: Look
+    before: Snapshot
+    after: Snapshot
     band: int  # channels
     hidden: int
     neurons: tuple[Neuron, ...]  # those that add most, the largest first
@@ -63,10 +63,10 @@ def before_after_of(
     band = -(-len(measurement.channel_peak) // _BANDS)
     decode: Any = source.tokenizer.decode
 
-    def look(measured: Measurement) -> Look:
+    def snapshot(measured: Measurement) -> Snapshot:
         shown = slice(_TOKENS + measured.tokens.shape[1] - after.tokens.shape[1])
         ratio = channel_ratio(measured)
-        return Look(
+        return Snapshot(
             first_weight=_rounded(measured.first_weight),
             channels=_rounded(banded(ratio, band)),
             channel_ratios={channel: _short(float(ratio[:, channel].max())) for channel in named},
@@ -77,8 +77,8 @@ def before_after_of(
 
     return BeforeAfter(
         inspection=inspection,
-        before=look(measurement),
-        after=look(after),
+        before=snapshot(measurement),
+        after=snapshot(after),
         band=band,
         hidden=len(measurement.channel_peak),
         neurons=_neurons(inspection, measurement),
@@ -122,8 +122,8 @@ def _neurons(inspection: Inspection, measurement: Measurement) -> tuple[Neuron, 
     neurons = []
     for value, index in zip(most.values.tolist(), most.indices.tolist(), strict=True):
         place = divmod(index, peak.shape[1])
-        fate = "removed" if place in removed else "kept" if place in spikes else "no spike"
-        neurons.append(Neuron(layer=place[0], neuron=place[1], contribution=value, fate=fate))
+        status = "removed" if place in removed else "kept" if place in spikes else "no spike"
+        neurons.append(Neuron(layer=place[0], neuron=place[1], contribution=value, status=status))
     return tuple(neurons)
 
 

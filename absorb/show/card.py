@@ -59,6 +59,19 @@ quantises this one too. Leave `sink`, `sink_key`, `sink_value`, `input_scale` an
 they are: a few numbers in float32 that everything else depends on. Calibrate on text without a BOS.
 {purpose}
 
+## Fine-tune it
+
+peft and the trainers of transformers and TRL train it like any model. peft does not know this
+architecture by its name: give a `LoraConfig` its `target_modules`, such as `"all-linear"`. Weight
+decay would pull sinks and scales away from where they do their work, so leave them out of it:
+
+```python
+{trainer}```
+
+The same method does it in a class made from TRL's `SFTTrainer`. An adapter of the original belongs
+to the original: merge it there first, then convert. An average of two conversions is worse than
+either; average the originals first.
+
 ## Limits
 
 {limits}
@@ -78,6 +91,16 @@ _FORMS = {
     "auto": "the attention sink is a logit for each head, and the values it carried are biases, "
     "save for the layers named below, which have a key and a value that all queries see",
 }
+# scripts/soak/trainers.py trains by it.
+_TRAINER = """\
+from transformers import Trainer
+
+
+class TrainerForSinks(Trainer):
+    def get_decay_parameter_names(self, model):
+        ours = ({names})
+        return [n for n in super().get_decay_parameter_names(model) if not n.endswith(ours)]
+"""
 _PURPOSES = {
     "none": "Formats with one fixed range for each activation tensor gain most from it.",
     "int8": "It was trained for W8A8 with one fixed range for each activation tensor.",
@@ -105,6 +128,7 @@ def card(report: Report) -> str:
         kept=report.losses.kept,
         family=inspection.family,
         purpose=_PURPOSES[report.recipe.purpose],
+        trainer=_TRAINER.format(names=", ".join(f'"{name}"' for name in _ours(inspection))),
         limits="\n".join(f"- {limit}" for limit in _limits(report)),
         command=command(inspection.job),
         versions=", ".join(f"{name} {version}" for name, version in inspection.versions.items()),
@@ -184,11 +208,20 @@ def _limits(report: Report) -> list[str]:
             f"Positions are learned, and the prefix took its own with it: the model reads "
             f"{len(inspection.prefix)} tokens fewer than the original."
         )
-    limits.append(
-        "peft does not know this architecture by its name: give a LoraConfig its "
-        '`target_modules`, such as `"all-linear"`.'
-    )
+    if inspection.keyed_layers and inspection.rope_changes_at is not None:
+        limits.append(
+            f"Beyond {inspection.rope_changes_at:,} tokens RoPE has other frequencies, and the "
+            "sinks' keys were rotated by those of shorter text: there they no longer stand for the "
+            "prefix."
+        )
     return [*limits, "Figures in low precision are computed by fake quantisation."]
+
+
+def _ours(inspection: Inspection) -> tuple[str, ...]:
+    """How the names of the parameters end that no stock model has."""
+    keyed = len(inspection.keyed_layers)
+    sinks = {"sink": keyed < len(inspection.layers), "sink_key": keyed, "sink_value": keyed}
+    return (*(name for name, there in sinks.items() if there), "input_scale", "output_scale")
 
 
 def _leads(report: Report) -> str:

@@ -1,7 +1,7 @@
 """Figures → sections of words, a chart and a table. Pure."""
 
 from absorb.schema.scores import Comparison, ModelScore
-from absorb.show.before_after import BeforeAfter, Look
+from absorb.show.before_after import BeforeAfter, Snapshot
 from absorb.show.charts import Layers, Maps, Pairs, Panel, Ranks, Section, number
 from absorb.show.rows import comparison_rows
 
@@ -31,13 +31,13 @@ def standings(comparison: Comparison) -> Section:
     return Section(
         name="perplexity",
         title="Perplexity by format",
-        words=" ".join(_reach(model, comparison.dtype) for model in models),
+        words=" ".join(_range_sentence(model, comparison.dtype) for model in models),
         chart=Ranks(unit="perplexity", rows=tuple(bars), group=len(models)),
         table=comparison_rows(comparison),
     )
 
 
-def _reach(model: ModelScore, dtype: str) -> str:
+def _range_sentence(model: ModelScore, dtype: str) -> str:
     words = f"{model.model} has a perplexity of {model.perplexity:.2f} in {dtype}"
     finite = {name: value for name, value in model.formats.items() if value is not None}
     if not finite:
@@ -132,20 +132,21 @@ def _channels(exhibit: BeforeAfter) -> Section:
 
 
 def _tokens(exhibit: BeforeAfter) -> Section:
-    looks = (exhibit.before, exhibit.after)
-    (most, token), (left, _) = (_peak(look) for look in looks)
+    snapshots = (exhibit.before, exhibit.after)
+    (most, token), (left, _) = (_peak(snapshot) for snapshot in snapshots)
     words = (
         f"Largest |x| of each of the first tokens of a text. In the original it reaches "
         f"{most:,.0f}, on {token}; after the graft {left:,.0f}."
     )
     labels = [
-        tuple((i, f"{i} {text!r}") for i, text in enumerate(look.token_text)) for look in looks
+        tuple((i, f"{i} {text!r}") for i, text in enumerate(snapshot.token_text))
+        for snapshot in snapshots
     ]
-    lead = len(looks[0].token_text) - len(looks[1].token_text)  # read by the original alone
+    lead = len(snapshots[0].token_text) - len(snapshots[1].token_text)  # read by the original alone
     rows = []
-    for index, text in enumerate(looks[0].token_text):
-        before = _summit(looks[0], index)
-        after = ("–", "–") if index < lead else _summit(looks[1], index - lead)
+    for index, text in enumerate(snapshots[0].token_text):
+        before = _summit(snapshots[0], index)
+        after = ("–", "–") if index < lead else _summit(snapshots[1], index - lead)
         rows.append((f"{text!r}", *before, *after))
     return Section(
         name="tokens",
@@ -155,7 +156,7 @@ def _tokens(exhibit: BeforeAfter) -> Section:
             lines="token",
             unit="largest |x|",
             logarithmic=True,
-            panels=_both(looks[0].tokens, looks[1].tokens, *labels),
+            panels=_both(snapshots[0].tokens, snapshots[1].tokens, *labels),
             dotted=None,
         ),
         table=[("token", "largest |x| before", "in layer", "after", "in layer"), *rows],
@@ -164,8 +165,8 @@ def _tokens(exhibit: BeforeAfter) -> Section:
 
 def _neurons(exhibit: BeforeAfter) -> Section:
     neurons = exhibit.neurons
-    spikes = [neuron for neuron in neurons if neuron.fate != "no spike"]
-    gone = sum(neuron.fate == "removed" for neuron in spikes)
+    spikes = [neuron for neuron in neurons if neuron.status != "no spike"]
+    gone = sum(neuron.status == "removed" for neuron in spikes)
     first = neurons[0]
     words = (
         f"MLP neurons by the most that one of them adds to an entry of the stream. Neuron "
@@ -176,8 +177,8 @@ def _neurons(exhibit: BeforeAfter) -> Section:
             else "None of them writes a massive activation alone."
         )
     )
-    bars = [(f"layer {n.layer}, neuron {n.neuron}", n.contribution, n.fate) for n in neurons]
-    rows = [(f"{n.layer}", f"{n.neuron}", f"{number(n.contribution)}", n.fate) for n in neurons]
+    bars = [(f"layer {n.layer}, neuron {n.neuron}", n.contribution, n.status) for n in neurons]
+    rows = [(f"{n.layer}", f"{n.neuron}", f"{number(n.contribution)}", n.status) for n in neurons]
     return Section(
         name="neurons",
         title="Spike neurons",
@@ -186,7 +187,7 @@ def _neurons(exhibit: BeforeAfter) -> Section:
             unit="most added to an entry of the stream",
             rows=tuple(bars),
         ),
-        table=[("layer", "neuron", "adds", "fate"), *rows],
+        table=[("layer", "neuron", "adds", "status"), *rows],
     )
 
 
@@ -243,12 +244,12 @@ def _most(layers: Layers) -> tuple[float, int, int]:
     return max((value, i, j) for i, row in enumerate(layers) for j, value in enumerate(row))
 
 
-def _peak(look: Look) -> tuple[float, str]:
-    value, layer, token = _most(look.tokens)
-    return value, f"{look.token_text[token]!r} in layer {layer}"
+def _peak(snapshot: Snapshot) -> tuple[float, str]:
+    value, layer, token = _most(snapshot.tokens)
+    return value, f"{snapshot.token_text[token]!r} in layer {layer}"
 
 
-def _summit(look: Look, token: int) -> tuple[str, str]:
+def _summit(snapshot: Snapshot, token: int) -> tuple[str, str]:
     """The largest |x| of a token, and the layer of it."""
-    values = [row[token] for row in look.tokens]
+    values = [row[token] for row in snapshot.tokens]
     return f"{number(max(values))}", f"{values.index(max(values))}"

@@ -116,18 +116,18 @@ def _sampled(source: Source, sizes: list[int], seed: int) -> tuple[list[Tensor],
     return list(made.rows.split(sizes)), origin
 
 
-def gather_windows(source: Source, wish: Evaluation) -> Texts:
+def gather_windows(source: Source, request: Evaluation) -> Texts:
     """Rows to measure on, and rows to take ranges from, of files or sampled by the model.
 
     No document is in both.
     """
-    ranges, seen = wish.calibration, set[bytes]()
-    if wish.text is not None and ranges is not None and _are_same(ranges, wish.text):
+    ranges, seen = request.calibration, set[bytes]()
+    if request.text is not None and ranges is not None and _are_same(ranges, request.text):
         ranges = None  # as without it: other windows of the same text
-    if wish.text is None:
+    if request.text is None:
         texts = gather(source, Calibration(), training_rows=0)
     else:
-        texts = _windows(source, wish.text, wish, seen, shared=ranges is None)
+        texts = _windows(source, request.text, request, seen, shared=ranges is None)
     if ranges is None:
         return texts
     length = texts.held_out.shape[1]
@@ -145,10 +145,10 @@ def _are_same(text: Path | Dataset, other: Path | Dataset) -> bool:
 
 
 def _windows(
-    source: Source, text: Path | Dataset, wish: Evaluation, seen: set[bytes], shared: bool
+    source: Source, text: Path | Dataset, request: Evaluation, seen: set[bytes], shared: bool
 ) -> Texts:
     """The first windows of a text: held out, save where they are `shared` with fixed ranges."""
-    count, length = wish.windows or _WINDOWS, wish.length or WINDOW
+    count, length = request.windows or _WINDOWS, request.length or WINDOW
     more = -(-count // (_SHARE - 1)) if shared else 0
     rows = windows(source, text, count + more, length, least=2 if shared else 1, seen=seen)
     apart = -(-len(rows) // _SHARE) if shared else 0

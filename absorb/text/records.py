@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from absorb.errors import AbsorbError
-from absorb.schema.codec import parsed
+from absorb.schema.codec import parse_json
 from absorb.text.files import refuse_binary
 
 FIELD = "text"
@@ -75,7 +75,7 @@ def _object_at(head: str) -> bool:
 
 def _line(path: Path, number: int, line: str) -> str:
     try:
-        value = parsed(line)
+        value = parse_json(line)
     except ValueError as error:
         raise AbsorbError(
             f"{path}, line {number}: not JSON ({error}); write an object with a string field "

@@ -139,7 +139,7 @@ def _sample(source: Source, opening: list[int], draws: Tensor, places: Tensor, b
     text = list(start.to(device).split(1, 1))
     with (
         nullcontext()
-        if source.converted or source.family.outline
+        if source.converted or source.family.inferred
         else replacing_attention(model, _attend)
     ):
         for token in text[:-1]:
@@ -184,6 +184,6 @@ def _attend(
 def _ends(model: PreTrainedModel) -> list[int]:
     """The tokens that end a text."""
     assert model.generation_config is not None
-    wish = model.generation_config.eos_token_id
-    ends = wish if isinstance(wish, list) else [wish]
+    given = model.generation_config.eos_token_id
+    ends = given if isinstance(given, list) else [given]
     return [end for end in ends if end in range(model.config.vocab_size)]

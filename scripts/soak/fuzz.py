@@ -66,14 +66,14 @@ def fuzz(bench: Bench, target: Target, cases: int, number: int) -> tuple[int, Co
         nonlocal tried
         with empty_folder() as folder:
             tried += 1
-            started = time.monotonic()
+            started = time.process_time()  # not what others made it wait
             try:
                 target(bench, data.draw, folder)
             except (Exception, SystemExit) as error:
                 if type(error).__module__.startswith("hypothesis"):
                     raise  # not a failure: how hypothesis ends a case
                 found[_kind(error)] += 1
-            if time.monotonic() - started > 20:
+            if time.process_time() - started > 20:
                 found["took more than 20 seconds"] += 1
 
     attempt()

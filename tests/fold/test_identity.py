@@ -32,7 +32,9 @@ from tests.helpers.tiny import HIDDEN, LAYERS, NOTHING, POSITIONS, tiny
 
 EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 LEARNED_POSITIONS = pytest.mark.parametrize("family", [FAMILIES["gpt2"], FAMILIES["opt"]])
-TIED = pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "opt", "cohere"])
+TIED = pytest.mark.parametrize(
+    "model_type", ["llama", "gemma2", "gpt2", "opt", "cohere", "olmo", "nemotron"]
+)
 TOLERANCE = 1e-5
 
 
@@ -230,11 +232,12 @@ def test_without_rotation_one_token_is_absorbed_exactly(family: Family, tokens: 
 
 @TIED
 @torch.no_grad()
-def test_a_tied_embedding_keeps_its_scale_apart(model_type: str, tokens: Tensor) -> None:
+def test_a_tied_embedding_stays_tied_and_has_no_scale(model_type: str, tokens: Tensor) -> None:
     family, model = FAMILIES[model_type], tiny(model_type, tie_word_embeddings=True)
     student = graft(Decoder(model, family), neutral_plan(family, residual=powers_of_two())).model
     assert drift(student(tokens).logits, model(tokens).logits) < TOLERANCE
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+    assert type(student.get_input_embeddings()) is type(model.get_input_embeddings())
 
 
 @EVERY

@@ -115,8 +115,8 @@ def test_a_linear_multiplies_a_rounded_input_by_a_rounded_weight(
     inputs = torch.randn(1, 5, linear.in_features, generator=torch.Generator().manual_seed(0))
     ranges = ranges_of(form, model, tokens)
     peak = ranges["model.layers.1.mlp.down_proj"].max() if ranges else None
-    left = rounded(form.turn(inputs), form.inputs, peak)
-    expected = nn.functional.linear(left, rounded(form.turn(weight), form.weights), bias)
+    left = rounded(form.rotate(inputs), form.inputs, peak)
+    expected = nn.functional.linear(left, rounded(form.rotate(weight), form.weights), bias)
     with quantized(Decoder(model, LLAMA), form, ranges):
         torch.testing.assert_close(linear(inputs), expected)
 

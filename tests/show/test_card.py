@@ -124,6 +124,26 @@ def test_a_plan_has_decided_what_the_command_leaves_out(record: Report) -> None:
     assert command(job) == "absorb convert demo --out DIR --plan model"
 
 
+def test_only_keys_are_said_to_end_where_rope_changes(record: Report) -> None:
+    inspection = record.inspection
+    for keyed in ((), (1, 2)):
+        for limit in (None, 4096):
+            made = replace(inspection, keyed_layers=keyed, rope_changes_at=limit)
+            text = card(replace(record, inspection=made))
+            assert ("4,096 tokens" in text) == (keyed == (1, 2) and limit is not None)
+
+
+def test_the_lines_for_weight_decay_name_what_the_model_has(record: Report) -> None:
+    """That they do it is tried in scripts/soak/trainers.py."""
+    inspection = record.inspection
+    names = ("sink", "sink_key", "sink_value", "input_scale", "output_scale")
+    every = tuple(range(len(inspection.layers)))
+    for keyed, left in (((), (0, 3, 4)), ((2,), (0, 1, 2, 3, 4)), (every, (1, 2, 3, 4))):
+        text = card(replace(record, inspection=replace(inspection, keyed_layers=keyed)))
+        listed = ", ".join(f'"{names[i]}"' for i in left)
+        assert f"ours = ({listed})" in text
+
+
 def test_a_card_says_what_made_it(record: Report) -> None:
     text = card(record)
     assert f"absorb {absorb.__version__}" in text

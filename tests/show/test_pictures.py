@@ -93,7 +93,7 @@ def test_what_was_planted_is_shown(exhibit: BeforeAfter) -> None:
     assert before.channel_ratios[OUTLIER] == max(row[OUTLIER] for row in before.channels)
     assert before.channel_ratios[OUTLIER] > 10 > after.channel_ratios[OUTLIER]
     first = exhibit.neurons[0]
-    assert (first.layer, first.neuron, first.fate) == (0, NEURON, "removed")
+    assert (first.layer, first.neuron, first.status) == (0, NEURON, "removed")
     [massive] = exhibit.inspection.findings.massive_activations
     assert massive.channel == MASSIVE
     assert max(map(max, before.tokens)) == pytest.approx(massive.value, rel=1e-3)

@@ -19,7 +19,7 @@ import torch
 
 from absorb.errors import AbsorbError
 from absorb.load.source import Source
-from absorb.schema.codec import built
+from absorb.schema.codec import decode
 from absorb.schema.declared import typed
 from absorb.schema.settings import Calibration, Evaluation
 from absorb.schema.texts import Dataset, is_dataset, text_named
@@ -250,9 +250,9 @@ def test_a_name_means_a_dataset_unless_it_looks_like_a_path(tmp_path: Path) -> N
 def test_a_record_names_a_dataset_in_full_and_a_file_without_its_place() -> None:
     for text, name in ((Dataset("a/b:c"), "a/b:c"), (Path("home/me/b.txt"), "b.txt")):
         assert typed(text) == name
-        assert typed(built(Calibration, {"text": name}).text) == name
-    assert isinstance(built(Calibration, {"text": "a/b:c"}).text, Dataset)
-    assert isinstance(built(Calibration, {"text": "b.txt"}).text, Path)
+        assert typed(decode(Calibration, {"text": name}).text) == name
+    assert isinstance(decode(Calibration, {"text": "a/b:c"}).text, Dataset)
+    assert isinstance(decode(Calibration, {"text": "b.txt"}).text, Path)
 
 
 LONG = ["long line " * 10 + f"{number}" for number in range(4)]
