@@ -101,7 +101,7 @@ def sites(decoder: Decoder, sinks: Sequence[LayerSink]) -> dict[str, list[str] |
         **_sites_of_sinks(family, layers, len(decoder.layers), sinks),
         "input_scale": [*(layers + n for n in read_by_norms), family.final_norm.removeprefix(stem)],
         "output_scale": [
-            *([] if residual.has_plain_end(decoder) else [family.embedding.removeprefix(stem)]),
+            *([family.final_norm.removeprefix(stem)] if residual.needs_end_scale(decoder) else []),
             *(layers + name for name in outputs if kept_apart(name)),
         ],
     }

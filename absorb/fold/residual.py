@@ -36,14 +36,14 @@ def write(student: Decoder, plan: Plan, layer: int) -> None:
         student.site(layer, name).multiply_input(scale)
 
 
-def has_plain_end(decoder: Decoder) -> bool:
-    """Whether the final norm can take λ into its weight, so that the embedding needs no scale.
+def needs_end_scale(decoder: Decoder) -> bool:
+    """Whether the final norm, which makes up for a tied head, cannot do so by its weight.
 
-    Others read an embedding by its weight alone: trainers of single tokens, and adapters. With an
-    offset the weight would lie where bfloat16 keeps few digits, and some norms have none.
+    With an offset the weight would lie where bfloat16 keeps few digits, and some norms have none.
     """
     weight = getattr(decoder.named(decoder.family.final_norm).module, "weight", None)
-    return weight is not None and decoder.family.norm_offset == 0
+    plain = weight is not None and decoder.family.norm_offset == 0
+    return bool(decoder.config.tie_word_embeddings) and not plain
 
 
 def write_ends(student: Decoder, plan: Plan) -> None:
@@ -61,20 +61,16 @@ def write_end(student: Decoder, plan: Plan, unit: Any) -> None:
     """Let a module outside of the layers write the stream divided by λ, or read it multiplied.
 
     A head that is tied to the embedding is divided with it, and the final norm makes up for that.
+    The embedding has no scale of its own: others read it by its weight alone, such as adapters,
+    trainers of single tokens, and vLLM.
     """
     family, tied = student.family, student.config.tie_word_embeddings
-    embedding, last = student.named(family.embedding).module, student.named(family.final_norm)
+    last = student.named(family.final_norm)
+    tables = [student.named(name).module for name in (family.embedding, family.positions) if name]
     scale = plan.residual.to(student.device)
     if unit is last.module:
         last.multiply_input(scale)
-    if family.positions is not None and unit is student.named(family.positions).module:
+        if tied:
+            last.divide_output(1 / scale)
+    elif unit in tables or (tied and getattr(unit, "weight", None) is tables[0].weight):
         unit.weight /= scale
-    if not has_plain_end(student):
-        if unit is embedding:
-            unit.output_scale /= scale
-    elif unit is embedding or (tied and getattr(unit, "weight", None) is embedding.weight):
-        unit.weight /= scale
-    elif unit is last.module and tied:
-        unit.weight *= scale
-        if getattr(unit, "bias", None) is not None:
-            unit.bias *= scale
