@@ -310,7 +310,7 @@ _attention.__wrapped__ = _read_by_vllm  # type: ignore[attr-defined]
 def _handed_scaling(module: Any) -> float:
     """What a stock attention layer hands on as its scale: not OPT's, which scales its queries."""
     by_itself = "scaling=1.0" in inspect.getsource(_stock(module).forward)
-    return 1.0 if by_itself else module.scaling  # type: ignore[no-any-return]
+    return 1.0 if by_itself else module.scaling
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
