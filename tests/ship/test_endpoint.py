@@ -143,7 +143,8 @@ def test_misuse_is_told_before_anything_is_read(words: list[str], sentence: str)
 @contextmanager
 def llama_server(file: Path) -> Iterator[str]:
     """The address of llama.cpp's own server with a .gguf file."""
-    command = [sys.executable, "-m", "scripts.engines.llama_server", str(file)]
+    script = Path(__file__).parents[2] / "scripts" / "engines" / "inside" / "llama_server.py"
+    command = [sys.executable, "-P", str(script), str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         yield server.stdout.readline().strip()

@@ -1,6 +1,6 @@
 """llama.cpp's own server with a .gguf file, from the package xllamacpp, which brings it built.
 
-    python -m scripts.engines.llama_server FILE
+    python -P llama_server.py FILE [PORT]
 
 Prints the address, and serves until it is ended.
 """
@@ -11,10 +11,10 @@ import time
 import xllamacpp
 
 
-def main(file: str) -> None:
+def main(file: str, port: str = "0") -> None:
     wish = xllamacpp.CommonParams()
     wish.model.path = file
-    wish.n_ctx, wish.n_parallel, wish.warmup = 256, 1, False
+    wish.n_ctx, wish.n_parallel, wish.port = 512, 1, int(port)
     server = xllamacpp.Server(wish)
     print(server.listening_address, flush=True)
     while True:

