@@ -17,7 +17,7 @@ from absorb.schema.settings import Destination, Endpoint, ModelRef
 @options_from(Endpoint)
 @json_option
 def verify(model: str, revision: str | None, as_json: bool, **options: Any) -> None:
-    """Check that a checkpoint is what absorb wrote: its files, its code, its report, its logits.
+    """Check that a checkpoint or export is what absorb wrote: files, code, report, logits.
 
     The model is loaded in an isolated process, once files and code are known to be absorb's. The
     exit code is 1, with a reason on stderr, where anything is wrong.
@@ -51,13 +51,14 @@ def verify(model: str, revision: str | None, as_json: bool, **options: Any) -> N
 @options_from(Destination)
 @json_option
 def push(folder: Path, as_json: bool, **options: Any) -> None:
-    """Upload a checkpoint to the Hub, in one commit, once it is verified.
+    """Upload a checkpoint or an export to the Hub, in one commit, once it is verified.
 
     REPO is owner/name, or a name of your own. It is made unless it is there; one that absorb did
     not fill is not touched. Repeated after an interruption, the command uploads what is missing.
 
     \b
     absorb push smollm2-absorbed someone/smollm2-absorbed --private
+    absorb push smollm2-gguf someone/smollm2-absorbed-gguf
     absorb push smollm2-absorbed their-lab/smollm2-absorbed --create-pr
     """
     destination = settled(Destination, options)
