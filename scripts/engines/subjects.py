@@ -22,6 +22,8 @@ HEADS, HEAD_DIM = 4, 32  # of tiny models: engines have kernels for some widths 
 LENGTH, ROWS = 64, 2
 _SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": HEAD_DIM},
+    # vLLM's own GPT-2 has no such scale.
+    "gpt2": {"scale_attn_by_inverse_layer_idx": False},
     # Windows shorter than the text, and a head that is tied.
     "gemma3_text": {
         "head_dim": HEAD_DIM,

@@ -1,14 +1,17 @@
-"""What vLLM says of models, all loaded at once. Runs in an environment with vLLM and no absorb.
+"""What vLLM says of models. Runs in an environment with vLLM and no absorb.
 
     python -P vllm_says.py JOB.json OUT.json
 
 JOB has `models` (name to folder), `rows` of tokens, and `rounds` of timing. OUT has for each model
-the log-probability of every token of the rows but the first, what it says next, and tokens per
-second: of a prefill, and of a decode. Rounds go from one model to the next, so that other work on
-the machine meets all of them.
+the log-probability of every token of the rows but the first, or why vLLM refused it, what it says next,
+and tokens per second: of a prefill, and of a decode. Rounds go from one model to the next, so that other work on
+the machine meets all of them: for that all are loaded at once. Without rounds they are loaded one
+after the other, in this process.
 """
 
+import gc
 import json
+import os
 import sys
 import time
 from importlib.metadata import version
@@ -65,17 +68,37 @@ def speed(engine: Any, rows: list[list[int]]) -> dict[str, float]:
     return {"prefill": read / seconds[1], "decode": written / (seconds[NEW] - seconds[1])}
 
 
+def close(engine: Any) -> None:
+    """Make room for the next model in this process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine.llm_engine.engine_core.shutdown()
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
 def main(job_file: str, out: str) -> None:
     job = json.loads(Path(job_file).read_text())
     rows, options = job["rows"], job.get("options", {})
-    engines = {
-        name: opened(folder, max(map(len, rows)), options) for name, folder in job["models"].items()
-    }
+    if not job["rounds"]:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    length = max(map(len, rows))
     found: dict[str, Any] = {}
-    for name, engine in engines.items():
+    engines: dict[str, Any] = {}
+    for name, folder in job["models"].items():
+        try:
+            engine = opened(folder, length, options)
+        except Exception as error:  # of which vLLM has all kinds
+            found[name] = {"refused": f"{type(error).__name__}: {error}"}
+            continue
         said, following = log_probabilities(engine, rows)
         architectures = engine.llm_engine.vllm_config.model_config.architectures
         found[name] = {"said": said, "following": following, "architectures": architectures}
+        if job["rounds"]:
+            engines[name] = engine
+        else:
+            close(engine)
     timed: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
     for _ in range(job["rounds"]):
         for name, engine in engines.items():
