@@ -1,6 +1,6 @@
 r"""The real INT8 chain: absorb, then llm-compressor, then vLLM's INT8 kernels on a CPU.
 
-    python -m scripts.engines.int8_chain DIR --original demo --text wikitext2_test.txt \
+    python -m scripts.engines.int8_chain DIR --original demo --work WORK --text wikitext2_test.txt \
         --calibration c4.jsonl --json FILE
 
 The stock model and the native export of DIR by the same recipes. Perplexity is from vLLM's own
@@ -104,12 +104,14 @@ def measured(
 @click.command()
 @click.argument("converted", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--original", default="demo", show_default=True, help="What CONVERTED was.")
+@subjects.work
 @bench.texts(8)
 @click.option("--rows", "most", default=len(ROWS), show_default=True, help="Run so many at most.")
 @bench.kept_figures
 def main(
     converted: Path,
     original: str,
+    work: Path,
     text: Path,
     count: int,
     calibration: Path,
@@ -119,8 +121,8 @@ def main(
     """Measure CONVERTED and its ORIGINAL in vLLM, in float32 and in INT8."""
     done = {"rows": {}, **bench.read(out)}
     wanted = [row for row in ROWS if row not in done["rows"]][:most]
-    with UserErrors(), TemporaryDirectory() as place:
-        folders = subjects.folders_of(converted, original, Path(place), calibration)
+    with UserErrors():
+        folders = subjects.folders_of(converted, original, work, calibration)
         source = load(ModelRef(name=str(folders["native"])), measured=True)
         rows, seen = (
             bench.windows(source, one, much).tolist()

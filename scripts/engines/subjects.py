@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -13,6 +14,7 @@ from absorb.models.families import FAMILIES
 from absorb.models.modeling_absorb import __file__ as code
 from absorb.schema.settings import ModelRef
 from absorb.ship.export.targets import ROUTES
+from scripts.engines.environments import CACHE
 from tests.helpers.tiny import kv_heads, tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 from tests.ship.test_export import Case, converted, export
@@ -79,8 +81,17 @@ def stock_folder(name: str, place: Path) -> Path:
     return place
 
 
+work = click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=CACHE.parent / "engine-models",
+    show_default=True,
+    help="Folder for the stock model and the export; what is there is used again.",
+)
+
+
 def folders_of(converted_model: Path, original: str, place: Path, text: Path) -> Folders:
-    """A real model in all forms; the export is written to `place`."""
+    """A real model in all forms; what is not there yet is written to `place`."""
     found = {"custom": converted_model, "stock": place / "stock", "native": place / "native"}
     if not found["stock"].exists():
         stock_folder(original, found["stock"])

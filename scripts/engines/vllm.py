@@ -1,7 +1,7 @@
 r"""What vLLM says of stock models, converted ones and exports, beside what transformers says.
 
     python -m scripts.engines.vllm llama qwen3 gemma3_text gpt_neox --json FILE
-    python -m scripts.engines.vllm --converted DIR --original demo --text TEXT --json FILE
+    python -m scripts.engines.vllm --converted DIR --work WORK --text TEXT --json FILE
 
 Of families it makes tiny random models whose sinks, biases and scales do much. Of a real one it
 times a prefill of 8 rows of 512 tokens and a decode of 64 tokens behind them, one model after the
@@ -75,12 +75,12 @@ def of_families(families: tuple[str, ...], done: dict[str, Any]) -> None:
     done["versions"] = found["versions"]
 
 
-def of_model(converted: Path, original: str, text: Path, done: dict[str, Any]) -> None:
-    with TemporaryDirectory() as name:
-        place = Path(name)
-        folders = subjects.folders_of(converted, original, place, text)
-        source = load(ModelRef(name=str(folders["native"])), measured=True)
-        found = compared(folders, bench.windows(source, text, ROWS).tolist(), ROUNDS, place)
+def of_model(converted: Path, original: str, work: Path, text: Path, done: dict[str, Any]) -> None:
+    folders = subjects.folders_of(converted, original, work, text)
+    source = load(ModelRef(name=str(folders["native"])), measured=True)
+    rows = bench.windows(source, text, ROWS).tolist()
+    with TemporaryDirectory() as place:
+        found = compared(folders, rows, ROUNDS, Path(place))
     stock = found["models"]["stock"]["tokens_per_second"]
     for one in found["models"].values():
         speeds = one["tokens_per_second"]
@@ -92,12 +92,14 @@ def of_model(converted: Path, original: str, text: Path, done: dict[str, Any]) -
 @click.argument("families", nargs=-1)
 @click.option("--converted", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--original", default="demo", show_default=True, help="What --converted was.")
+@subjects.work
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @bench.figures
 def main(
     families: tuple[str, ...],
     converted: Path | None,
     original: str,
+    work: Path,
     text: Path | None,
     out: Path | None,
 ) -> None:
@@ -109,7 +111,7 @@ def main(
         if families:
             of_families(families, done)
         if converted is not None and text is not None:
-            of_model(converted, original, text, done)
+            of_model(converted, original, work, text, done)
     bench.write(out, done)
     click.echo(table(vllm_rows(done)))
     models = [*done.get("families", {}).values(), *done.get("model", {}).values()]

@@ -3,10 +3,10 @@
     python -P vllm_says.py JOB.json OUT.json
 
 JOB has `models` (name to folder), `rows` of tokens, and `rounds` of timing. OUT has for each model
-the log-probability of every token of the rows but the first, or why vLLM refused it, what it says next,
-and tokens per second: of a prefill, and of a decode. Rounds go from one model to the next, so that other work on
-the machine meets all of them: for that all are loaded at once. Without rounds they are loaded one
-after the other, in this process.
+the log-probability of every token of the rows but the first, or why vLLM refused it, what it says
+next, and tokens per second: of a prefill, and of a decode. Rounds go from one model to the next, so
+that other work on the machine meets all of them: for that all are loaded at once. Without rounds
+they are loaded one after the other, in this process.
 """
 
 import gc
