@@ -133,6 +133,7 @@ def main(
             model, recipe = ROWS[row]
             done["rows"][row] = measured(folders[model], recipe, rows, seen)
             done |= {"text": text.name, "calibration": calibration.name, "windows": count}
+            done |= {"llmcompressor": COMPRESSOR.requirements[0].partition("==")[2]}
             done["amx"] = torch.cpu._is_amx_tile_supported()
             bench.write(out, done)
     print(table(chain_rows(done)))

@@ -87,10 +87,10 @@ def next_token(url: str) -> str:
 
 def verified(folder: Path, url: str) -> tuple[bool, str]:
     """Whether the server is found to be as it should, and what is said of it."""
-    command = [*ABSORB, "verify", str(folder), "--endpoint", url]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = (done.stderr if done.returncode else done.stdout).strip().splitlines()
-    return done.returncode == 0, said[-1].strip()
+    command = [*ABSORB, "verify", str(folder), "--endpoint", url, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    last = json.loads(done.stdout)["checks"][-1]
+    return done.returncode == 0, "; ".join(last["wrong"]) or last["found"]
 
 
 def without_biases(export: Path) -> None:

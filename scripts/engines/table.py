@@ -1,5 +1,6 @@
 """Tables of what engines said, from the JSON that the scripts of this folder wrote."""
 
+import re
 from typing import Any
 
 from absorb.show.tables import Row
@@ -22,6 +23,45 @@ def _row(one: dict[str, Any]) -> Row:
         for work in ("prefill", "decode")
     ]
     return (f"{one['largest_difference']:.1e}", *told)
+
+
+def engine_rows(vllm: dict[str, Any], stranger: dict[str, Any]) -> list[Row]:
+    """A row for every engine: what to type, how far from transformers it is, and how fast."""
+    head = ("", "command", "from transformers, nats", "prefill", "decode")
+    rows: list[Row] = [("transformers", '`from_pretrained("NATIVE")`', "", "", "")]
+    commands = {
+        "native": ("vLLM", "`vllm serve NATIVE`"),
+        "custom": ("vLLM, every family", "`vllm serve DIR --trust-remote-code`"),
+    }
+    for kind, words in commands.items():
+        one = vllm["model"][kind]
+        ratios = [f"{one['of_stock'][work]:.2f} x" for work in ("prefill", "decode")]
+        rows.append((*words, f"{one['largest_difference']:.0e}", *ratios))
+    server = stranger["llama.cpp"]
+    rows.append(("llama.cpp", "`llama-server -m FILES/*.gguf`", _apart(server["found"]), "", ""))
+    return [head, *rows]
+
+
+def _apart(found: str) -> str:
+    """The figure in what `absorb verify` says of a server that it found well."""
+    figure = re.search(r"is (\S+) nats per token", found)
+    assert figure
+    return figure[1]
+
+
+def stranger_rows(done: dict[str, Any]) -> list[Row]:
+    """A row for every engine: seconds of each command, and what is said of the server."""
+    head = ("", "export", "serve", "ask", "what `absorb verify` says", "and without biases")
+    rows = [
+        (
+            engine,
+            *(f"{one['seconds'][step]:.0f} s" for step in ("export", "serve", "ask")),
+            f"{_apart(one['found'])} nats per token" if one["verified"] else one["found"],
+            one["found_without_biases"].removeprefix("absorb: ").partition(":")[0],
+        )
+        for engine, one in done.items()
+    ]
+    return [head, *rows]
 
 
 def chain_rows(done: dict[str, Any]) -> list[Row]:
