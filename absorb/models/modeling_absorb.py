@@ -185,8 +185,6 @@ def absorbed(base: Any) -> type[PreTrainedModel]:
             "__module__": __name__,
             "config_class": _absorbed_config(base.config_class),
             "_keep_in_fp32_modules_strict": strict,
-            # Of old files. vLLM takes them for endings of names, and GPT-2's c_attn.bias has one.
-            "_keys_to_ignore_on_load_unexpected": None,
             # Some heads call the model inside otherwise, and leave the weights of a causal one.
             "base_model_prefix": inner.base_model_prefix,
         }

@@ -16,7 +16,7 @@ def vllm_rows(done: dict[str, Any]) -> list[Row]:
 
 def _row(one: dict[str, Any]) -> Row:
     if "refused" in one:
-        return (one["refused"], "", "")
+        return ("refused", "", "")
     speeds, ratios = one["tokens_per_second"], one.get("of_stock", {})
     told = [
         f"{speeds[work]:,.0f} ({ratios[work]:.2f} x)" if work in ratios else ""
@@ -31,7 +31,7 @@ def engine_rows(vllm: dict[str, Any], stranger: dict[str, Any]) -> list[Row]:
     rows: list[Row] = [("transformers", '`from_pretrained("NATIVE")`', "", "", "")]
     commands = {
         "native": ("vLLM", "`vllm serve NATIVE`"),
-        "custom": ("vLLM, every family", "`vllm serve DIR --trust-remote-code`"),
+        "custom": ("vLLM, as converted", "`vllm serve DIR --trust-remote-code`"),
     }
     for kind, words in commands.items():
         one = vllm["model"][kind]
