@@ -44,7 +44,7 @@ def free_port() -> int:
 
 def vllm_command(model: Path, port: int) -> list[str]:
     vllm = VLLM.python.with_name("vllm")
-    more = ["--dtype", "float32", "--max-model-len", "512", "--port", str(port)]
+    more = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--port", str(port)]
     return [str(vllm), "serve", str(model), *more]
 
 
