@@ -8,18 +8,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import absorb
 from absorb.cli.main import main
 from absorb.models.modeling_absorb import NEUTRAL
+from absorb.ship.served.compare import distances, judged, kinds_in
 from tests.helpers.openai_server import Engine, serving
+from tests.ship.test_export import Case
+from tests.ship.test_export import converted as make_converted
 from tests.ship.test_verify import relist
 
 llama_cpp = pytest.mark.skipif(
@@ -86,6 +91,18 @@ def test_what_a_server_drops_is_named(folder: Path, kind: str, echo: bool) -> No
         result = asked(folder, f"{url}/v1/")
     assert result.exit_code == 1
     assert f"the server drops {kind}: it is" in result.output
+
+
+@torch.no_grad()
+def test_dropped_scales_are_named(tokens: Tensor) -> None:
+    report: Any = SimpleNamespace(inspection=SimpleNamespace(family="llama"))
+    student, served = (make_converted(Case("llama")).float() for _ in range(2))
+    drop(served, lambda name: name.endswith("put_scale"))
+    given = served(tokens[:1]).logits[0].log_softmax(-1)
+    row = tokens[0].tolist()
+    answers = [{token: given[place, token].item()} for place, token in enumerate(row[1:])]
+    (sentence,) = judged(distances(student, kinds_in(student, report), row, answers))
+    assert "the server drops the scales: it is" in sentence
 
 
 def test_another_model_is_none_of_ours(folder: Path, original: Path) -> None:
