@@ -63,15 +63,16 @@ def write_end(student: Decoder, plan: Plan, unit: Any) -> None:
     """Let a module outside of the layers write the stream divided by λ, or read it multiplied.
 
     A head that is tied to the embedding is divided with it, and the final norm makes up for that.
+    The embedding has no scale of its own: others read it by its weight alone, such as adapters,
+    trainers of single tokens, and vLLM.
     """
     family, tied = student.family, student.config.tie_word_embeddings
-    embedding, last = student.named(family.embedding).module, student.named(family.final_norm)
+    last = student.named(family.final_norm)
+    tables = [student.named(name).module for name in (family.embedding, family.positions) if name]
     scale = plan.residual.to(student.device)
     if unit is last.module:
         last.multiply_input(scale)
         if tied:
             last.divide_output(1 / scale)
-    if family.positions is not None and unit is student.named(family.positions).module:
-        unit.weight /= scale
-    if unit is embedding or (tied and getattr(unit, "weight", None) is embedding.weight):
+    elif unit in tables or (tied and getattr(unit, "weight", None) is tables[0].weight):
         unit.weight /= scale

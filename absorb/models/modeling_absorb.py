@@ -16,6 +16,7 @@ A layer has a `sink`, or a `sink_key` with its `sink_value`. Neither counts as a
 caches and masks are those of the text alone, and no sliding window leaves a sink behind.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
@@ -117,9 +118,12 @@ class Absorbed(PreTrainedModel):
             return str(attn_implementation)
         if attn_implementation in IMPLEMENTATIONS:
             return IMPLEMENTATIONS[attn_implementation]
-        name = str(attn_implementation)
+        name, keyed = str(attn_implementation), "sink_key" in self.config.absorb
+        if name == "vllm" and not keyed and _reads_sinks(name):
+            KERNELS.add(name)
+            return name
         # Flash attention 2 takes no sinks: do not send anybody to install it first.
-        if "flash" in name and name != "flash_attention_2" and "sink_key" not in self.config.absorb:
+        if "flash" in name and name != "flash_attention_2" and not keyed:
             found = super()._check_and_adjust_attn_implementation(name, *args, **kwargs)
             if _takes_sinks():
                 KERNELS.add(found)
@@ -250,6 +254,7 @@ def _with_forward(stock: Any, forward: Any) -> Any:
     body = {
         "__module__": __name__,
         "forward": forward,
+        "handed_scaling": property(_handed_scaling),
         # Without the name of its stock class no kernel from the Hub takes its place.
         "kernel_layer_name": name,
         # Nobody finds this class by its name: a copy in another process is made as we make it.
@@ -274,6 +279,23 @@ def _attention(module: Any, *args: Any, **kwargs: Any) -> Any:
     if name not in IMPLEMENTATIONS.values():
         kwargs["s_aux"] = _sinks_for(module, name)
     return _stock(module).forward(module, *args, **kwargs)
+
+
+def _read_by_vllm(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Any:
+    """Never run. vLLM looks in the source of a layer for what it hands to attention, and where."""
+    attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    return attention_interface(
+        self, query, key, value, mask, scaling=self.handed_scaling, s_aux=self.sink
+    )
+
+
+_attention.__wrapped__ = _read_by_vllm  # type: ignore[attr-defined]
+
+
+def _handed_scaling(module: Any) -> float:
+    """What a stock attention layer hands on as its scale: not OPT's, which scales its queries."""
+    by_itself = "scaling=1.0" in inspect.getsource(_stock(module).forward)
+    return 1.0 if by_itself else module.scaling
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -523,6 +545,12 @@ for _stock_name, _function in (
 KERNELS: set[str] = set()
 
 
+def _reads_sinks(name: str) -> bool:
+    """Whether an engine's attention reads the sinks, and so can tell where its kernel has none."""
+    function: Any = ALL_ATTENTION_FUNCTIONS.get(name)
+    return function is not None and "s_aux" in function.__code__.co_consts
+
+
 def _takes_sinks() -> bool:
     """Whether the flash-attention kernel that transformers loaded last has an argument for them."""
     loaded = modeling_flash_attention_utils._process_flash_kwargs_fn
@@ -534,13 +562,14 @@ def _refusal(name: str | None) -> ValueError:
     return ValueError(
         f"attention {name!r} would drop the sinks of this model; load it with attn_implementation "
         "'sdpa' (the default, which runs torch's own flash attention 2), 'eager' or "
-        "'flex_attention', or export it to an architecture with sinks of its own, such as gpt_oss"
+        "'flex_attention', or give it to other engines by `absorb export`"
     )
 
 
 def _sinks_for(module: Any, name: str) -> Tensor:
     """The sinks of a layer, for a kernel that takes them."""
-    if name not in KERNELS or ALL_ATTENTION_FUNCTIONS[name] is not flash_attention_forward:
+    ours = name == "vllm" or ALL_ATTENTION_FUNCTIONS[name] is flash_attention_forward
+    if name not in KERNELS or not ours:
         raise _refusal(name)
     if torch.is_grad_enabled() and module.sink.requires_grad:
         raise ValueError(

@@ -247,6 +247,31 @@ class Export(Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint(Checked):
+    """A running server that should say what a checkpoint says."""
+
+    url: str | None = option(
+        None,
+        "Compare a server with it instead: vLLM, llama.cpp or SGLang, which drop a thing or two.",
+        flag="--endpoint",
+        metavar="URL",
+    )
+    served: str | None = option(
+        None,
+        "What the server calls the model.  [default: its first]",
+        flag="--model",
+        metavar="NAME",
+    )
+
+    def refuse_contradictions(self) -> None:
+        if self.url is None:
+            if self.served is not None:
+                raise MisuseError("{0} is of {1}; add it, or drop {0}", "served", "url")
+        elif not self.url.startswith(("http://", "https://")):
+            raise MisuseError("{0} is an address such as http://localhost:8000", "url")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Destination(Checked):
     """Where a checkpoint is to go: a branch of a repository, or a pull request to it."""
 

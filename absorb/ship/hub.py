@@ -1,4 +1,4 @@
-"""Checkpoint → a repository on the Hub, in one commit.
+"""Checkpoint or export → a repository on the Hub, in one commit.
 
 A repeated upload sends only what the Hub does not have: it knows large files by their content. The
 token is found by huggingface_hub, and never seen here.
@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from absorb.errors import AbsorbError
 from absorb.schema.settings import Destination, ModelRef
 from absorb.ship.staging import REPORT
-from absorb.ship.verify import read_report, size_of, verify
+from absorb.ship.verify import CODE, read_report, size_of, verify
 
 Say = Callable[[str], None]
 # What the Hub puts into a new repository, and what people put there before the first upload.
@@ -83,6 +83,8 @@ def upload(folder: Path, destination: Destination, say: Say) -> Pushed:
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repository, branch=revision, exist_ok=True)
         present = api.list_repo_files(repository, revision=revision)
+    _refuse_other_form(repository, present, names)
+    with _explained(repository):
         additions = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names
         ]
@@ -145,6 +147,25 @@ def _refuse_occupied(found: ModelInfo, destination: Destination) -> None:
             f"{destination.repository} is there already and public; make it private in its "
             "settings, or choose another name"
         )
+
+
+def _refuse_other_form(repository: str, present: list[str], names: list[str]) -> None:
+    """Refuse to put an export in place of the model that it was made from, or the other way."""
+    there, here = _form(present), _form(names)
+    if REPORT in present and there and there != here:
+        raise AbsorbError(
+            f"{repository} holds {there}, and this is {here}, which would replace it; choose "
+            "another name"
+        )
+
+
+def _form(names: list[str]) -> str | None:
+    """What a repository with these files holds, if it holds a model."""
+    if any(name.endswith(".gguf") for name in names):
+        return "an export to llama.cpp"
+    if CODE in names:
+        return "a converted model"
+    return "a native export" if "config.json" in names else None
 
 
 @contextmanager

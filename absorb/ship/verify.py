@@ -20,8 +20,9 @@ from absorb.runtime.precision import ADDED
 from absorb.schema.codec import from_json, parse_json
 from absorb.schema.exported import Exported
 from absorb.schema.report import Inspection, Report
-from absorb.schema.settings import ModelRef, expanded
+from absorb.schema.settings import Endpoint, ModelRef, expanded
 from absorb.ship.plan_file import PLAN, plan_in
+from absorb.ship.served.compare import compared
 from absorb.ship.staging import REPORT, digests
 from absorb.ship.stranger import said_in_isolation
 from absorb.show.tables import Row
@@ -61,15 +62,16 @@ class Verification:
 Written = Report | Exported
 
 
-def verify(ref: ModelRef, say: Say) -> Verification:
+def verify(ref: ModelRef, say: Say, endpoint: Endpoint | None = None) -> Verification:
     """Look at a folder or repository; `say` is told what is being done.
 
+    With `endpoint` what a server says is compared in place of what the checkpoint says by itself.
     An AbsorbError says why it cannot be looked at.
     """
     folder, commit = _located(ref)
     report = read_report(folder, ref.name)
     checks: list[Check] = []
-    for name, look in _checks_of(report).items():
+    for name, look in _checks_of(report, endpoint).items():
         say(f"checking {name}")
         checks.append(_check(name, look, folder, report))
         if checks[-1].wrong:
@@ -261,12 +263,17 @@ _CHECKS: dict[str, Callable[[Path, Any], Finding]] = {
 }
 
 
-def _checks_of(report: Written) -> Mapping[str, Callable[[Path, Any], Finding]]:
+def _checks_of(
+    report: Written, endpoint: Endpoint | None
+) -> Mapping[str, Callable[[Path, Any], Finding]]:
     """What is looked at. Of a .gguf file transformers reads another model: it skips the sinks."""
-    if isinstance(report, Report):
-        return _CHECKS
-    looks = {"files": _files, "code": _no_code, "logits": _logits}
-    if report.target == "gguf":
+    looks = dict(_CHECKS)
+    if isinstance(report, Exported):
+        looks = {"files": _files, "code": _no_code, "logits": _logits}
+    if endpoint is not None:
+        del looks["logits"]
+        looks["endpoint"] = lambda folder, report: compared(folder, report, endpoint)
+    elif isinstance(report, Exported) and report.target == "gguf":
         del looks["logits"]
     return looks
 

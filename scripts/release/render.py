@@ -27,6 +27,7 @@ from absorb.show.sections import sections
 from absorb.show.tables import markdown
 from scripts.benchmarks.int8.table import int8_rows
 from scripts.benchmarks.rivals.table import rival_rows
+from scripts.engines.table import chain_rows, engine_rows, stranger_rows, vllm_rows
 from scripts.release import tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +63,10 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "wikitext": tables.wikitext(found["wikitext"], found["default"]),
         "rivals": rival_rows(found["rivals"]),
         "int8": int8_rows(found["int8"]),
+        "engines": engine_rows(found["vllm"], found["stranger"]),
+        "vllm": vllm_rows(found["vllm"]),
+        "stranger": stranger_rows(found["stranger"]),
+        "int8_chain": chain_rows(found["int8_chain"]),
         "default": tables.ablation(found["default"]),
         "ablation": tables.ablation(found["ablation"]),
         "sinks": tables.sinks(found["sinks"]),

@@ -4,8 +4,10 @@
     python -m scripts.soak.journey demo --steps 0     a real one, with options of `absorb convert`
 
 Converts, pushes, and then, in a process without absorb and with an empty cache, loads what was
-pushed as its model card says, generates, loads it by `pipeline`; at last verifies it. The logits
-must be those of the folder to the bit.
+pushed as its model card says, generates, loads it by `pipeline`; then verifies it. The logits
+must be those of the folder to the bit. At last it exports a .gguf file, pushes and verifies that,
+and llama.cpp must say of it what transformers says of the folder, where scripts/test_llama_cpp has
+installed it.
 """
 
 import json
@@ -63,12 +65,32 @@ assert piped("once upon a time", **settings)[0]["generated_text"] == generated
 print(json.dumps([digest, generated]))
 """
 
+COMPARED = """
+import json, subprocess, sys
+from pathlib import Path
+import absorb, numpy, torch
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM
+
+folder, repository, place = sys.argv[1:]
+file = next(Path(snapshot_download(repository)).glob("*.gguf"))
+tokens, out = Path(place, "tokens.json"), Path(place, "logits.npy")
+tokens.write_text(json.dumps([[*range(5, 37)]]))
+command = [sys.executable, "-m", "scripts.engines.llama_cpp", "logits", file, tokens, out]
+subprocess.run(command, check=True)
+with torch.no_grad():
+    ours = AutoModelForCausalLM.from_pretrained(folder).float().eval()(torch.arange(5, 37)[None])
+theirs = torch.from_numpy(numpy.load(out)).log_softmax(-1)
+print((theirs - ours.logits.log_softmax(-1)).abs().max().item())
+"""
+
 
 def main(model: str | None, *options: str) -> None:
     with TemporaryDirectory() as name, running(Path(name, "hub")) as hub:
         place = Path(name)
         out = place / "converted"
-        source, options = (model, options) if model else (tiny_model(place), ("--steps", "0"))
+        plain = ("--steps", "0", "--sink", "logit")
+        source, options = (model, options) if model else (tiny_model(place), plain)
         user = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(place / "user")}
         run("convert", [*ABSORB, "convert", source, "--out", str(out), *options], {})
         push = [*ABSORB, "push", str(out), REPOSITORY, "--json"]
@@ -81,6 +103,25 @@ def main(model: str | None, *options: str) -> None:
         print(run("verify", verify, {**user, "HF_HOME": str(place / "verifier")}), end="")
         assert here == there, f"the logits differ: {here} here, {there} there"
         print(f"logits equal to the bit: {here}\ngenerated: {text!r}")
+        go_on_to_llama_cpp(out, place, user)
+
+
+def go_on_to_llama_cpp(converted: Path, place: Path, user: dict[str, str]) -> None:
+    repository, out = f"{REPOSITORY}-gguf", place / "gguf"
+    words = ["--to", "gguf", "--type", "f32", "--out", str(out), "--tolerance", "1"]
+    run("export", [*ABSORB, "export", str(converted), *words], {})
+    run("push the export", [*ABSORB, "push", str(out), repository], {**user, "HF_TOKEN": TOKEN})
+    engine = {**user, "HF_HOME": str(place / "engine")}
+    print(run("verify the export", [*ABSORB, "verify", repository], engine), end="")
+    installed = [*(ROOT / ".venv").glob("llama-cpp-*[0-9]")]
+    if not installed:
+        print("llama.cpp is not installed: run scripts/test_llama_cpp first")
+        return
+    command = [sys.executable, "-c", COMPARED, str(converted), repository, str(place)]
+    path = {"PYTHONPATH": f"{ROOT}:{installed[-1]}"}
+    apart = float(run("load by llama.cpp", command, engine | path).splitlines()[-1])
+    assert apart < 1e-3, f"llama.cpp is {apart} nats from transformers"
+    print(f"llama.cpp says the same to {apart:.1e} nats")
 
 
 def tiny_model(place: Path) -> str:

@@ -27,11 +27,13 @@ from transformers import (
 
 from absorb.cli.main import main
 from absorb.errors import AbsorbError
-from absorb.schema.settings import ModelRef, Weights
+from absorb.schema.settings import Destination, ModelRef, Weights
 from absorb.ship.export import gguf
 from absorb.ship.export.targets import ROUTES, config_for
 from absorb.ship.export.vocabulary import _CUTS, vocabulary
+from absorb.ship.hub import upload
 from absorb.ship.verify import verify
+from tests.helpers.fake_hub import TOKEN, USER, serving
 from tests.helpers.tiny import COMMON, VOCABULARY
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 from tests.ship.test_export import CASES, ROPES, Case, export
@@ -281,8 +283,8 @@ def test_a_type_without_a_file_is_refused(converted: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_an_exported_file_comes_with_its_card_and_is_verified(
-    converted: Path, text_file: Path, tmp_path: Path
+def test_an_exported_file_comes_with_its_card_and_is_verified_and_pushed(
+    converted: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     words = ["export", str(converted), "--out", str(out), "--to", "gguf", "--text", str(text_file)]
@@ -294,5 +296,13 @@ def test_an_exported_file_comes_with_its_card_and_is_verified(
     assert "llama-server -m tiny-llama-absorbed-F16.gguf" in card
     assert "trust_remote_code" not in card
     assert verify(ModelRef(name=str(out)), lambda _: None).wrong == []
+    with serving(monkeypatch, tmp_path) as hub:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        pushed = CliRunner().invoke(main, ["push", str(out), "model"])
+        assert pushed.exit_code == 0, pushed.output
+        assert {*hub.files(f"{USER}/model")} == {*names, ".gitattributes"}
+        assert verify(ModelRef(name=f"{USER}/model"), lambda _: None).wrong == []
+        with pytest.raises(AbsorbError, match="an export to llama"):
+            upload(converted, Destination(repository=f"{USER}/model"), lambda _: None)
     (out / "tiny-llama-absorbed-F16.gguf").write_bytes(b"GGUF")
     assert verify(ModelRef(name=str(out)), lambda _: None).wrong

@@ -89,13 +89,15 @@ def _edits(template: str, opening: str) -> Iterator[str]:
     yield _NAMED.sub(r"\1''\2", template)
     yield _NO_BOS + template
     # All that it writes is kept, and written without the opening. The last line break of a template
-    # is not written; white space before a block is not either, unless the block has a plus.
+    # is not written; white space before a block is not either, unless the block has a plus. The
+    # templates of llama.cpp have no `replace` of the first alone.
     inner = template.removesuffix("\n")
     plus = "+" if _LAST_LINE.search(inner) else ""
     word = json.dumps(opening, ensure_ascii=False)
     yield (
         f"{{% set whole_chat %}}\n{inner}{{%{plus} endset %}}"
-        f"{{{{ whole_chat.replace({word}, '', 1) if whole_chat.lstrip().startswith({word}) "
+        f"{{% set parts = whole_chat.split({word}) %}}"
+        f"{{{{ parts[0] ~ (parts[1:] | join({word})) if whole_chat.lstrip().startswith({word}) "
         "else whole_chat }}"
     )
 

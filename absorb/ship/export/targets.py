@@ -110,7 +110,8 @@ def route_of(family: str) -> Route:
     if family not in ROUTES:
         raise AbsorbError(
             f"no stock architecture has a place for the sinks of {family} models; absorb exports "
-            f"{', '.join(sorted(ROUTES))}, and other families run in transformers as converted"
+            f"{', '.join(sorted(ROUTES))}, and other families run in transformers and vLLM as they "
+            "are converted"
         )
     route = ROUTES[family]
     if route.target.model_type not in CONFIG_MAPPING:

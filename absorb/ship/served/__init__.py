@@ -1,0 +1,1 @@
+"""A server that runs somewhere → whether it says what the checkpoint says."""
