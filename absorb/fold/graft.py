@@ -69,11 +69,12 @@ def twin(decoder: Decoder, sinks: Sequence[LayerSink] = ()) -> Decoder:
     student.generation_config = copy.deepcopy(model.generation_config)
     module: nn.Module = student
     module.eval()
-    plain = Decoder(student, decoder.family)
+    plain = Decoder(student, decoder.family, is_part=decoder.is_part)
     if decoder.streaming is None:
         module.to(model.device)
-        return plain
-    return Decoder(student, plain.family, Streaming(student, plain.layers, decoder.device))
+    else:
+        plain.streaming = Streaming(student, plain.layers, decoder.device)
+    return plain
 
 
 def _drawn(info: Mapping[str, Any]) -> bool:

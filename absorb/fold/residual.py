@@ -40,8 +40,11 @@ def has_plain_end(decoder: Decoder) -> bool:
     """Whether the final norm can take λ into its weight, so that the embedding needs no scale.
 
     Others read an embedding by its weight alone: trainers of single tokens, and adapters. With an
-    offset the weight would lie where bfloat16 keeps few digits, and some norms have none.
+    offset the weight would lie where bfloat16 keeps few digits, and some norms have none. Where
+    pictures enter the stream beside the embedding, both have one scale.
     """
+    if decoder.is_part:
+        return False
     weight = getattr(decoder.named(decoder.family.final_norm).module, "weight", None)
     return weight is not None and decoder.family.norm_offset == 0
 

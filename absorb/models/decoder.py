@@ -99,10 +99,18 @@ class Decoder:
     """A decoder-only model, and its family: what says where its parts are.
 
     With `streaming` the weights of a layer are at hand only while it is at work, or `fetched`.
+    Where it `is_part` of a model that reads pictures, these enter the stream beside the embedding.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, streaming: Streaming | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        streaming: Streaming | None = None,
+        is_part: bool = False,
+    ):
         self.model, self.family, self.streaming = model, family, streaming
+        self.is_part = is_part
         self._sites: dict[str, Site] = {}
 
     @property

@@ -10,6 +10,7 @@ model named in config.json, with parameters mixed in at the places that config.a
     sink_value    the values of these keys, in the same layers
     input_scale   one factor per channel, on what a module reads from the residual stream
     output_scale  one factor per channel, on what a module writes to it
+    entry_scale   the same on all that enters the stream, where pictures stand beside words
     bias          a bias for a linear layer that has none in the stock model
 
 A layer has a `sink`, or a `sink_key` with its `sink_value`. Neither counts as a token: positions,
@@ -62,6 +63,7 @@ NEUTRAL = {
     "sink_value": 0.0,
     "input_scale": 1.0,
     "output_scale": 1.0,
+    "entry_scale": 1.0,
     "bias": 0.0,
 }
 _ADDED = NEUTRAL.keys() - {"bias"}  # what no stock module has
@@ -74,10 +76,18 @@ class Absorbed(PreTrainedModel):
     """Mixed into a stock class in front of its own bases."""
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        text: Any = config.get_text_config(
+            decoder=True
+        )  # of the language model inside, if there is one
+        if text is not config:
+            text.base_model_tp_plan = _without_attention(text.base_model_tp_plan)
         super().__init__(config, *args, **kwargs)
+        if text is not config:
+            name = self._check_and_adjust_attn_implementation(text._attn_implementation)
+            text._attn_implementation_internal = name
         self.register_forward_pre_hook(_refuse_no_tokens, with_kwargs=True)
         config.auto_map = auto_map(config)
-        heads, hidden = config.num_attention_heads, config.hidden_size
+        heads, hidden = text.num_attention_heads, text.hidden_size
         for module in self._sites("sink"):
             _add(module, "sink", heads)
             _change(module, _attention)
@@ -90,6 +100,9 @@ class Absorbed(PreTrainedModel):
             _add(module, name, hidden)
         for module in {module for _, module in scaled}:
             _change(module, _scaling(module))
+        for module in self._sites("entry_scale"):
+            _add(module, "entry_scale", hidden)
+            module.register_forward_pre_hook(_scale_entry, with_kwargs=True)
         for module in self._sites("bias"):
             if module.bias is None:
                 module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
@@ -142,6 +155,22 @@ def _refuse_no_tokens(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             "the prompt is empty, and what the sinks stand for cannot be asked what comes after "
             "it: give at least one token"
         )
+
+
+def _scale_entry(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Scale the rows that a language model is given: those of words, and of patches of pictures.
+
+    The latter may be added behind the first layers as well.
+    """
+    if kwargs.get("inputs_embeds") is None:
+        tokens, *rest = args or (kwargs.pop("input_ids"),)
+        args, kwargs["inputs_embeds"] = (None, *rest), module.get_input_embeddings()(tokens)
+    scale: Tensor = module.entry_scale
+    kwargs["inputs_embeds"] = kwargs["inputs_embeds"] * scale.to(kwargs["inputs_embeds"])
+    deep = kwargs.get("deepstack_visual_embeds")
+    if deep is not None:
+        kwargs["deepstack_visual_embeds"] = [rows * scale.to(rows) for rows in deep]
+    return args, kwargs
 
 
 def _add(module: nn.Module, name: str, *size: int) -> None:
@@ -531,14 +560,17 @@ def _for_layers(attend: Callable[..., Any]) -> Callable[..., Any]:
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
     ) -> Any:
-        return attend(query, key, value, mask, _sinks_of(module), _how(module, **options))
+        return attend(query, key, value, mask, _sinks_of(module, query), _how(module, **options))
 
     return attention
 
 
-def _sinks_of(module: Any) -> Sinks:
-    names = ("sink",) if hasattr(module, "sink") else ("sink_key", "sink_value")
-    return tuple(getattr(module, name) for name in names)
+def _sinks_of(module: Any, query: Tensor) -> Sinks:
+    if hasattr(module, "sink_key"):
+        return module.sink_key, module.sink_value
+    # What reads pictures has none, nor have layers that were left as they are.
+    nothing = query.new_full(query.shape[1:2], NEUTRAL["sink"], dtype=torch.float32)
+    return (getattr(module, "sink", nothing),)
 
 
 def _how(
@@ -549,7 +581,7 @@ def _how(
     is_causal: bool | None = None,
     **_: Any,
 ) -> How:
-    causal = module.is_causal if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return How(scaling, causal, dropout if module.training else 0.0, softcap)
 
 

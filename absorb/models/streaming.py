@@ -21,6 +21,13 @@ from torch import Tensor, nn
 Edit = Callable[[int], None]
 
 
+def units_of(model: nn.Module, layers: list[Any]) -> list[nn.Module]:
+    """The layers, and what has weights of its own outside of them."""
+    inside = {module for layer in layers for module in layer.modules()}
+    others = [m for m in model.modules() if m not in inside and m._parameters]
+    return [*others, *layers]
+
+
 class Streaming:
     """Lets a model compute on `device` without room for it there; for passes without gradients."""
 
@@ -40,10 +47,7 @@ class Streaming:
 
     @property
     def units(self) -> list[nn.Module]:
-        """The layers, and what has weights of its own outside of them."""
-        inside = {module for layer in self.layers for module in layer.modules()}
-        others = [m for m in self.model.modules() if m not in inside and m._parameters]
-        return [*others, *self.layers]
+        return units_of(self.model, self.layers)
 
     def hold(self) -> None:
         """Let the weights rest on the device, in the types they are stored in."""

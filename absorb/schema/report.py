@@ -32,6 +32,7 @@ class Inspection:
     license: str | None
     fingerprint: str  # of the weights
     family: str
+    whole: str | None = None  # the kind of model that it is a part of, which is written with it
     dtype: str
     layers: tuple[LayerFigures, ...]
     text_origin: str

@@ -3,8 +3,15 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
+from absorb.models.whole import with_head
 from absorb.schema.findings import Findings
 
 LAYERS = 3
@@ -47,6 +54,9 @@ GEMMA = {
     "sliding_window": POSITIONS,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+
+# How many of the frequencies are those of time, height and width.
+THREE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
@@ -115,11 +125,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "qwen2_vl_text": {"rope_parameters": THREE},
+    "qwen2_5_vl_text": {"rope_parameters": THREE},
+    "qwen3_vl_text": {"head_dim": HEAD_DIM, "rope_parameters": THREE},
+    "glm4v_text": {"rope_parameters": THREE},
+    "glm_ocr_text": {"head_dim": HEAD_DIM, "rope_parameters": THREE},
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
     "vaultgemma": GEMMA,
 }
 
+SPECIAL["qwen3_vl_moe_text"] = {**SPECIAL["qwen3_moe"], "rope_parameters": THREE}
 
 # Families in which every query head has a key and value head of its own.
 ONE_TO_ONE = {"gpt2", "gpt_neox", "opt"}
@@ -136,7 +152,7 @@ def tiny(model_type: str, dtype: torch.dtype = torch.float64, **overrides: Any) 
     """
     settings = {**COMMON, **SPECIAL.get(model_type, {}), **overrides}
     config = AutoConfig.for_model(model_type, **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = causal_class(config)._from_config(config, dtype=dtype).eval()
     if getattr(config, "attn_logit_softcapping", None) is not None:
         # transformers 5.17 lets SDPA leave out the softcap, and says nothing.
         model.set_attn_implementation("eager")
@@ -144,6 +160,13 @@ def tiny(model_type: str, dtype: torch.dtype = torch.float64, **overrides: Any) 
     model.set_experts_implementation("eager")
     randomise(model)
     return model
+
+
+def causal_class(config: PretrainedConfig) -> Any:
+    """The class of transformers, or its body with a head."""
+    kind = type(config)
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING
+    return MODEL_FOR_CAUSAL_LM_MAPPING[kind] if known else with_head(MODEL_MAPPING[kind])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from absorb.models.families import FAMILIES
+from absorb.models.families import FAMILIES, INSIDE
 from absorb.models.family import Family
 from tests.helpers.edits import (
     Edit,
@@ -50,7 +50,7 @@ BENT = {
 
 
 def for_each(admits: Callable[[Family], Any]) -> pytest.MarkDecorator:
-    families = [family for family in FAMILIES.values() if admits(family)]
+    families = [f for f in (*FAMILIES.values(), *INSIDE.values()) if admits(f)]
     return pytest.mark.parametrize("family", families, ids=lambda family: family.model_type)
 
 
