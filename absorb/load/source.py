@@ -182,9 +182,8 @@ def _from_folder(
     types: Mapping[str, torch.dtype] = expected.types
     whole = None
     if wrapped.has_part(settings):
-        model, types, whole = wrapped.part_of(model, config, types, folder, ref, measured)
-        if exact and not stays:
-            nn.Module.to(model, torch.float32)
+        narrow = exact and not stays
+        model, types, whole = wrapped.part_of(model, config, types, folder, ref, measured, narrow)
         if family is not None:
             # Some wholes change settings of their part unknown to config.json, as PaliGemma does.
             inside: Any = model.base_model.config

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -66,13 +67,16 @@ def part_of(
     folder: Path,
     ref: ModelRef,
     measured: bool,
+    narrow: bool,
 ) -> tuple[PreTrainedModel, Mapping[str, torch.dtype], Whole | None]:
     """The language model of another model, the types it was stored in, and what it is written with.
 
-    What is only measured reads text, and is written with nothing.
+    What is only measured reads text, and is written with nothing. It becomes float32 if `narrow`.
     """
     model = _alone(outer, ref.name, standing=ref.text_only and not measured)
     own = _types_of(model, outer, types)
+    if narrow:
+        nn.Module.to(model, torch.float32)
     if measured or ref.text_only:
         return model, own, None
     return model, own, _whole_of(outer, model, config, types, folder, ref.name)

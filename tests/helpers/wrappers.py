@@ -198,3 +198,30 @@ def with_picture(words: Tensor) -> Tensor:
     words = words.clamp_max(VIDEO - 1)
     picture = torch.tensor([[START, *[IMAGE] * PATCHES, END]])
     return torch.cat([words[:, :6], picture, words[:, 6:]], 1)
+
+
+def saved_with_processor(folder: Path) -> Path:
+    """A tiny Gemma 3 with all that reads pictures and chats."""
+    from transformers import Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    tokenizer = tiny_tokenizer()
+    names = {"boi_token": "<start>", "eoi_token": "<end>", "image_token": "<patch>"}
+    blank = [f"<blank{number}>" for number in range(len(tokenizer), START)]
+    tokenizer.add_tokens([*blank, *names.values()], special_tokens=True)
+    tokenizer = type(tokenizer)(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=tokenizer.chat_template,
+        extra_special_tokens=names,
+    )
+    processor = Gemma3Processor(
+        image_processor=Gemma3ImageProcessorPil(size={"height": 16, "width": 16}),
+        tokenizer=tokenizer,
+        image_seq_length=PATCHES,
+    )
+    whole("gemma3").save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
