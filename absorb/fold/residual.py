@@ -30,9 +30,10 @@ def residual_scales(measurement: Measurement, findings: Findings, target: float)
 def write(student: Decoder, plan: Plan, layer: int) -> None:
     """Let a layer read the stream multiplied by λ, and write to it divided: the same function."""
     scale = plan.residual.to(student.device)
-    for name in student.family.writes:
+    family = student.family
+    for name in (one for one in family.writes if student.has(layer, one)):
         student.site(layer, name).divide_output(scale)
-    for name in student.family.reads:
+    for name in (one for one in family.reads if student.has(layer, one)):
         student.site(layer, name).multiply_input(scale)
 
 

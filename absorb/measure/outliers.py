@@ -8,6 +8,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from absorb.measure.tally import (
@@ -62,7 +63,7 @@ class _Tally:
         self.first, self.received = ByLayer(), ByLayer()
         self.reach: list[Tensor] = []
         self.neuron: dict[int, Tensor] = {}
-        self.readers = decoder.sites(decoder.family.down)
+        self.readers = [decoder.down(layer) for layer in range(len(decoder.layers))]
         self.fired: dict[int, Tensor] = {}
         self.down_peak: dict[int, Tensor] = {}
         self.read: dict[str, Tensor] = {}
@@ -120,22 +121,32 @@ class _Tally:
 @contextmanager
 def _counting(decoder: Decoder, tally: _Tally) -> Iterator[None]:
     family = decoder.family
-    down, *writes = (
-        [site.module for site in decoder.sites(name)] for name in (family.down, *family.writes)
-    )
+    layers = range(len(decoder.layers))
+    down = [decoder.down(layer).module for layer in layers]
+    writes = [
+        [decoder.site(layer, name).module for name in family.writes if decoder.has(layer, name)]
+        for layer in layers
+    ]
     reads = [site.module for name in family.reads for site in decoder.sites(name)]
     last = decoder.named(family.final_norm).module
     with ExitStack() as stack:
         stack.enter_context(watching(decoder.layers, tally.stream))
         stack.enter_context(watching_neurons(down, tally.activation))
         stack.enter_context(watching(down, tally.down))
-        stack.enter_context(watching(writes[-1], tally.written))
+        stack.enter_context(watching([written[-1] for written in writes], tally.written))
         # Inside a layer a channel may be larger than in what the layer hands on.
         stack.enter_context(watching([*reads, last], tally.channels, inputs=True))
         stack.enter_context(watching(chain(*writes), tally.channels))
         stack.enter_context(watching_inputs(decoder, tally.inputs))
         stack.enter_context(watching_attention(decoder, tally.weights))
         yield
+
+
+def _by_layers(decoder: Decoder, attention: Tensor) -> Tensor:
+    """What attention shows, (layers that have any, ...), as (layers, ...): zero in the others."""
+    every = attention.new_zeros(len(decoder.layers), *attention.shape[1:])
+    every[decoder.having(decoder.family.attention)] = attention
+    return every
 
 
 @torch.inference_mode()
@@ -163,8 +174,8 @@ def measure(
         median=tally.median.mean().cpu(),
         token_peak=tally.peak.all().cpu(),
         token_channel=tally.channel.all().cpu(),
-        first_weight=tally.first.mean().cpu(),
-        token_weight=tally.received.all().cpu(),
-        neuron_peak=torch.stack([*tally.neuron.values()]).cpu(),
+        first_weight=_by_layers(decoder, tally.first.mean()).cpu(),
+        token_weight=_by_layers(decoder, tally.received.all()).cpu(),
+        neuron_peak=pad_sequence([*tally.neuron.values()], batch_first=True).cpu(),
         input_peak={name: peak.cpu() for name, peak in tally.read.items()},
     )

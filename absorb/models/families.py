@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from absorb.models.family import QKV, Family, UnsupportedFamilyError
-from absorb.models.mixtures import MIXTURES
+from absorb.models.hybrids import HYBRIDS
+from absorb.models.mixtures import GLM4V_MOE, MIXTURES
 from absorb.models.refused import REFUSED
 
 _LLAMA = Family(model_type="llama")
@@ -220,6 +221,7 @@ FAMILIES: Mapping[str, Family] = {
         _GPT_NEOX,
         _OPT,
         *MIXTURES,
+        *HYBRIDS,
     )
 }
 
@@ -235,6 +237,7 @@ INSIDE: Mapping[str, Family] = {
         replace(FAMILIES["qwen3_moe"], model_type="qwen3_vl_moe_text"),
         replace(_GLM4, model_type="glm4v_text"),
         replace(_GLM4, model_type="glm_ocr_text"),
+        GLM4V_MOE,
     )
 }
 

@@ -558,8 +558,9 @@ def _for_layers(attend: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function as transformers calls it, with the layer first."""
 
     def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> Any:
+        mask = attention_mask
         return attend(query, key, value, mask, _sinks_of(module, query), _how(module, **options))
 
     return attention

@@ -24,11 +24,14 @@ def layer_figures(measurement: Measurement, plan: Plan) -> tuple[LayerFigures, .
         measurement.token_peak.flatten(1).amax(1).tolist(),
         measurement.first_weight.mean(1).tolist(),
         plan.fit_error.tolist(),
+        [sink is not None for sink in plan.sinks],
         strict=True,
     )
     return tuple(
-        LayerFigures(median=median, peak=peak, first_weight=weight, fit_error=error)
-        for median, peak, weight, error in columns
+        LayerFigures(
+            median=median, peak=peak, first_weight=weight, fit_error=error, attends=attends
+        )
+        for median, peak, weight, error, attends in columns
     )
 
 

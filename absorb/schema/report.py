@@ -21,6 +21,8 @@ class LayerFigures:
     peak: float
     first_weight: float
     fit_error: float
+    # Where it does not, it hands on a state: it takes no sink, and stays as it is but for scales.
+    attends: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,6 +136,86 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 SPECIAL["qwen3_vl_moe_text"] = {**SPECIAL["qwen3_moe"], "rope_parameters": THREE}
+# One layer has no experts.
+MIXED = {
+    "head_dim": HEAD_DIM,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": INTERMEDIATE,
+    "num_experts_per_tok": 2,
+}
+STATES = ["linear_attention", "full_attention", "linear_attention"]
+DELTA = {
+    "head_dim": HEAD_DIM,
+    "layer_types": STATES,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+SPECIAL |= {
+    "glm4_moe": MIXED,
+    "glm4v_moe_text": {**MIXED, "rope_parameters": {**THREE, "partial_rotary_factor": 1.0}},
+    "dots1": {**MIXED, "layer_types": ["full_attention"] * LAYERS},
+    "exaone_moe": {
+        "head_dim": HEAD_DIM,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": INTERMEDIATE,
+        "sliding_window": POSITIONS,
+    },
+    "afmoe": {
+        "head_dim": HEAD_DIM,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": INTERMEDIATE,
+        "num_dense_layers": 1,
+        "sliding_window": POSITIONS,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "ernie4_5_moe": {
+        "head_dim": HEAD_DIM,
+        "moe_num_experts": EXPERTS,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "moe_intermediate_size": INTERMEDIATE,
+    },
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": {**SPECIAL["qwen2_moe"], **DELTA},
+    "qwen3_next": {**SPECIAL["qwen2_moe"], **DELTA},
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": False,
+    },
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": INTERMEDIATE,
+        "num_dense_layers": 1,
+    },
+    "bamba": {"attn_layer_indices": [1], **MAMBA},
+    "jamba": {
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "granitemoehybrid": {
+        **SPECIAL["granitemoe"],
+        **MAMBA,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "layers_block_type": ["mamba", "attention", "mamba"],
+        "shared_intermediate_size": INTERMEDIATE,
+    },
+}
 
 # Families in which every query head has a key and value head of its own.
 ONE_TO_ONE = {"gpt2", "gpt_neox", "opt"}
