@@ -10,6 +10,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from absorb.errors import AbsorbError
 from absorb.fold.graft import graft
 from absorb.fold.neurons import removable, removable_after, without
 from absorb.fold.plan import Plan
@@ -87,6 +88,11 @@ def sinks_for(
     `auto` a layer whose logits leave out more than the share `most` of the prefix's effect keeps
     the keys.
     """
+    if form == "logit" and decoder.family.gated:
+        raise AbsorbError(
+            f"what the heads of {decoder.family.model_type} give passes a gate, so that no value "
+            "folds into a bias behind it; pass --sink key, or drop --sink logit"
+        )
     # The student's text starts at 0, behind the keys. With learned positions, none of which is
     # negative, the text moves instead.
     start = 0 if decoder.family.positions else -len(prefix.tokens)

@@ -107,8 +107,10 @@ class _Tally:
     def written(self, layer: int, out: Tensor) -> None:
         # Between the neurons and the stream there may be a norm or a multiplier: the same factor
         # for all neurons of a token, near enough to rank them.
-        gain = out.float().abs().amax(-1) / self.down_peak.pop(layer).clamp_min(1e-12)
-        added = (self.fired.pop(layer) * gain[..., None]).flatten(0, -2)
+        # Experts are given tokens one after the other, whatever row they are of.
+        peaks = self.down_peak.pop(layer).flatten().clamp_min(1e-12)
+        gain = out.float().abs().amax(-1).flatten() / peaks
+        added = self.fired.pop(layer).flatten(0, -2) * gain[:, None]
         columns = self.readers[layer].weight.detach().abs().amax(-2).flatten()
         peak = added.amax(0) * columns
         self.neuron[layer] = torch.maximum(self.neuron.get(layer, peak), peak)

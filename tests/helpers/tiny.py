@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from absorb.models.family import Family
 from absorb.models.whole import with_head
 from absorb.schema.findings import Findings
 
@@ -219,6 +220,11 @@ SPECIAL |= {
 
 # Families in which every query head has a key and value head of its own.
 ONE_TO_ONE = {"gpt2", "gpt_neox", "opt"}
+
+
+def attending(family: Family) -> list[int]:
+    """The layers of a tiny model that attend: only the second where most hand on a state."""
+    return [1] if family.attention in family.some else [*range(LAYERS)]
 
 
 def kv_heads(model_type: str) -> int:
