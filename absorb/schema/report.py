@@ -53,6 +53,16 @@ class Inspection:
     versions: dict[str, str]
     job: Job  # what the user asked for, and what a plan that was read had decided
 
+    @property
+    def handing_on(self) -> tuple[int, ...]:
+        """The layers that hand on a state instead of attending."""
+        return tuple(i for i, layer in enumerate(self.layers) if not layer.attends)
+
+    @property
+    def by_logits(self) -> int:
+        """The number of layers whose sinks are logits."""
+        return len(self.layers) - len(self.handing_on) - len(self.keyed_layers)
+
     def __post_init__(self) -> None:
         """Raise a ValueError where parts contradict each other, as those of a damaged file may."""
         if not self.findings.tokens() <= self.token_text.keys():

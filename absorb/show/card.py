@@ -194,10 +194,17 @@ def _limits(report: Report) -> list[str]:
         "Attention runs as `sdpa` (the default), `eager` or `flex_attention`. What would drop the "
         "sinks is refused.",
     ]
-    if len(inspection.keyed_layers) < len(inspection.layers):
+    if inspection.by_logits:
         limits.append(
             "A sink logit does not depend on the query, as the prefix's did: right after the graft "
             f"that cost {inspection.divergence:.4f} nats per token."
+        )
+    if inspection.handing_on:
+        limits.append(
+            f"{len(inspection.handing_on)} of {len(inspection.layers)} layers hand on a state "
+            "instead of attending: they are as they were, but for residual and smoothing scales, "
+            "and what the prefix left in their state is gone. Right after the graft all of it cost "
+            f"{inspection.divergence:.4f} nats per token."
         )
     if inspection.whole is not None:
         limits.append(
@@ -220,7 +227,7 @@ def _limits(report: Report) -> list[str]:
 
 def _pictures(inspection: Inspection) -> str:
     """What was fitted on text means for the tokens of pictures."""
-    if len(inspection.keyed_layers) == len(inspection.layers):
+    if not inspection.by_logits:
         return "patches of pictures meet the prefix's keys as words do, which is exact."
     return (
         "a logit was fitted to the queries of words, and patches of pictures ask with others; "
