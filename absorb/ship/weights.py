@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -60,14 +60,19 @@ def save(
 def _tensors(
     student: Decoder, type_of: Callable[[str], torch.dtype | None]
 ) -> Iterator[dict[str, Tensor]]:
-    """What each unit holds, under its names in the model. What is tied comes once."""
-    streaming = student.streaming
-    names = {module: name for name, module in student.model.named_modules()}
-    seen: set[nn.Parameter] = set()
-    for unit in tqdm(units_of(student.model, student.layers), desc="writing", unit="part"):
+    """What each unit holds, under its names in the model. What is tied comes once.
+
+    Parameters come in the types that they are saved in, buffers as they are.
+    """
+    model, streaming = student.model, student.streaming
+    names = {module: name for name, module in model.named_modules()}
+    buffers = {name: one for name, one in model.named_buffers() if name in model.state_dict()}
+    seen: set[Tensor] = set()
+    for unit in tqdm(units_of(model, student.layers), desc="writing", unit="part"):
+        stem = f"{names[unit]}."
         with streaming.fetched(unit) if streaming else nullcontext():
             found = {
-                f"{names[unit]}.{name}": parameter.detach()
+                stem + name: parameter.detach()
                 for name, parameter in unit.named_parameters()
                 if parameter not in seen
             }
@@ -76,7 +81,9 @@ def _tensors(
                 for name, tensor in found.items()
             }
         seen |= set(unit.parameters())
-        yield kept
+        mine = [name for name in buffers if name.startswith(stem)]
+        yield kept | {name: buffers.pop(name).cpu() for name in mine}
+    yield {name: one.cpu() for name, one in buffers.items()}
 
 
 class Shards:

@@ -212,7 +212,6 @@ SPECIAL |= {
     "granitemoehybrid": {
         **SPECIAL["granitemoe"],
         **MAMBA,
-        "layer_types": ["mamba", "attention", "mamba"],
         "layers_block_type": ["mamba", "attention", "mamba"],
         "shared_intermediate_size": INTERMEDIATE,
     },

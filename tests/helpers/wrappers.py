@@ -160,7 +160,9 @@ WRAPPERS = {
     "qwen3_vl_moe": _in_grid(
         "qwen3_vl_moe_text", deepstack_visual_indexes=[0], num_position_embeddings=16
     ),
+    "qwen3_5": _in_grid("qwen3_5_text", num_position_embeddings=16, deepstack_visual_indexes=[]),
     "glm4v": _in_grid("glm4v_text"),
+    "glm4v_moe": _in_grid("glm4v_moe_text"),
     "glm_ocr": _in_grid("glm_ocr_text"),
 }
 
