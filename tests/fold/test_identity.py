@@ -49,6 +49,11 @@ TIED = pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "opt", 
 TOLERANCE = 1e-5
 
 
+def tolerance(family: Family) -> float:
+    """Delta rules add up a state in float32, token by token: transformers 5.17 is 4e-5 off."""
+    return 1e-4 if "linear_attn.out_proj" in family.some else TOLERANCE
+
+
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Routers and states are float32 even here, and would be hastened like any other float32."""
@@ -79,7 +84,7 @@ def test_a_neutral_twin_is_the_stock_model(family: Family, tokens: Tensor) -> No
 def test_residual_scales_change_nothing(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
     student = graft(Decoder(model, family), neutral_plan(family, residual=powers_of_two())).model
-    assert drift(student(tokens).logits, model(tokens).logits) < TOLERANCE
+    assert drift(student(tokens).logits, model(tokens).logits) < tolerance(family)
 
 
 @EVERY
@@ -115,7 +120,7 @@ def test_smoothing_changes_nothing(family: Family, tokens: Tensor) -> None:
     scales = searched_scales(Decoder(student, family), tokens)
     assert max(float(scale.max() / scale.min()) for scale in scales.values()) > 2
     smooth(Decoder(student, family), scales)
-    assert drift(student(tokens).logits, model(tokens).logits) < TOLERANCE
+    assert drift(student(tokens).logits, model(tokens).logits) < tolerance(family)
 
 
 @ATTEND
@@ -321,7 +326,7 @@ def test_where_layers_hand_on_a_state_the_key_form_is_the_prefix_to_those_that_a
     plan = neutral_plan(family, prefix=(1, 9), sinks=constants.layers, residual=powers_of_two())
     student = graft(decoder, plan).model
     smooth(Decoder(student, family), searched_scales(Decoder(student, family), tokens))
-    assert drift(student(tokens).logits, behind.logits) < TOLERANCE
+    assert drift(student(tokens).logits, behind.logits) < tolerance(family)
     assert drift(model(tokens).logits, behind.logits) > 0.01
     for reader in (name for readers in family.links.values() for name in readers):
         for name in decoder.names(reader):

@@ -212,7 +212,7 @@ SPECIAL |= {
     "granitemoehybrid": {
         **SPECIAL["granitemoe"],
         **MAMBA,
-        "layers_block_type": ["mamba", "attention", "mamba"],
+        "layer_types": STATES,
         "shared_intermediate_size": INTERMEDIATE,
     },
 }
