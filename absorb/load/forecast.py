@@ -129,6 +129,9 @@ def refuse_deeper(settings: Mapping[str, Any], tensors: int, name: str) -> None:
                 f"the config.json of {name} says {key} {settings[key]:.6g} and there are {tensors} "
                 "tensors; fetch both again"
             )
+    for key, part in settings.items():
+        if key.endswith("_config") and isinstance(part, dict):
+            refuse_deeper(part, tensors, name)
 
 
 def _refuse_adapters(held: Mapping[str, Tensor], name: str) -> None:

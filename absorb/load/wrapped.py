@@ -73,7 +73,7 @@ def part_of(
 
     What is only measured reads text, and is written with nothing. It becomes float32 if `narrow`.
     """
-    model = _alone(outer, ref.name, standing=ref.text_only and not measured)
+    model = alone(outer, ref.name, standing=ref.text_only and not measured)
     own = _types_of(model, outer, types)
     if narrow:
         nn.Module.to(model, torch.float32)
@@ -82,7 +82,7 @@ def part_of(
     return model, own, _whole_of(outer, model, config, types, folder, ref.name)
 
 
-def _alone(whole: PreTrainedModel, name: str, standing: bool) -> PreTrainedModel:
+def alone(whole: PreTrainedModel, name: str, standing: bool) -> PreTrainedModel:
     """The language model of a model that reads images too, as a causal model of its own.
 
     If it is to be `standing` alone, its class is one of transformers.

@@ -42,7 +42,7 @@ def write(folder: Path, student: Decoder, source: Source, report: Report) -> Rep
         if family_of(report.inspection.family).positions is not None:
             plain = within(plain, student.config.max_position_embeddings)
         plain.save_pretrained(folder)
-        for file, content in _processors(source, report.inspection.prefix):
+        for file, content in processors(source, report.inspection.prefix):
             (folder / file).write_bytes(content)
         refuse_unfaithful(folder, model, types, name)
     (folder / "README.md").write_text(card(report), encoding="utf-8")
@@ -65,7 +65,7 @@ def _types(student: Decoder, source: Source) -> dict[str, torch.dtype]:
     return {named(key): kind for key, kind in own.items()} | others
 
 
-def _processors(source: Source, prefix: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+def processors(source: Source, prefix: Sequence[int]) -> Iterator[tuple[str, bytes]]:
     """What reads pictures and chats, as it was, save that no chat begins with the prefix."""
     files = source.whole.files if source.whole else {}
     for name, content in files.items():

@@ -9,20 +9,25 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from absorb.cli.main import main
+from absorb.errors import AbsorbError
 from absorb.fold.graft import graft
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.choose import fit_sinks
 from absorb.fold.sinks.forms import LayerSink
 from absorb.fold.sinks.prefix_cache import prefix_of
 from absorb.load.source import Source, load
-from absorb.models.families import family_of
+from absorb.load.wrapped import alone, whole_class
+from absorb.models.families import FAMILIES, INSIDE, family_of
+from absorb.models.whole import named_in
 from absorb.schema.settings import ModelRef
 from absorb.ship.weights import save
+from absorb.ship.write import processors
 from tests.helpers.tiny import HIDDEN
-from tests.helpers.wrappers import WRAPPERS, saved, with_picture
+from tests.helpers.wrappers import WRAPPERS, saved, saved_with_processor, with_picture
 
 PREFIX = torch.tensor([[1, 9]])
 # One with a mask of its own for pictures, one with positions in three directions, one in which
@@ -189,6 +194,62 @@ def test_what_logits_leave_out_of_pictures_is_of_the_size_of_what_they_leave_out
         left[name] = float((model(rows, **told).logits - expected).norm() / effect.norm())
     assert 0 < left["words"] < 1, left
     assert left["picture"] < 1.5 * left["words"], left
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_parts_deeper_than_there_are_tensors_are_refused(part: str, tmp_path: Path) -> None:
+    file = saved("llava", tmp_path) / "config.json"
+    settings = json.loads(file.read_text())
+    settings[part]["num_hidden_layers"] = 10**9
+    file.write_text(json.dumps(settings))
+    with pytest.raises(AbsorbError, match=r"num_hidden_layers 1e\+09 and there are \d+ tensors"):
+        load(ModelRef(name=str(tmp_path)))
+
+
+def test_processors_go_along_without_code_and_no_chat_of_theirs_begins_with_the_prefix(
+    tmp_path: Path,
+) -> None:
+    folder = saved_with_processor(tmp_path / "whole")
+    (folder / "chat_template.jinja").unlink()
+    legacy = {"chat_template": "{{ bos_token }}{{ messages[0]['content'] }}"}
+    (folder / "chat_template.json").write_text(json.dumps(legacy))
+    named = {"image_processor_type": "A", "auto_map": {"AutoImageProcessor": "code.A"}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(named))
+    source = load(ModelRef(name=str(folder)))
+    files = dict(processors(source, (source.tokenizer.bos_token_id,)))
+    assert files.keys() == {
+        "chat_template.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+    }
+    assert files["processor_config.json"] == (folder / "processor_config.json").read_bytes()
+    assert json.loads(files["preprocessor_config.json"]) == {"image_processor_type": "A"}
+    tokenizer = source.tokenizer
+    tokenizer.chat_template = json.loads(files["chat_template.json"])["chat_template"]
+    chat = [{"role": "user", "content": "a b"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "a b"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+def test_a_known_language_model_is_found_in_whatever_is_around_it(model_type: str) -> None:
+    """All but two that hold a model with its head, or a part of one, as their language model."""
+    config: Any = CONFIG_MAPPING[model_type]()
+    part = getattr(config, "text_config", None)
+    if getattr(part, "model_type", None) not in {*FAMILIES, *INSIDE}:
+        pytest.skip("its language model has no entry")
+    try:
+        with torch.device("meta"):
+            whole = whole_class({"model_type": model_type})(config)
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"its own defaults make none here: {error}")
+    if part.model_type == "opt":
+        with pytest.raises(AbsorbError, match="stands for none that absorb knows"):
+            alone(whole, "it", standing=False)
+        return
+    model = alone(whole, "it", standing=False)
+    assert named_in(whole.base_model, model.base_model) in {"language_model", "text_model"}
+    assert named_in(whole, model.get_output_embeddings()) == "lm_head"
 
 
 def run(*arguments: object) -> Result:
