@@ -10,11 +10,12 @@ from math import inf
 import torch
 from torch import Tensor
 
+from absorb.errors import AbsorbError
 from absorb.fold.graft import graft
 from absorb.fold.neurons import removable, removable_after, without
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.choose import fit_sinks
-from absorb.fold.sinks.forms import LayerSink, LogitSink
+from absorb.fold.sinks.forms import KeySink, LayerSink
 from absorb.fold.sinks.prefix_cache import Prefix, prefix_of
 from absorb.measure.divergence import divergence
 from absorb.models.decoder import Decoder
@@ -80,23 +81,28 @@ def sinks_for(
     tokens: Tensor,
     form: Sink,
     most: float,
-) -> tuple[LayerSink, ...]:
+) -> tuple[LayerSink | None, ...]:
     """Each layer's sink in the form that is asked for, from text (rows, length).
 
     Logits are fitted with the spike neurons already gone, as the student will be. In the form
     `auto` a layer whose logits leave out more than the share `most` of the prefix's effect keeps
     the keys.
     """
+    if form == "logit" and decoder.family.gated:
+        raise AbsorbError(
+            f"what the heads of {decoder.family.model_type} give passes a gate, so that no value "
+            "folds into a bias behind it; pass --sink key, or drop --sink logit"
+        )
     # The student's text starts at 0, behind the keys. With learned positions, none of which is
     # negative, the text moves instead.
     start = 0 if decoder.family.positions else -len(prefix.tokens)
     kept = prefix_of(decoder, prefix.tokens, start).layers
-    if form == "key":
+    if form == "key" or decoder.family.gated:
         return kept
     with without(decoder, tuple(removal.spike for removal in removals)):
         fits = fit_sinks(decoder, prefix, tokens, most if form == "auto" else inf)
     return tuple(
-        fit if isinstance(fit, LogitSink) else replace(keys, error=fit.error, fit=fit.fit)
+        replace(keys, error=fit.error, fit=fit.fit) if keys and isinstance(fit, KeySink) else fit
         for keys, fit in zip(kept, fits, strict=True)
     )
 

@@ -47,7 +47,7 @@ def graft(decoder: Decoder, plan: Plan) -> Decoder:
     return student
 
 
-def twin(decoder: Decoder, sinks: Sequence[LayerSink] = ()) -> Decoder:
+def twin(decoder: Decoder, sinks: Sequence[LayerSink | None] = ()) -> Decoder:
     """The absorbed form of a stock model: its weights, and neutral sinks and scales.
 
     A layer for which `sinks` holds keys has room for them, all others have logits. The weights are
@@ -72,11 +72,12 @@ def twin(decoder: Decoder, sinks: Sequence[LayerSink] = ()) -> Decoder:
     student.generation_config = copy.deepcopy(model.generation_config)
     module: nn.Module = student
     module.eval()
-    plain = Decoder(student, decoder.family)
+    plain = Decoder(student, decoder.family, is_part=decoder.is_part)
     if decoder.streaming is None:
         module.to(model.device)
-        return plain
-    return Decoder(student, plain.family, Streaming(student, plain.layers, decoder.device))
+    else:
+        plain.streaming = Streaming(student, plain.layers, decoder.device)
+    return plain
 
 
 def _drawn(info: Mapping[str, Any]) -> bool:
@@ -85,14 +86,14 @@ def _drawn(info: Mapping[str, Any]) -> bool:
     return bool(missing - modeling_absorb.NEUTRAL.keys() or info["unexpected_keys"])
 
 
-def sites(decoder: Decoder, sinks: Sequence[LayerSink]) -> dict[str, list[str] | list[int]]:
+def sites(decoder: Decoder, sinks: Sequence[LayerSink | None]) -> dict[str, list[str] | list[int]]:
     """Which modules carry which parameter, as patterns of names in the model without its head."""
     family = decoder.family
     stem = f"{decoder.model.base_model_prefix}."
     layers = f"{family.layers.removeprefix(stem)}.*."
 
     def is_norm(name: str) -> bool:
-        return decoder.site(0, name).is_norm
+        return decoder.sites(name)[0].is_norm
 
     def kept_apart(name: str) -> bool:
         # (1 + w) / c - 1 would lie near -1, where bfloat16 keeps few digits of the sum.
@@ -101,9 +102,10 @@ def sites(decoder: Decoder, sinks: Sequence[LayerSink]) -> dict[str, list[str] |
     read_by_norms = [name for name in family.reads if is_norm(name)]
     outputs = (*family.writes, *(norm for norm, _ in family.feeds))
     return {
-        **_sites_of_sinks(family, layers, len(decoder.layers), sinks),
+        **_sites_of_sinks(family, layers, decoder.having(family.attention), sinks),
         "input_scale": [*(layers + n for n in read_by_norms), family.final_norm.removeprefix(stem)],
         "output_scale": [
+            *([family.embedding.removeprefix(stem)] if decoder.is_part else []),
             *([family.final_norm.removeprefix(stem)] if residual.has_end_apart(decoder) else []),
             *(layers + name for name in outputs if kept_apart(name)),
         ],
@@ -111,14 +113,14 @@ def sites(decoder: Decoder, sinks: Sequence[LayerSink]) -> dict[str, list[str] |
 
 
 def _sites_of_sinks(
-    family: Family, layers: str, count: int, sinks: Sequence[LayerSink]
+    family: Family, layers: str, attending: list[int], sinks: Sequence[LayerSink | None]
 ) -> dict[str, list[str] | list[int]]:
     """The sites of sinks, and of the biases that go with logits, in `layers` of any number."""
     keyed = {i: list(sink.keys.shape) for i, sink in enumerate(sinks) if isinstance(sink, KeySink)}
-    others = [index for index in range(count) if index not in keyed]
+    others = [index for index in attending if index not in keyed]
 
     def within(indices: Sequence[int], name: str) -> list[str]:
-        numbers = ["*"] if len(indices) == count else [str(index) for index in indices]
+        numbers = ["*"] if len(indices) == len(attending) else [str(index) for index in indices]
         return [layers.replace("*", number) + name for number in numbers]
 
     biased = {family.value, family.output, family.key} - {None}

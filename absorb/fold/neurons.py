@@ -128,4 +128,4 @@ def write(student: Decoder, plan: Plan, layer: int) -> None:
 
 def _column(decoder: Decoder, spike: SpikeNeuron) -> Tensor:
     """What reads a spike neuron: (hidden,), a view."""
-    return decoder.site(spike.layer, decoder.family.down).column(spike.neuron)
+    return decoder.down(spike.layer).column(spike.neuron)

@@ -15,7 +15,7 @@ def write(student: Decoder, plan: Plan, layer: int) -> None:
     sink = plan.sinks[layer]
     if isinstance(sink, KeySink):
         _place_keys(student, layer, sink)
-    else:
+    elif sink is not None:
         _place_logits(student, layer, sink)
 
 

@@ -13,13 +13,13 @@ from absorb.schema.findings import Removal
 class Plan:
     """What `graft` writes into a copy of a model, and no more.
 
-    sinks holds one for each layer. residual holds λ, one power of two for each channel of the
-    stream: (hidden,). smoothing holds, for the name of all that is divided, the divisors: (layers,
-    channels), with experts (layers, experts, channels).
+    sinks holds one for each layer, None where it takes none. residual holds λ, one power of two for
+    each channel of the stream: (hidden,). smoothing holds, for the name of all that is divided, the
+    divisors: (layers, channels), with experts (layers, experts, channels).
     """
 
     prefix: tuple[int, ...]
-    sinks: tuple[LayerSink, ...]
+    sinks: tuple[LayerSink | None, ...]
     removals: tuple[Removal, ...]
     residual: Tensor
     smoothing: dict[str, Tensor]
@@ -27,7 +27,7 @@ class Plan:
     @property
     def fit_error(self) -> Tensor:
         """The share of the prefix's effect that each layer's sinks leave out: (layers,)."""
-        return torch.stack([sink.error for sink in self.sinks])
+        return torch.stack([sink.error if sink else torch.zeros(()) for sink in self.sinks])
 
     @property
     def as_logits(self) -> "Plan":

@@ -30,9 +30,10 @@ def residual_scales(measurement: Measurement, findings: Findings, target: float)
 def write(student: Decoder, plan: Plan, layer: int) -> None:
     """Let a layer read the stream multiplied by λ, and write to it divided: the same function."""
     scale = plan.residual.to(student.device)
-    for name in student.family.writes:
+    family = student.family
+    for name in (one for one in family.writes if student.has(layer, one)):
         student.site(layer, name).divide_output(scale)
-    for name in student.family.reads:
+    for name in (one for one in family.reads if student.has(layer, one)):
         student.site(layer, name).multiply_input(scale)
 
 
@@ -41,8 +42,11 @@ def has_end_apart(decoder: Decoder) -> bool:
 
     It does where that is the head as well, and the norm has no weight that could take λ: with an
     offset the weight would lie where bfloat16 keeps few digits. The embedding has no scale: others
-    read it by its weight alone, as trainers of single tokens and adapters do.
+    read it by its weight alone, as trainers of single tokens and adapters do. Only where pictures
+    enter the stream beside it have both one scale.
     """
+    if decoder.is_part:
+        return False
     weight = getattr(decoder.named(decoder.family.final_norm).module, "weight", None)
     plain = weight is not None and decoder.family.norm_offset == 0
     return decoder.config.tie_word_embeddings and not plain
@@ -72,7 +76,11 @@ def write_end(student: Decoder, plan: Plan, unit: Any) -> None:
     scale = plan.residual.to(student.device)
     if unit is last.module:
         last.multiply_input(scale)
-        if tied:
+        if tied and not student.is_part:
             last.divide_output(1 / scale)
-    elif unit in tables or (tied and getattr(unit, "weight", None) is tables[0].weight):
+    elif student.is_part and unit is tables[0]:
+        unit.output_scale /= scale
+    elif unit in tables or (
+        tied and not student.is_part and getattr(unit, "weight", None) is tables[0].weight
+    ):
         unit.weight /= scale

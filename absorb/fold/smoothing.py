@@ -95,9 +95,14 @@ def _sizes(
     """
     sizes = {}
     for name, readers in student.family.links.items():
-        size = torch.stack([inputs[reader] for reader in student.names(readers[0])])
-        norms = [_column_norms(student, r, size[0], order) for r in readers]
-        weight = power_mean(torch.stack(norms), order, 0)
+        known = {layer: _read(student, layer, readers) for layer in student.having(name)}
+        present = {layer: names for layer, names in known.items() if names}
+        shape = inputs[next(iter(present.values()))[0]].shape
+        size, weight = (torch.zeros(len(student.layers), *shape) for _ in range(2))
+        for layer, names in present.items():
+            size[layer] = inputs[names[0]]
+            norms = [_column_norms(student, layer, reader, shape, order) for reader in names]
+            weight[layer] = power_mean(torch.stack(norms), order, 0)
         if name in student.family.neurons and order == inf:
             size = size.maximum(size.median(-1, keepdim=True).values)
         if name == student.family.value:
@@ -106,17 +111,22 @@ def _sizes(
     return sizes
 
 
-def _column_norms(student: Decoder, name: str, size: Tensor, order: float) -> Tensor:
-    """How large the weights of every input channel are, in the shape (layers, ...) of `size`.
+def _read(student: Decoder, layer: int, readers: tuple[str, ...]) -> list[str]:
+    """Those of the readers that a layer has, by their names in the model."""
+    stem = f"{student.family.layers}.{layer}."
+    return [stem + reader for reader in readers if student.has(layer, reader)]
+
+
+def _column_norms(
+    student: Decoder, layer: int, name: str, shape: tuple[int, ...], order: float
+) -> Tensor:
+    """How large the weights of every input channel of a matrix are, in this shape.
 
     Experts that read the same channels share it.
     """
-    by_layer = []
-    for layer, site in enumerate(student.sites(name)):
-        with student.fetched(layer):
-            norms = power_mean(site.weight.detach(), order, -2)
-        by_layer.append(power_mean(norms.view(-1, *size.shape), order, 0))
-    return torch.stack(by_layer)
+    with student.fetched(layer):
+        norms = power_mean(student.named(name).weight.detach(), order, -2)
+    return power_mean(norms.view(-1, *shape), order, 0)
 
 
 def _shared(channels: Tensor, student: Decoder, order: float) -> Tensor:
@@ -140,8 +150,8 @@ def _errors(
     places = {
         name: (link, layer)
         for link, readers in family.links.items()
-        for reader in readers
-        for layer, name in enumerate(student.names(reader))
+        for layer in student.having(link)
+        for name in _read(student, layer, readers)
     }
     layers = len(student.layers)
     errors = {link: torch.zeros(len(tried), layers) for link in family.links}
@@ -194,13 +204,15 @@ def smooth(decoder: Decoder, smoothing: dict[str, Tensor]) -> None:
 
 def _smooth(decoder: Decoder, smoothing: dict[str, Tensor], layer: int) -> None:
     for name, scales in smoothing.items():
+        if not decoder.has(layer, name):
+            continue
         scale = columns = scales[layer].to(decoder.device)
         if name == decoder.family.value:
             columns = _smooth_values(decoder, layer, scale)
         else:
             decoder.site(layer, name).divide_output(scale)
-        for reader in decoder.family.links[name]:
-            decoder.site(layer, reader).multiply_input(columns)
+        for reader in _read(decoder, layer, decoder.family.links[name]):
+            decoder.named(reader).multiply_input(columns)
 
 
 def _smooth_values(student: Decoder, layer: int, scale: Tensor) -> Tensor:

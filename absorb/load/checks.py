@@ -26,17 +26,19 @@ def family_in(
 ) -> Family | None:
     """The family of the model in a folder, which has a sound configuration and a tokenizer.
 
-    With `text_only` that of the language model inside it. Where it is only to be measured, that of
-    the stock model beneath a converted one, and None for an architecture that absorb does not know.
+    Where there is a language model inside, that of this one. Where it is only to be measured, that
+    of the stock model beneath a converted one, and None for an architecture that absorb does not
+    know.
     """
     refuse_pointers(folder, name)
     refuse_adapter(folder, name)
     config = read_json(folder / "config.json", name)
-    if text_only:
+    if text_only or wrapped.has_part(config):
         config = wrapped.inside(config, name)
+    if measured:
+        config.pop("absorb", None)
     stock = stock_type(config) if measured else None
     if stock is not None:
-        config = {key: value for key, value in config.items() if key != "absorb"}
         config["model_type"] = stock
     family = None
     try:
@@ -67,11 +69,6 @@ def refuse_adapter(folder: Path, name: str) -> None:
     )
 
 
-def has_part(folder: Path, name: str) -> bool:
-    """Whether the model in a folder has a language model inside, beside other parts."""
-    return isinstance(read_json(folder / "config.json", name).get("text_config"), dict)
-
-
 def stock_type(config: Mapping[str, Any]) -> str | None:
     """The architecture that absorb converted to the one with this configuration, if it did."""
     model_type = str(config.get("model_type"))
@@ -92,13 +89,6 @@ def family_of_config(config: Mapping[str, Any], name: str) -> Family:
             f"{name} is a {model_type} model that does not predict the next token from a decoder "
             "alone; absorb converts decoder-only language models"
         )
-    inside = config.get("text_config")
-    if isinstance(inside, dict):
-        raise UnsupportedFamilyError(
-            f"{name} is a {model_type} model, in which a language model "
-            f"({inside.get('model_type', 'of a type that it does not name')}) is one part among "
-            "others; pass --text-only to convert that part, as a model of its own"
-        )
     return suited(family_of(model_type), config)
 
 
@@ -107,16 +97,13 @@ def _is_quantized(config: Mapping[str, Any]) -> bool:
 
 
 def _is_causal(config: Mapping[str, Any]) -> bool:
-    """Whether the named class is a causal language model, where one is named.
-
-    A model with a `text_config` has more parts than text, and no family: it is refused by its type.
-    """
+    """Whether the named class is a causal language model, where one is named."""
     if config.get("is_encoder_decoder"):
         return False
     named = config.get("architectures")
     classes = [str(name) for name in named] if isinstance(named, list) else []
     endings = ("ForCausalLM", "LMHeadModel")
-    return not classes or "text_config" in config or any(name.endswith(endings) for name in classes)
+    return not classes or any(name.endswith(endings) for name in classes)
 
 
 @torch.no_grad()

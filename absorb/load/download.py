@@ -33,6 +33,9 @@ DESCRIPTION = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "additional_chat_templates/*",
     "README.md",
 )

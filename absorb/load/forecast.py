@@ -32,7 +32,8 @@ _ADAPTERS = ("lora_", ".base_layer.", "base_model.model.")
 class Forecast:
     """What will be known of a model once it is loaded."""
 
-    types: dict[str, torch.dtype]  # that every parameter is stored in, tied ones by every name
+    # That every parameter, tied ones by every name, and every buffer in a file is stored in.
+    types: dict[str, torch.dtype]
     dtype: torch.dtype  # that most of all elements of parameters are stored in
 
 
@@ -61,7 +62,7 @@ def forecast(
         )
     refuse_mismatch(info, model, held, name)
     types = {parameter: _widest(found) for parameter, found in kinds.items()}
-    return Forecast(types=types, dtype=_most(model, types))
+    return Forecast(types=types, dtype=most_of(model, types))
 
 
 def _loaded(
@@ -86,8 +87,12 @@ def _loaded(
         output_loading_info=True,
     )
     missed = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    given = model.named_parameters(remove_duplicate=False)
-    found = {key: _numbers(parameter) for key, parameter in given if key not in missed}
+    kept = model.state_dict(keep_vars=True)
+    buffers = [(key, one) for key, one in model.named_buffers() if key in kept]
+    given = [*model.named_parameters(remove_duplicate=False), *buffers]
+    found = {
+        key: _numbers(one) for key, one in given if key not in missed and one.is_floating_point()
+    }
     return model, {key: {kinds[number] for number in has} for key, has in found.items()}, info
 
 
@@ -101,7 +106,8 @@ def _widest(kinds: set[str]) -> torch.dtype:
     return reduce(torch.promote_types, (STORED[kind] for kind in kinds))
 
 
-def _most(model: PreTrainedModel, types: Mapping[str, torch.dtype]) -> torch.dtype:
+def most_of(model: PreTrainedModel, types: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The type that most of all elements of parameters have, of the `types` by name."""
     elements: Counter[torch.dtype] = Counter()
     for key, parameter in model.named_parameters():
         elements[types[key]] += parameter.numel()
@@ -123,6 +129,9 @@ def refuse_deeper(settings: Mapping[str, Any], tensors: int, name: str) -> None:
                 f"the config.json of {name} says {key} {settings[key]:.6g} and there are {tensors} "
                 "tensors; fetch both again"
             )
+    for key, part in settings.items():
+        if key.endswith("_config") and isinstance(part, dict):
+            refuse_deeper(part, tensors, name)
 
 
 def _refuse_adapters(held: Mapping[str, Tensor], name: str) -> None:

@@ -105,8 +105,12 @@ _GENERATION = "generation_config.json"
 
 
 def without_session(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without those of a session."""
-    return {key: value for key, value in settings.items() if not is_of_session(key)}
+    """Settings without those of a session, in the parts of a model as well."""
+    return {
+        key: without_session(value) if key.endswith("_config") and type(value) is dict else value
+        for key, value in settings.items()
+        if not is_of_session(key)
+    }
 
 
 def is_of_session(key: str) -> bool:

@@ -25,7 +25,7 @@ from transformers import (
 from absorb.errors import AbsorbError
 from absorb.load import checks, download, gguf_file, session, wrapped
 from absorb.load import files as stored
-from absorb.load.forecast import forecast, refuse_deeper, refuse_mismatch
+from absorb.load.forecast import forecast, most_of, refuse_deeper, refuse_mismatch
 from absorb.load.opening.tokenizer import without_bos
 from absorb.load.unlisted import inferred_family
 from absorb.load.vocabulary import read_tokenizer
@@ -33,6 +33,7 @@ from absorb.models import modeling_absorb
 from absorb.models.decoder import Decoder
 from absorb.models.family import Family
 from absorb.models.streaming import Streaming
+from absorb.models.whole import Whole
 from absorb.runtime.precision import free_memory
 from absorb.runtime.quiet import quiet_load
 from absorb.schema.settings import ModelRef, expanded
@@ -61,10 +62,11 @@ class Source:
     license: str | None
     commit: str | None  # of the Hub repository
     streaming: Streaming | None = None
+    whole: Whole | None = None  # that it was taken out of, and is to be written with
 
     @property
     def decoder(self) -> Decoder:
-        return Decoder(self.model, self.family, self.streaming)
+        return Decoder(self.model, self.family, self.streaming, is_part=self.whole is not None)
 
     def placed(self, device: torch.device, room: int, held: int) -> "Source":
         """The source with its model on a device, or with weights that come there one by one.
@@ -114,7 +116,7 @@ def load(
     room = None if device is None else free_memory(device)
     most = None if room is None else room // held  # weights
     source = _read(ref, measured, most)
-    checks.refuse_non_finite(source.model, source.name)
+    checks.refuse_non_finite(source.whole.model if source.whole else source.model, source.name)
     checks.refuse_unusable(source.model, source.tokenizer, source.name)
     if getattr(source.model.config, "attn_logit_softcapping", None):
         # Other stock attention may leave the cap out and say nothing.
@@ -155,22 +157,14 @@ def _read(ref: ModelRef, measured: bool, most: int | None) -> Source:
 
 def _from_hub(ref: ModelRef, measured: bool, most: int | None) -> Source:
     folder = download.description(ref)
-    ref = _or_part(ref, folder, measured)
     checks.family_in(folder, ref.name, measured, ref.text_only)
     # The cache keeps every commit in a folder of its name.
     return _from_folder(download.weights(ref, folder), ref, ref.name, folder.name, measured, most)
 
 
-def _or_part(ref: ModelRef, folder: Path, measured: bool) -> ModelRef:
-    """What is only measured reads text, so of a whole it is the language model inside."""
-    whole = measured and checks.has_part(folder, ref.name)
-    return replace(ref, text_only=True) if whole else ref
-
-
 def _from_folder(
     folder: Path, ref: ModelRef, name: str, commit: str | None, measured: bool, most: int | None
 ) -> Source:
-    ref = _or_part(ref, folder, measured)
     family = checks.family_in(folder, ref.name, measured, ref.text_only)
     files = stored.weight_files(folder, ref.name)
     held = stored.headers(files)
@@ -182,21 +176,25 @@ def _from_folder(
         quiet_load(files),
         session.shown(folder, files, ref.name) as shown,
     ):
-        kind = _class_of(settings, ref.text_only)
+        kind = _class_of(settings)
         config = kind.config_class.from_pretrained(shown)
         tokenizer = read_tokenizer(folder, ref, config)
         expected = forecast(kind, config, held, ref.name)
         stays = most is not None and sum(one.elements for one in held.values()) > most
         widest = reduce(torch.promote_types, expected.types.values())
-        model, info = _given(kind, shown, widest if stays else None)
+        # Nothing that is only copied may lose a bit.
+        exact = wrapped.has_part(settings) and widest == torch.float64
+        model, info = _given(kind, shown, widest if stays or exact else torch.float32, stays)
     refuse_mismatch(info, model, held, ref.name)
-    types = expected.types
-    if ref.text_only:
-        whole, model = model, wrapped.taken_out(model, ref.name)
-        types = wrapped.types_of(model, whole, types)
+    types: Mapping[str, torch.dtype] = expected.types
+    whole = None
+    if wrapped.has_part(settings):
+        narrow = exact and not stays
+        model, types, whole = wrapped.part_of(model, config, types, folder, ref, measured, narrow)
         if family is not None:
             # Some wholes change settings of their part unknown to config.json, as PaliGemma does.
-            family = checks.family_of_config(model.config.to_dict(), ref.name)
+            inside: Any = model.base_model.config
+            family = checks.family_of_config(inside.to_dict(), ref.name)
     if not stays:
         _align(model)
     if family is None:
@@ -207,25 +205,26 @@ def _from_folder(
         model=model,
         tokenizer=tokenizer,
         family=family,
-        dtype=expected.dtype,
+        dtype=expected.dtype if whole else most_of(model, types),
         types=types,
         license=_license(folder),
         commit=commit,
+        whole=whole,
     )
 
 
 def _given(
-    kind: Any, folder: Path, stored_in: torch.dtype | None
+    kind: Any, folder: Path, dtype: torch.dtype, mapped: bool
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """The model of a folder in float32, and what transformers missed in loading it.
+    """The model of a folder in one type, and what transformers missed in loading it.
 
-    Or in the type that it is stored in, where it is to stay in its files.
+    Of its files only what is asked for is read, where they are `mapped`.
     """
     loading: Any = kind.from_pretrained(
         folder,
         # A file that is written to later must not change the weights.
-        disable_mmap=stored_in is None,
-        dtype=stored_in or torch.float32,
+        disable_mmap=not mapped,
+        dtype=dtype,
         ignore_mismatched_sizes=True,  # they are in what it missed, and refused by name
         local_files_only=True,
         output_loading_info=True,
@@ -248,13 +247,13 @@ def _align(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _class_of(settings: Mapping[str, Any], text_only: bool) -> Any:
+def _class_of(settings: Mapping[str, Any]) -> Any:
     """What loads the model of a configuration: a class of transformers, or our own on top of one.
 
     Never the model's own code, trusted or not: a family describes the stock class.
     """
-    if text_only:
-        return wrapped.whole_class(settings["model_type"])
+    if wrapped.has_part(settings):
+        return wrapped.whole_class(settings)
     converted = checks.stock_type(settings)
     stock = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[converted or settings["model_type"]]]
     return modeling_absorb.absorbed(stock) if converted else stock

@@ -7,6 +7,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from absorb.measure.tally import (
     ByLayer,
@@ -61,7 +62,7 @@ class _Tally:
         self.first, self.received = ByLayer(), ByLayer()
         self.reach: list[Tensor] = []
         self.neuron: dict[int, Tensor] = {}
-        self.readers = decoder.sites(decoder.family.down)
+        self.readers = [decoder.down(layer) for layer in range(len(decoder.layers))]
         self.fired: dict[int, Tensor] = {}
         self.down_peak: dict[int, Tensor] = {}
         self.read: dict[str, Tensor] = {}
@@ -105,8 +106,10 @@ class _Tally:
     def written(self, layer: int, out: Tensor) -> None:
         # Between the neurons and the stream there may be a norm or a multiplier: the same factor
         # for all neurons of a token, near enough to rank them.
-        gain = out.float().abs().amax(-1) / self.down_peak.pop(layer).clamp_min(1e-12)
-        added = (self.fired.pop(layer) * gain[..., None]).flatten(0, -2)
+        # Experts are given tokens one after the other, whatever row they are of.
+        peaks = self.down_peak.pop(layer).flatten().clamp_min(1e-12)
+        gain = out.float().abs().amax(-1).flatten() / peaks
+        added = self.fired.pop(layer).flatten(0, -2) * gain[:, None]
         columns = self.readers[layer].weight.detach().abs().amax(-2).flatten()
         peak = added.amax(0) * columns
         self.neuron[layer] = torch.maximum(self.neuron.get(layer, peak), peak)
@@ -119,22 +122,32 @@ class _Tally:
 @contextmanager
 def _counting(decoder: Decoder, tally: _Tally) -> Iterator[None]:
     family = decoder.family
-    down, *writes = (
-        [site.module for site in decoder.sites(name)] for name in (family.down, *family.writes)
-    )
+    layers = range(len(decoder.layers))
+    down = [decoder.down(layer).module for layer in layers]
+    writes = [
+        [decoder.site(layer, name).module for name in family.writes if decoder.has(layer, name)]
+        for layer in layers
+    ]
     reads = [site.module for name in family.reads for site in decoder.sites(name)]
     last = decoder.named(family.final_norm).module
     with ExitStack() as stack:
         stack.enter_context(watching(decoder.layers, tally.stream))
         stack.enter_context(watching_neurons(down, tally.activation))
         stack.enter_context(watching(down, tally.down))
-        stack.enter_context(watching(writes[-1], tally.written))
+        stack.enter_context(watching([written[-1] for written in writes], tally.written))
         # Inside a layer a channel may be larger than in what the layer hands on.
         stack.enter_context(watching([*reads, last], tally.channels, inputs=True))
         stack.enter_context(watching(chain(*writes), tally.channels))
         stack.enter_context(watching_inputs(decoder, tally.inputs))
         stack.enter_context(watching_attention(decoder, tally.weights))
         yield
+
+
+def _by_layers(decoder: Decoder, attention: Tensor) -> Tensor:
+    """What attention shows, (layers that have any, ...), as (layers, ...): zero in the others."""
+    every = attention.new_zeros(len(decoder.layers), *attention.shape[1:])
+    every[decoder.having(decoder.family.attention)] = attention
+    return every
 
 
 @torch.inference_mode()
@@ -165,8 +178,8 @@ def measure(
         median=tally.median.mean().cpu(),
         token_peak=tally.peak.all().cpu(),
         token_channel=tally.channel.all().cpu(),
-        first_weight=tally.first.mean().cpu(),
-        token_weight=tally.received.all().cpu(),
-        neuron_peak=torch.stack([*tally.neuron.values()]).cpu(),
+        first_weight=_by_layers(decoder, tally.first.mean()).cpu(),
+        token_weight=_by_layers(decoder, tally.received.all()).cpu(),
+        neuron_peak=pad_sequence([*tally.neuron.values()], batch_first=True).cpu(),
         input_peak={name: peak.cpu() for name, peak in tally.read.items()},
     )

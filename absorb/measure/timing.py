@@ -66,12 +66,16 @@ def _continue(model: PreTrainedModel, token: Tensor, cache: Any, remember: dict[
         model(token, **remember)
     # Forgotten again, lest many turns run off a table of positions. What left a sliding window
     # cannot be had back, but models that have one have no such table.
-    if not any(cache.is_sliding):
+    # Nor can a state that was handed on.
+    if not any(cache.is_sliding) and all(hasattr(layer, "keys") for layer in cache.layers):
         cache.crop(-DECODED)
 
 
 def _bytes_of(cache: Any) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    """Of keys and values, and of states in their place."""
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    parts = [part for value in held for part in (value if isinstance(value, list) else [value])]
+    return sum(part.nbytes for part in parts if torch.is_tensor(part))
 
 
 def growth(run: Run, device: str) -> int | None:

@@ -99,10 +99,18 @@ class Decoder:
     """A decoder-only model, and its family: what says where its parts are.
 
     With `streaming` the weights of a layer are at hand only while it is at work, or `fetched`.
+    Where it `is_part` of a model that reads pictures, these enter the stream beside the embedding.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, streaming: Streaming | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        streaming: Streaming | None = None,
+        is_part: bool = False,
+    ):
         self.model, self.family, self.streaming = model, family, streaming
+        self.is_part = is_part
         self._sites: dict[str, Site] = {}
 
     @property
@@ -118,13 +126,32 @@ class Decoder:
         """First to last."""
         return list(self.model.get_submodule(self.family.layers).children())
 
+    def has(self, layer: int, name: str) -> bool:
+        """Whether a layer has the place `name`, as all have that are not of `some` layers only."""
+        if name not in self.family.some:
+            return True
+        place: Any = self.layers[layer]
+        for part in name.split("."):
+            place = getattr(place, part, None)
+        return place is not None
+
+    def having(self, name: str) -> list[int]:
+        """The layers that have the place `name`."""
+        return [index for index in range(len(self.layers)) if self.has(index, name)]
+
     def each(self, name: str) -> list[Any]:
-        """The submodule `name` of every layer, first to last."""
-        return [layer.get_submodule(name) for layer in self.layers]
+        """The submodule `name` of every layer that has it, first to last."""
+        return [self.layers[index].get_submodule(name) for index in self.having(name)]
 
     def names(self, name: str) -> list[str]:
-        """The name in the model of the place `name` of every layer."""
-        return [f"{self.family.layers}.{index}.{name}" for index in range(len(self.layers))]
+        """The name in the model of the place `name` of every layer that has it."""
+        return [f"{self.family.layers}.{index}.{name}" for index in self.having(name)]
+
+    def down(self, layer: int) -> Site:
+        """What reads the neurons of a layer that may be spike neurons."""
+        dense = self.family.dense
+        names = [self.family.down, *(dense[1:] if dense else ())]
+        return self.site(layer, next(name for name in names if self.has(layer, name)))
 
     @property
     def rotating(self) -> list[Any]:
@@ -140,8 +167,8 @@ class Decoder:
         return int(name.removeprefix(f"{self.family.layers}.").partition(".")[0])
 
     def sites(self, name: str) -> list[Site]:
-        """The site `name` of every layer, first to last."""
-        return [self.site(index, name) for index in range(len(self.layers))]
+        """The site `name` of every layer that has it, first to last."""
+        return [self.site(index, name) for index in self.having(name)]
 
     def site(self, layer: int, name: str) -> Site:
         return self.named(f"{self.family.layers}.{layer}.{name}")
@@ -161,12 +188,12 @@ class Decoder:
 
     @cached_property
     def experts(self) -> dict[tuple[str, str], Any]:
-        """The module of experts of every layer, under the names of its `up` and `down`.
+        """The module of experts of every layer with any, under the names of its `up` and `down`.
 
         Empty where `down` belongs to a Linear.
         """
         up, down = self.family.up, self.family.down
-        if up is None or not self.site(0, down).is_of_experts:
+        if up is None or not self.sites(down)[0].is_of_experts:
             return {}
         names = zip(self.names(up), self.names(down), strict=True)
         return dict(zip(names, (site.module for site in self.sites(down)), strict=True))

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from absorb.models.family import QKV, Family, UnsupportedFamilyError
-from absorb.models.mixtures import MIXTURES
+from absorb.models.hybrids import HYBRIDS
+from absorb.models.mixtures import GLM4V_MOE, MIXTURES
 from absorb.models.refused import REFUSED
 
 _LLAMA = Family(model_type="llama")
@@ -220,6 +221,23 @@ FAMILIES: Mapping[str, Family] = {
         _GPT_NEOX,
         _OPT,
         *MIXTURES,
+        *HYBRIDS,
+    )
+}
+
+# Language models that transformers has inside of models that read pictures and nowhere else. Their
+# RoPE turns keys by three positions (time, height and width), and those of a word are equal: keys
+# of a prefix, turned to -n .. -1 in all three, are as far from a patch as behind that prefix.
+INSIDE: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        replace(_LLAMA, model_type="qwen2_vl_text"),
+        replace(_LLAMA, model_type="qwen2_5_vl_text"),
+        replace(_LLAMA, model_type="qwen3_vl_text", key=None),
+        replace(FAMILIES["qwen3_moe"], model_type="qwen3_vl_moe_text"),
+        replace(_GLM4, model_type="glm4v_text"),
+        replace(_GLM4, model_type="glm_ocr_text"),
+        GLM4V_MOE,
     )
 }
 
@@ -231,12 +249,13 @@ def family_of(model_type: str) -> Family:
             f"absorb does not convert the architecture {model_type!r}, as {REFUSED[model_type]}; "
             f"choose a model of one that it knows ({', '.join(sorted(FAMILIES))})"
         )
-    if model_type not in FAMILIES:
+    found = FAMILIES.get(model_type) or INSIDE.get(model_type)
+    if found is None:
         raise UnsupportedFamilyError(
             f"absorb does not know the architecture {model_type!r}; choose a model of one that it "
             f"knows ({', '.join(sorted(FAMILIES))}) or add an entry to absorb/models/families.py"
         )
-    return FAMILIES[model_type]
+    return found
 
 
 def suited(family: Family, settings: Mapping[str, Any]) -> Family:

@@ -86,6 +86,17 @@ class Family:
     # neurons are smoothed; none of them is taken for a spike neuron.
     shared: tuple[str, str] | None = None
 
+    # The `up` and `down` of layers that have no experts, in a mixture where only some layers do.
+    dense: tuple[str, str] | None = None
+
+    # Places that only some of the layers have. A layer without `attention` hands on a state from
+    # token to token instead: it takes no sink, and what a prefix would leave in its state is lost.
+    some: tuple[str, ...] = ()
+
+    # Whether what the heads give passes a gate before `output` reads it. A constant value cannot be
+    # folded into a bias behind the gate, so sinks keep their keys.
+    gated: bool = False
+
     # What config.json must say for this entry to be true: a setting, and the values that it may
     # have, its default first. The width of the embedding, where it is a setting, must be that of
     # the stream, so that nothing stands between the two.
@@ -96,7 +107,7 @@ class Family:
     def neurons(self) -> dict[str, str]:
         """Every `up` whose rows may be divided, and the `down` that reads its neurons."""
         routed = {self.up: self.down} if self.up else {}
-        return routed | dict([self.shared] if self.shared else [])
+        return routed | dict(pair for pair in (self.shared, self.dense) if pair)
 
     @property
     def links(self) -> dict[str, tuple[str, ...]]:

@@ -10,6 +10,7 @@ model named in config.json, with parameters mixed in at the places that config.a
     sink_value    the values of these keys, in the same layers
     input_scale   one factor per channel, on what a module reads from the residual stream
     output_scale  one factor per channel, on what a module gives, to the stream or to the head
+    entry_scale   the same on all that enters the stream, where pictures stand beside words
     bias          a bias for a linear layer that has none in the stock model
 
 A layer has a `sink`, or a `sink_key` with its `sink_value`. Neither counts as a token: positions,
@@ -62,6 +63,7 @@ NEUTRAL = {
     "sink_value": 0.0,
     "input_scale": 1.0,
     "output_scale": 1.0,
+    "entry_scale": 1.0,
     "bias": 0.0,
 }
 _ADDED = NEUTRAL.keys() - {"bias"}  # what no stock module has
@@ -74,16 +76,27 @@ class Absorbed(PreTrainedModel):
     """Mixed into a stock class in front of its own bases."""
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        text: Any = config.get_text_config(
+            decoder=True
+        )  # of the language model inside, if there is one
+        if text is not config:
+            text.base_model_tp_plan = _without_attention(text.base_model_tp_plan)
         super().__init__(config, *args, **kwargs)
+        if text is not config:
+            name = self._check_and_adjust_attn_implementation(text._attn_implementation)
+            text._attn_implementation_internal = name
         self.register_forward_pre_hook(_refuse_no_tokens, with_kwargs=True)
         config.auto_map = auto_map(config)
-        heads, hidden = (config.num_attention_heads,), (config.hidden_size,)
+        heads, hidden = (text.num_attention_heads,), (text.hidden_size,)
         keys = config.absorb.get("sink_shape")
         sizes = {"sink": heads, "sink_key": keys, "sink_value": keys}
         sizes |= {"input_scale": hidden, "output_scale": hidden}
         for name, size in sizes.items():
             for module in self._sites("sink_key" if name == "sink_value" else name):
                 _add(module, name, size)
+        for module in self._sites("entry_scale"):
+            _register(module, "entry_scale", hidden)
+            module.register_forward_pre_hook(_scale_entry, with_kwargs=True)
         for module in self._sites("bias"):
             if module.bias is None:
                 module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
@@ -141,17 +154,38 @@ def _refuse_no_tokens(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         )
 
 
-def _add(module: Any, name: str, size: Sequence[int]) -> None:
-    """Give a module a parameter, and the forward that uses it."""
+def _scale_entry(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Scale the rows that a language model is given: those of words, and of patches of pictures.
+
+    The latter may be added behind the first layers as well.
+    """
+    if kwargs.get("inputs_embeds") is None:
+        tokens, *rest = args or (kwargs.pop("input_ids"),)
+        args, kwargs["inputs_embeds"] = (None, *rest), module.get_input_embeddings()(tokens)
+    scale: Tensor = module.entry_scale
+    kwargs["inputs_embeds"] = kwargs["inputs_embeds"] * scale.to(kwargs["inputs_embeds"])
+    deep = kwargs.get("deepstack_visual_embeds")
+    if deep is not None:
+        kwargs["deepstack_visual_embeds"] = [rows * scale.to(rows) for rows in deep]
+    return args, kwargs
+
+
+def _register(module: Any, name: str, size: Sequence[int]) -> None:
+    """Give a module a parameter."""
     # Heads of some architectures hold a model in which all this is done already.
     if name not in module._parameters:
         # float32 whatever the dtype of the model: a few numbers that everything else depends on.
         value = torch.full(tuple(size), NEUTRAL[name], dtype=torch.float32)
         module.register_parameter(name, nn.Parameter(value))
+
+
+def _add(module: Any, name: str, size: Sequence[int]) -> None:
+    """Give a module a parameter, and the forward that uses it."""
+    _register(module, name, size)
     stock: Any = type(module)
     if not stock.__name__.endswith("Absorbed"):
-        forward = _scaled_norm if name.endswith("scale") else _attention
-        module.__class__ = _with_forward(stock, forward)
+        scaled = _scaled_embedding if isinstance(module, nn.Embedding) else _scaled_norm
+        module.__class__ = _with_forward(stock, scaled if name.endswith("scale") else _attention)
 
 
 def stock_classes(config: Any) -> dict[str, Any]:
@@ -313,6 +347,15 @@ def _scaled_norm(module: Any, hidden_states: Tensor) -> Tensor:
     if hasattr(module, "output_scale"):
         normed = normed * module.output_scale.to(dtype)
     return normed.to(hidden_states.dtype)
+
+
+def _scaled_embedding(module: Any, input_ids: Tensor) -> Tensor:
+    """The rows of a stock embedding times `output_scale`, before pictures stand beside them."""
+    scale: Tensor = module.output_scale.to(module.weight.dtype)
+    if hasattr(module, "embed_scale"):
+        # Gemma's factor, after which alone a row may not fit float16 any more.
+        scale = scale * module.embed_scale.to(scale.dtype)
+    return nn.Embedding.forward(module, input_ids) * scale
 
 
 # Where torch computes an RMSNorm in one kernel. On a CPU it does not, and in bfloat16 takes three
@@ -505,20 +548,26 @@ def _for_layers(attend: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function as transformers calls it, with the layer first."""
 
     def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> Any:
-        names = ("sink",) if hasattr(module, "sink") else ("sink_key", "sink_value")
-        sinks = tuple(getattr(module, name) for name in names)
         causal, dropout = options.get("is_causal"), options.get("dropout", 0.0)
         how = How(
             options["scaling"],
-            module.is_causal if causal is None else causal,
+            getattr(module, "is_causal", True) if causal is None else causal,
             dropout if module.training else 0.0,
             options.get("softcap"),
         )
-        return attend(query, key, value, mask, sinks, how)
+        return attend(query, key, value, attention_mask, _sinks_of(module, query), how)
 
     return attention
+
+
+def _sinks_of(module: Any, query: Tensor) -> Sinks:
+    if hasattr(module, "sink_key"):
+        return module.sink_key, module.sink_value
+    # What reads pictures has none, nor have layers that were left as they are.
+    nothing = query.new_full(query.shape[1:2], NEUTRAL["sink"], dtype=torch.float32)
+    return (getattr(module, "sink", nothing),)
 
 
 eager_attention, sink_attention, flex_attention = map(_for_layers, (eager, fast, flex))

@@ -5,10 +5,6 @@ One with several such properties is listed under the first.
 
 from collections.abc import Mapping
 
-_BOTH_KINDS = (
-    "some of its layers are mixtures of experts and others are not, "
-    "and an entry says the same of every layer"
-)
 _LATENT = (
     "its heads draw keys and values from one latent vector, "
     "and an entry names a matrix that gives values alone"
@@ -25,20 +21,11 @@ _BORROWED = "layers of it attend to keys and values of other layers"
 
 _OF: Mapping[str, tuple[str, ...]] = {
     _LATENT: ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"),
-    _BOTH_KINDS: ("glm4_moe", "dots1", "ernie4_5_moe", "exaone_moe", "afmoe"),
     _OWN_SINKS: ("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"),
     _CLOSED: ("falcon", "bloom", "mpt", "gpt_neo", "xglm"),
     _PLACES: ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral3", "llama4_text"),
     _STATES: (
-        "qwen3_next",
-        "qwen3_5_text",
-        "qwen3_5_moe_text",
-        "lfm2",
-        "lfm2_moe",
         "falcon_h1",
-        "bamba",
-        "jamba",
-        "granitemoehybrid",
         "nemotron_h",
         "recurrent_gemma",
         "minimax",

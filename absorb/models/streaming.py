@@ -22,6 +22,13 @@ from absorb.models.staging import Staging
 Edit = Callable[[int], None]
 
 
+def units_of(model: nn.Module, layers: list[Any]) -> list[nn.Module]:
+    """The layers, and what has weights of its own outside of them."""
+    inside = {module for layer in layers for module in layer.modules()}
+    others = [m for m in model.modules() if m not in inside and m._parameters]
+    return [*others, *layers]
+
+
 class Streaming:
     """Lets a model compute on `device` without room for it there; for passes without gradients."""
 
@@ -37,10 +44,8 @@ class Streaming:
         self._index = {layer: index for index, layer in enumerate(layers)}
         # Autocast keeps a copy of every weight that takes a gradient, as long as it lasts.
         model.requires_grad_(False)
-        inside = {module for layer in layers for module in layer.modules()}
-        self.ends: list[nn.Module] = [  # what has weights outside of the layers
-            module for module in model.modules() if module not in inside and module._parameters
-        ]
+        self.units = units_of(model, layers)
+        self.ends = self.units[: -len(layers)]  # what has weights outside of the layers
         owners: dict[nn.Parameter, nn.Module] = {}
         for unit in self.units:
             for parameter in unit.parameters():
@@ -52,11 +57,6 @@ class Streaming:
             unit.register_forward_hook(lambda unit, *_: self._leave(unit), always_call=True)
         self._place_buffers(device)
         self._pin_ends()
-
-    @property
-    def units(self) -> list[nn.Module]:
-        """The layers, and what has weights of its own outside of them."""
-        return [*self.ends, *self.layers]
 
     def hold(self) -> None:
         """Let the weights rest on the device, in the types they are stored in."""

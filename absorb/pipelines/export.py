@@ -102,6 +102,11 @@ def _read(path: Path) -> _Folder:
         raise AbsorbError(
             f"{path} is an export already; export the converted checkpoint that it was made from"
         )
+    if report.inspection.whole is not None:
+        raise AbsorbError(
+            f"{path} reads pictures too, and no stock architecture that has sinks does; convert "
+            "with --text-only, then export that"
+        )
     weights = files.weight_files(path, path.name)
     _refuse_damage(path, report)
     settings = files.read_json(path / "config.json", path.name)

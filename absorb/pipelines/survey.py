@@ -25,11 +25,14 @@ def layer_figures(measurement: Measurement, plan: Plan) -> tuple[LayerFigures, .
         measurement.token_peak.flatten(1).amax(1).tolist(),
         measurement.first_weight.mean(1).tolist(),
         plan.fit_error.tolist(),
+        [sink is not None for sink in plan.sinks],
         strict=True,
     )
     return tuple(
-        LayerFigures(median=median, peak=peak, first_weight=weight, fit_error=error)
-        for median, peak, weight, error in columns
+        LayerFigures(
+            median=median, peak=peak, first_weight=weight, fit_error=error, attends=attends
+        )
+        for median, peak, weight, error, attends in columns
     )
 
 
@@ -56,6 +59,7 @@ def survey(
         license=source.license,
         fingerprint=source.fingerprint,
         family=source.family.model_type,
+        whole=source.whole.model_type if source.whole else None,
         dtype=str(source.dtype).removeprefix("torch."),
         layers=layer_figures(measurement, plan),
         text_origin=texts.origin,
@@ -88,6 +92,7 @@ def inspection_from_plan(
         model=source.name,
         commit=source.commit,
         license=source.license,
+        whole=source.whole.model_type if source.whole else None,
         dtype=str(source.dtype).removeprefix("torch."),
         text_origin=texts.origin,
         text_sha256=texts.fingerprint,

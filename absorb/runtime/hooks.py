@@ -75,7 +75,8 @@ def watching_attention(decoder: Decoder, see: See) -> Iterator[None]:
     def after(layer: int) -> Callable[..., None]:
         return lambda _, args, out: see(layer, out[1].detach())
 
-    modules = enumerate(decoder.each(decoder.family.attention))
+    name = decoder.family.attention
+    modules = zip(decoder.having(name), decoder.each(name), strict=True)
     handles = [module.register_forward_hook(after(layer)) for layer, module in modules]
     try:
         with eager(decoder.model):

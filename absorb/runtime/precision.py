@@ -50,7 +50,7 @@ def bf16_copy(decoder: Decoder) -> PreTrainedModel:
     """
     if decoder.streaming or not _bfloat16_is_fast(decoder.device):
         return decoder.model
-    sketch = Decoder(copy.deepcopy(decoder.model), decoder.family)
+    sketch = Decoder(copy.deepcopy(decoder.model), decoder.family, is_part=decoder.is_part)
     as_stored(sketch, torch.bfloat16)  # but no buffer: rotary frequencies stay exact
     return sketch.model
 

@@ -21,6 +21,8 @@ class LayerFigures:
     peak: float
     first_weight: float
     fit_error: float
+    # Where it does not, it hands on a state: it takes no sink, and stays as it is but for scales.
+    attends: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,7 @@ class Inspection:
     license: str | None
     fingerprint: str  # of the weights
     family: str
+    whole: str | None = None  # the kind of model that it is a part of, which is written with it
     dtype: str
     layers: tuple[LayerFigures, ...]
     text_origin: str
@@ -50,6 +53,16 @@ class Inspection:
     logit_divergence: float | None = None
     versions: dict[str, str]
     job: Job  # what the user asked for, and what a plan that was read had decided
+
+    @property
+    def handing_on(self) -> tuple[int, ...]:
+        """The layers that hand on a state instead of attending."""
+        return tuple(i for i, layer in enumerate(self.layers) if not layer.attends)
+
+    @property
+    def by_logits(self) -> int:
+        """The number of layers whose sinks are logits."""
+        return len(self.layers) - len(self.handing_on) - len(self.keyed_layers)
 
     def __post_init__(self) -> None:
         """Raise a ValueError where parts contradict each other, as those of a damaged file may."""

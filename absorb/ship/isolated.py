@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 _CODE = "modeling_absorb.py"
 _POSITIONS = 4
@@ -51,13 +56,20 @@ def divergence_from(reference: str, model: PreTrainedModel) -> float:
     return max(0.0, total / known["tokens"].numel())  # rounding may bring it below
 
 
+def auto_class(folder: str) -> Any:
+    """What a folder is loaded by: a model that reads pictures too is no causal one to all."""
+    settings = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    pictures = "AutoModelForImageTextToText" in settings.get("auto_map", {})
+    return AutoModelForImageTextToText if pictures else AutoModelForCausalLM
+
+
 def main(folder: str, tokens: str, reference: str | None = None) -> None:
     sys.modules["absorb"] = None  # type: ignore[assignment]  # as if it were not installed
     # What brings no code of ours is to be loaded without any. With the flag nothing is asked for at
     # the terminal, though no code of ours makes a tokenizer.
     trusted = Path(folder, _CODE).is_file()
     AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-    loading: Any = AutoModelForCausalLM.from_pretrained(
+    loading: Any = auto_class(folder).from_pretrained(
         folder,
         trust_remote_code=trusted,
         use_safetensors=True,

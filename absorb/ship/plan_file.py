@@ -33,7 +33,8 @@ def write_plan(file: Path, plan: Plan, inspection: Inspection) -> None:
     """Write a plan, and with it what was found out about its model."""
     tensors = {"residual": plan.residual}
     for layer, sink in enumerate(plan.sinks):
-        tensors |= {_name(layer, name): tensor for name, tensor in _parts(sink).items()}
+        parts = _parts(sink) if sink else {}
+        tensors |= {_name(layer, name): tensor for name, tensor in parts.items()}
     tensors |= {f"smoothing.{name}": scales for name, scales in plan.smoothing.items()}
     file.parent.mkdir(exist_ok=True)
     save_file(
@@ -52,10 +53,14 @@ def read_plan(path: Path, source: Source) -> tuple[Plan, Inspection]:
     tensors, inspection = _read(file)
     _refuse_another_model(file, inspection, source)
     _refuse_damage(file, tensors, inspection, source)
-    layers = range(len(source.decoder.layers))
+    decoder = source.decoder
+    attending = decoder.having(source.family.attention)
     plan = Plan(
         prefix=inspection.prefix,
-        sinks=tuple(_sink(layer, inspection, tensors) for layer in layers),
+        sinks=tuple(
+            _sink(layer, inspection, tensors) if layer in attending else None
+            for layer in range(len(decoder.layers))
+        ),
         removals=inspection.removals,
         residual=tensors["residual"],
         smoothing={name: tensors[f"smoothing.{name}"] for name in source.family.links},
@@ -172,9 +177,9 @@ def _refuse_damage(
 def _out_of_range(inspection: Inspection, source: Source) -> list[str]:
     """What an inspection names that the model does not have: tokens, layers or neurons."""
     decoder = source.decoder
-    down = decoder.site(0, decoder.family.down).weight
-    neurons = down.numel() // down.shape[-2]
+    downs = [decoder.down(layer).weight for layer in range(len(decoder.layers))]
     removed = [removal.spike for removal in inspection.removals]
+    neurons = {layer: down.numel() // down.shape[-2] for layer, down in enumerate(downs)}
     channels = inspection.residual_scales
     named = {
         "token": (inspection.prefix, decoder.config.vocab_size),
@@ -182,7 +187,6 @@ def _out_of_range(inspection: Inspection, source: Source) -> list[str]:
             [*inspection.keyed_layers, *(spike.layer for spike in removed)],
             len(decoder.layers),
         ),
-        "neuron": ([spike.neuron for spike in removed], neurons),
         "channel": ([*channels], decoder.config.hidden_size),
     }
     strange = [
@@ -190,6 +194,11 @@ def _out_of_range(inspection: Inspection, source: Source) -> list[str]:
         for kind, (numbers, count) in named.items()
         for number in numbers
         if not 0 <= number < count
+    ]
+    strange += [
+        f"names neuron {spike.neuron}, which {source.name} does not have"
+        for spike in removed
+        if not 0 <= spike.neuron < neurons.get(spike.layer, 0)
     ]
     return strange if inspection.prefix else ["names no prefix", *strange]
 
@@ -204,13 +213,14 @@ def _shapes(
     decoder, family = source.decoder, source.family
     layers, hidden = decoder.layers, decoder.config.hidden_size
     heads, kv_heads = decoder.heads
-    head_dim = decoder.site(0, family.output).weight.shape[-1] // heads
+    attending = decoder.having(family.attention)
+    head_dim = decoder.site(attending[0], family.output).weight.shape[-1] // heads
     tokens, vectors = (kv_heads, len(inspection.prefix), head_dim), (kv_heads, head_dim)
     fitted = {"logits": (heads,), "value": vectors, "key_bias": vectors, "error": ()}
     keyed = {"keys": tokens, "values": tokens, "error": ()}
     both = keyed | {f"{_FIT}{name}": shape for name, shape in fitted.items()}
     shapes: dict[str, tuple[int, ...]] = {"residual": (hidden,)}
-    for layer in range(len(layers)):
+    for layer in attending:
         inside = fitted
         if layer in inspection.keyed_layers:
             with_fit = any(_name(layer, name) in held for name in both.keys() - keyed.keys())
@@ -218,7 +228,7 @@ def _shapes(
         shapes |= {_name(layer, field): shape for field, shape in inside.items()}
     divided: dict[str, tuple[int, ...]] = {family.value: (kv_heads * head_dim,)}
     for up, down in family.neurons.items():
-        *experts, _, neurons = decoder.site(0, down).weight.shape
+        *experts, _, neurons = decoder.sites(down)[0].weight.shape
         divided[up] = (*experts, neurons)
     for name in family.links:
         shapes[f"smoothing.{name}"] = (len(layers), *divided.get(name, (hidden,)))

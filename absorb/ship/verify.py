@@ -204,9 +204,8 @@ def _figures(folder: Path, report: Report) -> Finding:
         wrong.append(f"{REPORT} has other residual scales than the weights; convert again")
     if _layers(tensors, "sink_key") != set(inspection.keyed_layers):
         wrong.append(f"{REPORT} names other layers with sink keys than the weights; convert again")
-    if _layers(tensors, "sink") | _layers(tensors, "sink_key") != set(
-        range(len(inspection.layers))
-    ):
+    attending = {index for index, layer in enumerate(inspection.layers) if layer.attends}
+    if _layers(tensors, "sink") | _layers(tensors, "sink_key") != attending:
         wrong.append("some layers of the weights have no sinks; convert again")
     if not elements:
         raise AbsorbError(f"{folder.name} holds no weights; fetch it again")

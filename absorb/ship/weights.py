@@ -2,54 +2,77 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from absorb.load.files import INDEX, WEIGHTS
 from absorb.models.decoder import Decoder
-from absorb.models.streaming import Streaming
+from absorb.models.streaming import units_of
+from absorb.models.whole import Whole
 from absorb.runtime.precision import as_stored, stored_type
 
 _SHARD = 2 * 10**9  # bytes; so much of the model is in memory at once
 
 
 def save(
-    student: Decoder, folder: Path, dtype: torch.dtype, types: Mapping[str, torch.dtype]
-) -> None:
+    student: Decoder,
+    folder: Path,
+    dtype: torch.dtype,
+    types: Mapping[str, torch.dtype],
+    whole: Whole | None = None,
+) -> PreTrainedModel:
     """Write configuration, code and weights as `save_pretrained` does, and stream if they do.
 
-    Every parameter is written in the type of `types` under its name, or else in `dtype`.
+    Every parameter is written in the type of `types` under its name, or else in `dtype`. What was
+    taken out of a `whole` is written in its place there. Gives the model that was written, which
+    may have no weights of its own.
     """
     if student.streaming is None:
         as_stored(student, dtype, types)
-        student.model.save_pretrained(folder, max_shard_size=_SHARD)
-        return
-    student.model.save_pretrained(folder, state_dict={})
+        if whole is None:
+            student.model.save_pretrained(folder, max_shard_size=_SHARD)
+            return student.model
+    model = whole.shell(student) if whole else student.model
+    model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict={})
     for file in folder.glob("*.safetensors"):
         file.unlink()
     type_of = partial(stored_type, dtype=dtype, types=types)
+    named = whole.name_of(student) if whole else str
     shards = Shards(folder, _SHARD)
-    for tensors in _tensors(student, student.streaming, type_of):
-        shards.add(tensors)
+    for tensors in _tensors(student, type_of):
+        kept = {named(name): tensor for name, tensor in tensors.items()}
+        shards.add(revert_weight_conversion(model, kept))
+    if whole:
+        shards.add(revert_weight_conversion(model, dict(whole.others())))
     shards.finish()
+    return model
 
 
 def _tensors(
-    student: Decoder, streaming: Streaming, type_of: Callable[[str], torch.dtype | None]
+    student: Decoder, type_of: Callable[[str], torch.dtype | None]
 ) -> Iterator[dict[str, Tensor]]:
-    """What each unit holds, under its names in a file. What is tied comes once."""
-    names = {module: name for name, module in student.model.named_modules()}
-    seen: set[nn.Parameter] = set()
-    for unit in tqdm(streaming.units, desc="writing", unit="part"):
-        with streaming.fetched(unit):
+    """What each unit holds, under its names in the model. What is tied comes once.
+
+    Parameters come in the types that they are saved in, buffers as they are.
+    """
+    model, streaming = student.model, student.streaming
+    names = {module: name for name, module in model.named_modules()}
+    buffers = {name: one for name, one in model.named_buffers() if name in model.state_dict()}
+    seen: set[Tensor] = set()
+    for unit in tqdm(units_of(model, student.layers), desc="writing", unit="part"):
+        stem = f"{names[unit]}."
+        with streaming.fetched(unit) if streaming else nullcontext():
             found = {
-                f"{names[unit]}.{name}": parameter.detach()
+                stem + name: parameter.detach()
                 for name, parameter in unit.named_parameters()
                 if parameter not in seen
             }
@@ -58,7 +81,9 @@ def _tensors(
                 for name, tensor in found.items()
             }
         seen |= set(unit.parameters())
-        yield revert_weight_conversion(student.model, kept)
+        mine = [name for name in buffers if name.startswith(stem)]
+        yield kept | {name: buffers.pop(name).cpu() for name in mine}
+    yield {name: one.cpu() for name, one in buffers.items()}
 
 
 class Shards:

@@ -1,5 +1,8 @@
 """Absorbed model, tokenizer and report → the files of a checkpoint."""
 
+import copy
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from absorb.load.checks import refuse_unfaithful
 from absorb.load.files import refuse_no_numbers
 from absorb.load.opening.tokenizer import within, without_bos
 from absorb.load.source import Source
+from absorb.load.wrapped import TEMPLATE
 from absorb.models.decoder import Decoder
 from absorb.models.families import family_of
 from absorb.runtime.precision import stored_type
@@ -29,24 +33,48 @@ def write(folder: Path, student: Decoder, source: Source, report: Report) -> Rep
     was written is read again, and an AbsorbError says what of it nobody could use.
     """
     name = f"the model converted from {source.name}"
-    types = {
-        key: stored_type(key, source.dtype, source.types) or torch.float32
-        for key, _ in student.model.named_parameters(remove_duplicate=False)
-    }
+    types = _types(student, source)
     with quiet():
-        save(student, folder, source.dtype, source.types)
-        student.config.dtype = source.dtype  # transformers takes that of the first weight
-        student.config.save_pretrained(folder)
+        model = save(student, folder, source.dtype, source.types, source.whole)
+        model.config.dtype = source.dtype  # transformers takes that of the first weight
+        model.config.save_pretrained(folder)
         plain = without_bos(source.tokenizer, report.inspection.prefix)
         if family_of(report.inspection.family).positions is not None:
             plain = within(plain, student.config.max_position_embeddings)
         plain.save_pretrained(folder)
-        refuse_unfaithful(folder, student.model, types, name)
+        for file, content in processors(source, report.inspection.prefix):
+            (folder / file).write_bytes(content)
+        refuse_unfaithful(folder, model, types, name)
     (folder / "README.md").write_text(card(report), encoding="utf-8")
     report = replace(report, files=digests(folder), probe=_probe(student))
     (folder / REPORT).write_text(to_json(report), encoding="utf-8")
     refuse_no_numbers(folder, name, "convert with --steps 0, or choose another model")
     return report
+
+
+def _types(student: Decoder, source: Source) -> dict[str, torch.dtype]:
+    """The type that everything is to be written in, by the name that it gets."""
+    parameters = student.model.named_parameters(remove_duplicate=False)
+    own = {
+        key: stored_type(key, source.dtype, source.types) or torch.float32 for key, _ in parameters
+    }
+    if source.whole is None:
+        return own
+    named = source.whole.name_of(student)
+    others = {key: tensor.dtype for key, tensor in source.whole.others()}
+    return {named(key): kind for key, kind in own.items()} | others
+
+
+def processors(source: Source, prefix: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+    """What reads pictures and chats, as it was, save that no chat begins with the prefix."""
+    files = source.whole.files if source.whole else {}
+    for name, content in files.items():
+        if name == TEMPLATE:
+            tokenizer = copy.copy(source.tokenizer)
+            tokenizer.chat_template = json.loads(content)["chat_template"]
+            plain = {"chat_template": without_bos(tokenizer, prefix).chat_template}
+            content = json.dumps(plain, indent=2).encode()
+        yield name, content
 
 
 def _probe(student: Decoder) -> Probe:

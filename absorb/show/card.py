@@ -27,17 +27,16 @@ residual stream have scales.
 ## Load it
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, {reader}
 
 name, safely = "PATH_OR_REPO", {{"revision": "COMMIT", "trust_remote_code": True}}
-model = AutoModelForCausalLM.from_pretrained(name, **safely)
-tokenizer = AutoTokenizer.from_pretrained(name, **safely)
+model = {auto}.from_pretrained(name, **safely)
+{reads} = {reader}.from_pretrained(name, **safely)
 ```
 
 It needs transformers 5.16 or newer. `trust_remote_code=True` runs `modeling_absorb.py` of this
 repository, and `revision`, the id of a commit, makes sure that it is the code you read. `absorb
-verify PATH_OR_REPO` checks that it is that of absorb, and the files those that were written. After
-`import absorb` neither is needed.
+verify PATH_OR_REPO` checks that it is that of absorb, and the files those that were written.{known}
 
 ## Before and after
 
@@ -109,11 +108,27 @@ _PURPOSES = {
 }
 
 
+# How a model is loaded that reads text alone, and one that reads pictures too.
+_TEXT = {
+    "auto": "AutoModelForCausalLM",
+    "reader": "AutoTokenizer",
+    "reads": "tokenizer",
+    "known": " After\n`import absorb` neither is needed.",
+}
+_PICTURES = {
+    "auto": "AutoModelForImageTextToText",
+    "reader": "AutoProcessor",
+    "reads": "processor",
+    "known": "",
+}
+
+
 def card(report: Report) -> str:
     """The README.md of a checkpoint."""
     inspection = report.inspection
     model = inspection.model
     return _CARD.format(
+        **(_PICTURES if inspection.whole else _TEXT),
         metadata=metadata(inspection, _title(inspection), _results(report)),
         title=_title(inspection),
         model=f"[{model}](https://huggingface.co/{model})" if _is_on_hub(inspection) else model,
@@ -163,12 +178,17 @@ def metadata(of: Inspection | Exported, title: str, results: list[EvalResult]) -
         base_model_relation="finetune" if hub_id else None,
         library_name="transformers",
         license=of.license,
-        pipeline_tag="text-generation",
+        pipeline_tag=_task(of),
         tags=["absorb", "attention-sink"],
         model_name=title,
         eval_results=results or None,
     )
     return data.to_yaml()
+
+
+def _task(of: Inspection | Exported) -> str:
+    pictures = isinstance(of, Inspection) and of.whole is not None
+    return "image-text-to-text" if pictures else "text-generation"
 
 
 def _results(report: Report) -> list[EvalResult]:
@@ -198,10 +218,24 @@ def _limits(report: Report) -> list[str]:
         "Attention runs as `sdpa` (the default), `eager` or `flex_attention`. What would drop the "
         "sinks is refused.",
     ]
-    if len(inspection.keyed_layers) < len(inspection.layers):
+    if inspection.by_logits:
         limits.append(
             "A sink logit does not depend on the query, as the prefix's did: right after the graft "
             f"that cost {inspection.divergence:.4f} nats per token."
+        )
+    if inspection.handing_on:
+        limits.append(
+            f"{len(inspection.handing_on)} of {len(inspection.layers)} layers hand on a state "
+            "instead of attending: they are as they were, but for residual and smoothing scales, "
+            "and what the prefix left in their state is gone. Right after the graft all of it cost "
+            f"{inspection.divergence:.4f} nats per token."
+        )
+    if inspection.whole is not None:
+        limits.append(
+            f"Of this {inspection.whole} model the language model was converted; what reads "
+            "pictures is bit for bit that of the original. All was fitted and measured on text: "
+            f"{_pictures(inspection)} The largest values that patches of pictures bring into a "
+            "matrix are in none of the figures above, so calibrate INT8 on pictures too."
         )
     if family_of(inspection.family).positions is not None:
         limits.append(
@@ -222,6 +256,16 @@ def _ours(inspection: Inspection) -> tuple[str, ...]:
     keyed = len(inspection.keyed_layers)
     sinks = {"sink": keyed < len(inspection.layers), "sink_key": keyed, "sink_value": keyed}
     return (*(name for name, there in sinks.items() if there), "input_scale", "output_scale")
+
+
+def _pictures(inspection: Inspection) -> str:
+    """What was fitted on text means for the tokens of pictures."""
+    if not inspection.by_logits:
+        return "patches of pictures meet the prefix's keys as words do, which is exact."
+    return (
+        "a logit was fitted to the queries of words, and patches of pictures ask with others; "
+        "with `--sink key` they meet the prefix itself, as words do."
+    )
 
 
 def _leads(report: Report) -> str:

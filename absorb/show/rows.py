@@ -110,10 +110,11 @@ def _neurons(inspection: Inspection) -> str:
 
 
 def _forms(inspection: Inspection) -> str:
-    keyed, layers = inspection.keyed_layers, len(inspection.layers)
-    logits = f"{layers - len(keyed)} layers by logits" if len(keyed) < layers else ""
+    keyed, states = inspection.keyed_layers, inspection.handing_on
+    logits = f"{inspection.by_logits} layers by logits" if inspection.by_logits else ""
     keys = f"keys in layers {_ranges(keyed)}" if keyed else ""
-    return ", ".join(part for part in (logits, keys) if part)
+    none = f"none in layers {_ranges(states)}, which hand on a state" if states else ""
+    return ", ".join(part for part in (logits, keys, none) if part)
 
 
 def _channels(findings: Findings, layers: int) -> str:

@@ -15,7 +15,7 @@ import click
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from absorb.models.families import FAMILIES
+from absorb.models.families import FAMILIES, INSIDE
 from absorb.schema.codec import from_json
 from absorb.schema.report import Report
 from absorb.show.before_after import BeforeAfter
@@ -40,7 +40,8 @@ def pages() -> dict[Path, str]:
     """Every page as it should be, by where it stands."""
     found = figures()
     report = from_json(Report, (FIGURES / "absorb.json").read_text())
-    shown = {"tables": drawn(found, report), "families": list(FAMILIES), **found}
+    known = {"families": list(FAMILIES), "inside": list(INSIDE)}
+    shown = {"tables": drawn(found, report), **known, **found}
     return {
         ROOT / "README.md": page("README.md", pictures=gallery(FIGURES.relative_to(ROOT)), **shown),
         FIGURES / "EVIDENCE.md": page("EVIDENCE.md", **shown),

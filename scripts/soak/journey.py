@@ -1,6 +1,7 @@
 """From a model to a stranger's generated text, by way of a Hub on this machine.
 
     python -m scripts.soak.journey                    a tiny random model
+    python -m scripts.soak.journey pictures           one that reads pictures too
     python -m scripts.soak.journey demo --steps 0     a real one, with options of `absorb convert`
 
 Converts, pushes, and then, in a process without absorb and with an empty cache, loads what was
@@ -84,26 +85,75 @@ theirs = torch.from_numpy(numpy.load(out)).log_softmax(-1)
 print((theirs - ours.logits.log_softmax(-1)).abs().max().item())
 """
 
+# The same of a model that reads pictures too: it says something of one.
+PICTURE = """
+import hashlib, torch
+from PIL import Image
+
+picture = Image.linear_gradient("L").convert("RGB")
+given = processor(images=picture, text="what is <start> here", return_tensors="pt")
+with torch.no_grad():
+    logits = model.eval()(**given).logits
+    plain = model(**{**given, "pixel_values": torch.zeros_like(given["pixel_values"])}).logits
+assert not torch.equal(plain, logits), "the picture is not seen"
+digest = hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()
+"""
+
+HERE_PICTURE = f"""
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+{PICTURE}
+print(digest)
+"""
+
+STRANGER_PICTURE = f"""
+import json, re, sys
+sys.modules["absorb"] = None  # as if it were not installed
+from pathlib import Path
+from huggingface_hub import hf_hub_download
+
+repository, commit = sys.argv[1:]
+card = Path(hf_hub_download(repository, "README.md", revision=commit)).read_text()
+example = re.search("```python\\n(.*?)```", card, re.DOTALL)[1]
+exec(example.replace("PATH_OR_REPO", repository).replace("COMMIT", commit))
+assert type(model).__module__.startswith("transformers_modules.")
+{PICTURE}
+settings = dict(max_new_tokens=16, do_sample=False)
+rows = [model.generate(**given, use_cache=use, **settings) for use in (True, False)]
+assert torch.equal(*rows), "with a cache it says something else"
+text = processor.tokenizer("once upon a time", return_tensors="pt")
+model.generate(**text, **settings)
+print(json.dumps([digest, processor.decode(rows[0][0])]))
+"""
+
 
 def main(model: str | None, *options: str) -> None:
     with TemporaryDirectory() as name, running(Path(name, "hub")) as hub:
         place = Path(name)
         out = place / "converted"
+        scripts = (HERE_PICTURE, STRANGER_PICTURE) if model == "pictures" else (HERE, STRANGER)
         plain = ("--steps", "0", "--sink", "logit")
-        source, options = (model, options) if model else (tiny_model(place), plain)
+        if model in (None, "pictures"):
+            source, options = tiny_model(place, model is not None), plain
+        else:
+            source = str(model)
         user = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(place / "user")}
         run("convert", [*ABSORB, "convert", source, "--out", str(out), *options], {})
         push = [*ABSORB, "push", str(out), REPOSITORY, "--json"]
         pushed = json.loads(run("push", push, {**user, "HF_TOKEN": TOKEN}))
-        here = run("load here", [sys.executable, "-c", HERE, str(out)], {}).strip()
+        here = run("load here", [sys.executable, "-c", scripts[0], str(out)], {}).strip()
         stranger = {**user, "HF_HOME": str(place / "stranger")}
-        command = [sys.executable, "-I", "-c", STRANGER, REPOSITORY, pushed["commit"]]
+        command = [sys.executable, "-I", "-c", scripts[1], REPOSITORY, pushed["commit"]]
         there, text = json.loads(run("load as a stranger", command, stranger).splitlines()[-1])
         verify = [*ABSORB, "verify", REPOSITORY, "--revision", pushed["commit"]]
         print(run("verify", verify, {**user, "HF_HOME": str(place / "verifier")}), end="")
         assert here == there, f"the logits differ: {here} here, {there} there"
         print(f"logits equal to the bit: {here}\ngenerated: {text!r}")
-        go_on_to_llama_cpp(out, place, user)
+        if model != "pictures":
+            go_on_to_llama_cpp(out, place, user)
 
 
 def go_on_to_llama_cpp(converted: Path, place: Path, user: dict[str, str]) -> None:
@@ -124,15 +174,18 @@ def go_on_to_llama_cpp(converted: Path, place: Path, user: dict[str, str]) -> No
     print(f"llama.cpp says the same to {apart:.1e} nats")
 
 
-def tiny_model(place: Path) -> str:
+def tiny_model(place: Path, pictures: bool) -> str:
     import torch
     from transformers.utils import logging
 
     from tests.helpers.tiny import tiny
     from tests.helpers.tiny_tokenizer import tiny_tokenizer
+    from tests.helpers.wrappers import saved_with_processor
 
     logging.disable_progress_bar()
     folder = place / "tiny"
+    if pictures:
+        return str(saved_with_processor(folder))
     tiny("llama", torch.float32).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)

@@ -4,8 +4,8 @@ The tiny models are float64, but stock norms and the eager softmax compute in fl
 logits agree to a few 1e-7 at best. The mistakes these tests are for move them by 0.01 and more.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from absorb.fold.graft import graft, twin
 from absorb.fold.plan import Plan
+from absorb.fold.sinks import choose
 from absorb.fold.sinks.choose import fit_sinks
 from absorb.fold.sinks.prefix_cache import prefix_of, prefixed
 from absorb.fold.smoothing import searched_scales, smooth
@@ -26,16 +27,39 @@ from absorb.runtime.precision import as_stored
 from absorb.runtime.reading import led
 from absorb.schema.findings import Removal, SpikeNeuron
 from absorb.schema.settings import Sink
-from tests.helpers.edits import decoder_layers, weight_of
+from tests.helpers.edits import decoder_layers, has, weight_of
 from tests.helpers.plans import neutral_plan, plan_of
-from tests.helpers.tiny import HIDDEN, LAYERS, NOTHING, POSITIONS, tiny
+from tests.helpers.tiny import HIDDEN, LAYERS, NOTHING, POSITIONS, attending, tiny
 
-EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+
+def those(admits: Callable[[Family], object]) -> pytest.MarkDecorator:
+    families = [family for family in FAMILIES.values() if admits(family)]
+    return pytest.mark.parametrize("family", families, ids=lambda family: family.model_type)
+
+
+EVERY = those(lambda family: True)
+# In some every layer attends, in others some hand on a state, which keys and values cannot bring.
+ATTEND = those(lambda family: family.attention not in family.some)
+HAND_ON = those(lambda family: family.attention in family.some)
+# A gate behind the heads lets no constant value pass.
+UNGATED = those(lambda family: not family.gated)
+BOTH_FORMS = those(lambda family: family.attention not in family.some and not family.gated)
 LEARNED_POSITIONS = pytest.mark.parametrize("family", [FAMILIES["gpt2"], FAMILIES["opt"]])
 TIED = pytest.mark.parametrize(
     "model_type", ["llama", "gemma2", "gpt2", "opt", "cohere", "olmo", "nemotron"]
 )
 TOLERANCE = 1e-5
+
+
+def tolerance(family: Family) -> float:
+    """Delta rules add up a state in float32, token by token: transformers 5.17 is 4e-5 off."""
+    return 1e-4 if "linear_attn.out_proj" in family.some else TOLERANCE
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routers and states are float32 even here, and would be hastened like any other float32."""
+    monkeypatch.setattr(choose, "autocast_bf16", lambda device: nullcontext())
 
 
 def drift(after: Tensor, before: Tensor) -> float:
@@ -62,7 +86,7 @@ def test_a_neutral_twin_is_the_stock_model(family: Family, tokens: Tensor) -> No
 def test_residual_scales_change_nothing(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
     student = graft(Decoder(model, family), neutral_plan(family, residual=powers_of_two())).model
-    assert drift(student(tokens).logits, model(tokens).logits) < TOLERANCE
+    assert drift(student(tokens).logits, model(tokens).logits) < tolerance(family)
 
 
 @EVERY
@@ -98,10 +122,10 @@ def test_smoothing_changes_nothing(family: Family, tokens: Tensor) -> None:
     scales = searched_scales(Decoder(student, family), tokens)
     assert max(float(scale.max() / scale.min()) for scale in scales.values()) > 2
     smooth(Decoder(student, family), scales)
-    assert drift(student(tokens).logits, model(tokens).logits) < TOLERANCE
+    assert drift(student(tokens).logits, model(tokens).logits) < tolerance(family)
 
 
-@EVERY
+@ATTEND
 @torch.no_grad()
 def test_constant_keys_and_values_are_the_prefix(family: Family, tokens: Tensor) -> None:
     model = tiny(family.model_type)
@@ -139,7 +163,7 @@ def planned(
     )
 
 
-@EVERY
+@UNGATED
 @torch.no_grad()
 def test_the_grafted_model_does_what_the_fit_did(family: Family, tokens: Tensor) -> None:
     """Logits, values and key biases land in the right rows of the right modules."""
@@ -147,8 +171,9 @@ def test_the_grafted_model_does_what_the_fit_did(family: Family, tokens: Tensor)
     prefix = prefix_of(Decoder(model, family), torch.tensor([1, 9]))
     with last_output(model, family) as fitted:
         sinks = fit_sinks(Decoder(model, family), prefix, tokens)
-    assert all(sink.error < 1 for sink in sinks)
-    assert any(bool(sink.key_bias.any()) for sink in sinks) == (family.key is not None)
+    fits = [sink for sink in sinks if sink]
+    assert all(sink.error < 1 for sink in fits)
+    assert any(bool(sink.key_bias.any()) for sink in fits) == (family.key is not None)
     # Sinks are float32 in the student, and float64 in the fit.
     plan = neutral_plan(family, prefix=(1, 9), sinks=sinks)
     assert (
@@ -159,7 +184,7 @@ def test_the_grafted_model_does_what_the_fit_did(family: Family, tokens: Tensor)
     assert family.key is None or drift(wrong, fitted[0]) > 1e-2
 
 
-@EVERY
+@BOTH_FORMS
 @torch.no_grad()
 def test_keys_in_some_layers_do_what_the_fit_of_the_others_reckoned_with(
     family: Family, tokens: Tensor
@@ -258,7 +283,9 @@ def test_one_neuron_goes_and_the_stock_model_stays_as_it_was(family: Family) -> 
 
 def neurons(layer: torch.nn.Module, family: Family) -> Tensor:
     """What each neuron writes, expert after expert: (neurons, hidden)."""
-    return weight_of(layer, family.down).movedim(-1, -2).reshape(-1, HIDDEN).clone()
+    places = [family.down, *(family.dense[1:] if family.dense else ())]
+    name = next(name for name in places if has(layer, family, name))
+    return weight_of(layer, name).movedim(-1, -2).reshape(-1, HIDDEN).clone()
 
 
 def test_watching_attention_leaves_no_trace(tokens: Tensor) -> None:
@@ -269,7 +296,7 @@ def test_watching_attention_leaves_no_trace(tokens: Tensor) -> None:
     assert model.config._attn_implementation == before
 
 
-@EVERY
+@ATTEND
 @pytest.mark.parametrize("prefix", [(1,), (1, 9)], ids=["one token", "two tokens"])
 @torch.no_grad()
 def test_the_key_form_is_the_teacher(
@@ -285,3 +312,26 @@ def test_the_key_form_is_the_teacher(
     behind = model(led(tokens, constants.tokens)).logits[:, len(prefix) :]
     assert drift(student(tokens).logits, behind) < TOLERANCE
     assert drift(model(tokens).logits, behind) > 0.01
+
+
+@HAND_ON
+@torch.no_grad()
+def test_where_layers_hand_on_a_state_the_key_form_is_the_prefix_to_those_that_attend(
+    family: Family, tokens: Tensor
+) -> None:
+    """The others start from nothing, as they do without a prefix; scales are for all layers."""
+    model = tiny(family.model_type)
+    decoder = Decoder(model, family)
+    constants, moved = (prefix_of(decoder, torch.tensor([1, 9]), start) for start in (-2, 0))
+    assert [i for i, sink in enumerate(constants.layers) if sink] == attending(family)
+    with prefixed(decoder, moved):
+        behind = model(tokens, position_ids=moved.positions(tokens.shape[1]), use_cache=False)
+    plan = neutral_plan(family, prefix=(1, 9), sinks=constants.layers, residual=powers_of_two())
+    student = graft(decoder, plan).model
+    smooth(Decoder(student, family), searched_scales(Decoder(student, family), tokens))
+    assert drift(student(tokens).logits, behind.logits) < tolerance(family)
+    assert drift(model(tokens).logits, behind.logits) > 0.01
+    for reader in (name for readers in family.links.values() for name in readers):
+        for name in decoder.names(reader):
+            changed = Decoder(student, family).named(name).weight
+            assert not torch.equal(changed, decoder.named(name).weight), name

@@ -30,8 +30,26 @@ def drift(family: Family, tokens: Tensor, edit: Edit, **settings: Any) -> float:
     return ((after - before).abs().max() / before.abs().max()).item()
 
 
-def decoder_layers(model: PreTrainedModel, family: Family) -> Iterator[nn.Module]:
-    return model.get_submodule(family.layers).children()
+def decoder_layers(
+    model: PreTrainedModel, family: Family, *names: str | None
+) -> Iterator[nn.Module]:
+    """All layers, or those that have these places, where only some do."""
+    layers = model.get_submodule(family.layers).children()
+    return (layer for layer in layers if all(has(layer, family, name) for name in names))
+
+
+def has(layer: nn.Module, family: Family, name: str | None) -> bool:
+    if name is None or name not in family.some:
+        return True
+    *above, last = name.split(".")
+    for part in above:
+        layer = getattr(layer, part, None)
+    return getattr(layer, last, None) is not None
+
+
+def present(layer: nn.Module, family: Family, names: tuple[str, ...]) -> list[str]:
+    """Those of the names that the layer has, where only some do."""
+    return [name for name in names if has(layer, family, name)]
 
 
 def place_of(layer: nn.Module, name: str) -> nn.Module | nn.Parameter:
@@ -148,9 +166,9 @@ def rescale_stream(model: PreTrainedModel, family: Family) -> None:
             divide_output(model, table, factors, family.norm_offset)
     multiply_input(model, family.final_norm, factors)
     for layer in decoder_layers(model, family):
-        for name in family.writes:
+        for name in present(layer, family, family.writes):
             divide_output(layer, name, factors, family.norm_offset)
-        for name in family.reads:
+        for name in present(layer, family, family.reads):
             multiply_input(layer, name, factors)
 
 
@@ -160,7 +178,7 @@ def smooth_norms(model: PreTrainedModel, family: Family) -> None:
         for norm, readers in family.feeds:
             factors = random_factors(HIDDEN)
             divide_output(layer, norm, factors, family.norm_offset)
-            for name in readers:
+            for name in present(layer, family, readers):
                 multiply_input(layer, name, factors)
 
 
@@ -171,7 +189,7 @@ def smooth_values(
     columns: Callable[[Family], Tensor] = by_groups,
 ) -> None:
     """Move a factor for each value channel into the columns that read it."""
-    for layer in decoder_layers(model, family):
+    for layer in decoder_layers(model, family, family.value):
         factors = random_factors(kv_heads(family.model_type) * HEAD_DIM)
         total = len(weight_of(layer, family.value))
         divide_rows(layer, family.value, factors, rows(family, total, len(factors)))
@@ -180,8 +198,10 @@ def smooth_values(
 
 def smooth_neurons(model: PreTrainedModel, family: Family, rows: Rows = last_rows) -> None:
     """Move a factor for each neuron into the column that reads it."""
-    pairs = [(family.up, family.down), *([family.shared] if family.shared else [])]
+    pairs = [pair for pair in ((family.up, family.down), family.shared, family.dense) if pair]
     for layer, (above, below) in product(decoder_layers(model, family), pairs):
+        if not has(layer, family, above):
+            continue
         up, down = weight_of(layer, above), weight_of(layer, below)
         factors = random_factors(*down.shape[:-2], down.shape[-1])
         divide_rows(layer, above, factors, rows(family, up.shape[-2], down.shape[-1]))
@@ -195,7 +215,7 @@ def fold_values(
     columns: Callable[[Family], Tensor] = by_groups,
 ) -> None:
     """Add a constant to every value; take what it becomes out of the output's bias."""
-    for layer in decoder_layers(model, family):
+    for layer in decoder_layers(model, family, family.value):
         constant = torch.randn(kv_heads(family.model_type) * HEAD_DIM, dtype=torch.float64)
         total = len(weight_of(layer, family.value))
         add_bias(layer, family.value, constant, rows(family, total, len(constant)))
@@ -205,7 +225,7 @@ def fold_values(
 
 def shift_keys(model: PreTrainedModel, family: Family, rows: Rows = key_rows) -> None:
     """Add a constant to every key: where nothing rotates it, all logits of a query move alike."""
-    for layer in decoder_layers(model, family):
+    for layer in decoder_layers(model, family, family.value):
         constant = torch.randn(kv_heads(family.model_type) * HEAD_DIM, dtype=torch.float64)
         total = len(weight_of(layer, family.key))
         add_bias(layer, family.key, constant, rows(family, total, len(constant)))

@@ -15,7 +15,7 @@ from absorb.models.family import Family
 from absorb.models.modeling_absorb import NEUTRAL
 from absorb.schema.findings import Findings
 from absorb.schema.settings import Sink
-from tests.helpers.tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, kv_heads
+from tests.helpers.tiny import HEAD_DIM, HEADS, HIDDEN, LAYERS, attending, kv_heads
 
 
 @torch.no_grad()
@@ -45,7 +45,6 @@ def neutral_plan(family: Family, **changes: object) -> Plan:
         key_bias=nothing,
         error=torch.zeros(()),
     )
-    plan = Plan(
-        prefix=(), sinks=(sink,) * LAYERS, removals=(), residual=torch.ones(HIDDEN), smoothing={}
-    )
+    sinks = tuple(sink if layer in attending(family) else None for layer in range(LAYERS))
+    plan = Plan(prefix=(), sinks=sinks, removals=(), residual=torch.ones(HIDDEN), smoothing={})
     return replace(plan, **changes)

@@ -3,8 +3,16 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
+from absorb.models.family import Family
+from absorb.models.whole import with_head
 from absorb.schema.findings import Findings
 
 LAYERS = 3
@@ -47,6 +55,9 @@ GEMMA = {
     "sliding_window": POSITIONS,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+
+# How many of the frequencies are those of time, height and width.
+THREE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
@@ -115,14 +126,104 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "qwen2_vl_text": {"rope_parameters": THREE},
+    "qwen2_5_vl_text": {"rope_parameters": THREE},
+    "qwen3_vl_text": {"head_dim": HEAD_DIM, "rope_parameters": THREE},
+    "glm4v_text": {"rope_parameters": THREE},
+    "glm_ocr_text": {"head_dim": HEAD_DIM, "rope_parameters": THREE},
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
     "vaultgemma": GEMMA,
 }
 
+SPECIAL["qwen3_vl_moe_text"] = {**SPECIAL["qwen3_moe"], "rope_parameters": THREE}
+# One layer has no experts.
+MIXED = {
+    "head_dim": HEAD_DIM,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": INTERMEDIATE,
+    "num_experts_per_tok": 2,
+}
+STATES = ["linear_attention", "full_attention", "linear_attention"]
+DELTA = {
+    "head_dim": HEAD_DIM,
+    "layer_types": STATES,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+SPECIAL |= {
+    "glm4_moe": MIXED,
+    "glm4v_moe_text": {**MIXED, "rope_parameters": {**THREE, "partial_rotary_factor": 1.0}},
+    "dots1": {**MIXED, "layer_types": ["full_attention"] * LAYERS},
+    "exaone_moe": {
+        "head_dim": HEAD_DIM,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": INTERMEDIATE,
+        "sliding_window": POSITIONS,
+    },
+    "afmoe": {
+        "head_dim": HEAD_DIM,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": INTERMEDIATE,
+        "num_dense_layers": 1,
+        "sliding_window": POSITIONS,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "ernie4_5_moe": {
+        "head_dim": HEAD_DIM,
+        "moe_num_experts": EXPERTS,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "moe_intermediate_size": INTERMEDIATE,
+    },
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": {**SPECIAL["qwen2_moe"], **DELTA},
+    "qwen3_next": {**SPECIAL["qwen2_moe"], **DELTA},
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": False,
+    },
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": INTERMEDIATE,
+        "num_dense_layers": 1,
+    },
+    "bamba": {"attn_layer_indices": [1], **MAMBA},
+    "jamba": {
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "granitemoehybrid": {
+        **SPECIAL["granitemoe"],
+        **MAMBA,
+        "layer_types": STATES,
+        "shared_intermediate_size": INTERMEDIATE,
+    },
+}
 
 # Families in which every query head has a key and value head of its own.
 ONE_TO_ONE = {"gpt2", "gpt_neox", "opt"}
+
+
+def attending(family: Family) -> list[int]:
+    """The layers of a tiny model that attend: only the second where most hand on a state."""
+    return [1] if family.attention in family.some else [*range(LAYERS)]
 
 
 def kv_heads(model_type: str) -> int:
@@ -136,7 +237,7 @@ def tiny(model_type: str, dtype: torch.dtype = torch.float64, **overrides: Any) 
     """
     settings = {**COMMON, **SPECIAL.get(model_type, {}), **overrides}
     config = AutoConfig.for_model(model_type, **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = causal_class(config)._from_config(config, dtype=dtype).eval()
     if getattr(config, "attn_logit_softcapping", None) is not None:
         # transformers 5.17 lets SDPA leave out the softcap, and says nothing.
         model.set_attn_implementation("eager")
@@ -144,6 +245,13 @@ def tiny(model_type: str, dtype: torch.dtype = torch.float64, **overrides: Any) 
     model.set_experts_implementation("eager")
     randomise(model)
     return model
+
+
+def causal_class(config: PretrainedConfig) -> Any:
+    """The class of transformers, or its body with a head."""
+    kind = type(config)
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING
+    return MODEL_FOR_CAUSAL_LM_MAPPING[kind] if known else with_head(MODEL_MAPPING[kind])
 
 
 @torch.no_grad()

@@ -251,13 +251,13 @@ def test_how_a_tokenizer_was_loaded_is_not_written_down(folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "part"), [("gemma3", "gemma3_text"), ("mistral3", "mistral"), ("llava", "llama")]
+    ("wrapper", "part"), [("llama4", "llama4_text"), ("gemma3n", "gemma3n_text")]
 )
-def test_a_model_around_a_known_one_is_refused_by_the_name_of_that(
+def test_a_model_around_one_that_is_refused_is_refused_by_the_name_of_that(
     wrapper: str, part: str, folder: Path
 ) -> None:
     edit_json(folder / "config.json", model_type=wrapper, text_config={"model_type": part})
-    with pytest.raises(AbsorbError, match=rf"is a {wrapper} model.*\({part}\).*--text-only"):
+    with pytest.raises(AbsorbError, match=rf"does not convert the architecture '{part}'"):
         loaded(folder)
 
 

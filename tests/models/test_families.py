@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from absorb.models.families import FAMILIES
+from absorb.models.families import FAMILIES, INSIDE
 from absorb.models.family import Family
 from tests.helpers.edits import (
     Edit,
@@ -24,6 +24,7 @@ from tests.helpers.edits import (
     fold_values,
     is_norm,
     place_of,
+    present,
     rescale_stream,
     shift_keys,
     smooth_neurons,
@@ -50,7 +51,7 @@ BENT = {
 
 
 def for_each(admits: Callable[[Family], Any]) -> pytest.MarkDecorator:
-    families = [family for family in FAMILIES.values() if admits(family)]
+    families = [f for f in (*FAMILIES.values(), *INSIDE.values()) if admits(f)]
     return pytest.mark.parametrize("family", families, ids=lambda family: family.model_type)
 
 
@@ -141,7 +142,7 @@ def test_leaving_out_any_reader_of_a_norm_shows(family: Family, tokens: Tensor) 
 def test_every_norm_with_a_weight_that_reads_the_stream_has_its_readers_named(
     family: Family,
 ) -> None:
-    layer = next(decoder_layers(tiny(family.model_type), family))
+    layer = next(decoder_layers(tiny(family.model_type), family, *family.reads))
     norms = {name for name in family.reads if is_norm(place_of(layer, name))}
     weighted = {name for name in norms if hasattr(place_of(layer, name), "weight")}
     assert weighted == {norm for norm, _ in family.feeds}
@@ -207,11 +208,24 @@ def test_the_first_rows_of_gate_and_up_are_the_gate(family: Family, tokens: Tens
 # The biases that stand for the sink's value and key
 
 
-@every_family
+@for_each(lambda family: not family.gated)
 def test_attention_weights_sum_to_one_so_a_constant_value_folds_into_the_output_bias(
     family: Family, tokens: Tensor
 ) -> None:
     assert drift(family, tokens, fold_values) < UNCHANGED
+
+
+@for_each(lambda family: family.gated)
+def test_no_constant_value_passes_a_gate(family: Family, tokens: Tensor) -> None:
+    assert drift(family, tokens, fold_values) > CHANGED
+
+
+@for_each(lambda family: family.some)
+def test_some_layers_lack_each_of_these_places_and_some_have_it(family: Family) -> None:
+    layers = [*decoder_layers(tiny(family.model_type), family)]
+    for name in family.some:
+        having = [layer for layer in layers if present(layer, family, (name,))]
+        assert 0 < len(having) < len(layers), name
 
 
 @families_with_learned_positions
@@ -237,11 +251,13 @@ def test_every_name_resolves_to_a_place_of_the_right_kind(family: Family) -> Non
     assert family.positions is None or isinstance(place_of(model, family.positions), nn.Embedding)
     assert is_norm(place_of(model, family.final_norm))
     for layer in decoder_layers(model, family):
-        norms = [name for name in family.reads + family.writes if is_norm(place_of(layer, name))]
+        places = present(layer, family, family.reads + family.writes)
+        norms = [name for name in places if is_norm(place_of(layer, name))]
         assert {norm for norm, _ in family.feeds} <= {*norms}
         matrices = {name for readers in family.links.values() for name in readers}
         matrices |= {family.value, family.output, family.up or family.down, family.down}
-        matrices |= {name for name in family.reads + family.writes if name not in norms}
+        matrices |= {name for name in places if name not in norms}
+        matrices = {*present(layer, family, tuple(matrices))}
         assert all(weight_of(layer, name).ndim >= 2 for name in matrices)
         assert all(
             weight_of(layer, name).shape[-2] == HIDDEN for name in matrices & {*family.writes}
@@ -250,6 +266,6 @@ def test_every_name_resolves_to_a_place_of_the_right_kind(family: Family) -> Non
 
 @every_family
 def test_attention_holds_value_and_output(family: Family) -> None:
-    layer = next(decoder_layers(tiny(family.model_type), family))
+    layer = next(decoder_layers(tiny(family.model_type), family, family.attention))
     children = {*place_of(layer, family.attention).children()}
     assert {place_of(layer, family.value), place_of(layer, family.output)} <= children

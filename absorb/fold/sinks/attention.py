@@ -129,13 +129,16 @@ class Rotate:
         return torch.cat([apply(turned, turned, *self.cos_sin)[1], rest], -1)
 
 
+Rotations = dict[nn.Module, tuple[Tensor, Tensor] | None]
+
+
 @contextmanager
-def rotations_of(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """The rotation that each attention module was last called with."""
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+def rotations_of(modules: list[nn.Module]) -> Iterator[Rotations]:
+    """The rotation that each attention module was last called with, if any."""
+    seen: Rotations = {}
 
     def see(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
-        seen[module] = kwargs["position_embeddings"]
+        seen[module] = kwargs.get("position_embeddings")
 
     handles = [module.register_forward_pre_hook(see, with_kwargs=True) for module in modules]
     try:
@@ -151,7 +154,7 @@ def layer_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | None,
     *,
     scaling: float,
     softcap: float | None = None,
@@ -163,6 +166,7 @@ def layer_attention(
     # Hastened Linears give bfloat16; what the fit adds up must not be rounded to it.
     dtype = next(module.parameters()).dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    mask = attention_mask
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
     rotate = Rotate(module, cos_sin, length)

@@ -28,7 +28,7 @@ from absorb.runtime.precision import autocast_bf16
 @torch.no_grad()
 def fit_sinks(
     decoder: Decoder, prefix: Prefix, tokens: Tensor, most: float = inf
-) -> list[LayerSink]:
+) -> list[LayerSink | None]:
     """Each layer's sink, fitted to what the prefix does to its attention on text (rows, length).
 
     One forward pass: each layer is fitted on what the layers before it give with their sinks in
@@ -38,16 +38,18 @@ def fit_sinks(
     """
     model: Any = decoder.model
     family = decoder.family
-    modules = decoder.each(family.attention)
-    sinks: list[LayerSink] = []
-    bar = tqdm(total=len(modules), desc="fitting sinks", unit="layer")
+    layers = decoder.having(family.attention)
+    sinks: list[LayerSink | None] = [None] * len(decoder.layers)
+    bar = tqdm(total=len(layers), desc="fitting sinks", unit="layer")
+    ahead = iter(layers)
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         with torch.autocast(decoder.device.type, enabled=False):
             scene = layer_attention(module, rotations.get(module), *args, **kwargs)
-            layer = prefix.layers[len(sinks)]
-            sink, out = sink_of(scene, layer, family.key is not None, most)
-        sinks.append(sink)
+            layer = next(ahead)
+            known = prefix.layers[layer]
+            assert known is not None
+            sinks[layer], out = sink_of(scene, known, family.key is not None, most)
         bar.update()
         return heads_last(out), None
 

@@ -25,12 +25,13 @@ class Prefix:
 
     tokens: Tensor
     start: int
-    layers: tuple[KeySink, ...]
+    layers: tuple[KeySink | None, ...]  # None where there is no attention
 
     def positions(self, length: int) -> Tensor:
         """The positions (1, length) of text read after the prefix."""
         start = self.start + len(self.tokens)
-        return torch.arange(start, start + length, device=self.layers[0].keys.device)[None]
+        device = next(layer.keys.device for layer in self.layers if layer)
+        return torch.arange(start, start + length, device=device)[None]
 
 
 @torch.no_grad()
@@ -42,14 +43,12 @@ def prefix_of(decoder: Decoder, tokens: Tensor, start: int = 0) -> Prefix:
     cache, arguments = new_cache(decoder.model)
     positions = torch.arange(start, start + len(tokens), device=decoder.device)[None]
     decoder.model.base_model(tokens[None].to(decoder.device), position_ids=positions, **arguments)
-    layers: list[Any] = cache.layers
-    return Prefix(
-        tokens=tokens,
-        start=start,
-        layers=tuple(
-            KeySink(keys=layer.keys[0].clone(), values=layer.values[0].clone()) for layer in layers
-        ),
-    )
+    held: list[Any] = cache.layers
+    layers: list[KeySink | None] = [None] * len(decoder.layers)
+    for index in decoder.having(decoder.family.attention):
+        keys, values = held[index].keys[0], held[index].values[0]
+        layers[index] = KeySink(keys=keys.clone(), values=values.clone())
+    return Prefix(tokens=tokens, start=start, layers=tuple(layers))
 
 
 @contextmanager
@@ -58,10 +57,11 @@ def prefixed(decoder: Decoder, prefix: Prefix) -> Iterator[None]:
 
     Text must be read at `prefix.positions`.
     """
-    layers = {m: i for i, m in enumerate(decoder.each(decoder.family.attention))}
+    known = [layer for layer in prefix.layers if layer]
+    layers = dict(zip(decoder.each(decoder.family.attention), known, strict=True))
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        layer = prefix.layers[layers[module]]
+        layer = layers[module]
         scene = layer_attention(module, None, *args, **kwargs)
         return heads_last(scene.with_prefix(layer.keys, layer.values)), None
 
