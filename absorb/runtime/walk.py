@@ -63,30 +63,36 @@ class Walk:
         self, decoder: Decoder, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32
     ):
         self.decoder, self.dtype = decoder, dtype
-        self._in_tuples = False
+        self._others: int | None = None  # what a layer gives besides the stream; None: no tuple
         size = sum(part.numel() for part in parts) * decoder.config.hidden_size * dtype.itemsize
         self._stays = size < _SHARE * free_memory(decoder.device)
         self.calls: list[list[Call]] = []  # of every part, by layer: what is given besides
         self.streams: list[Tensor] = []  # (rows, length, hidden)
         with self._at_hand(lambda unit: unit is decoder.model.get_input_embeddings()):
             for part in parts:
-                self._begin(part)
+                try:
+                    self._begin(part)
+                except ValueError:  # the model unpacks what a layer gives
+                    self._others = 1
+                    self._begin(part)
 
     @torch.no_grad()
     def _begin(self, part: Tensor) -> None:
         calls: list[Call] = []
+        beginning: list[Tensor] = []
 
         def note(layer: int, stream: Tensor, call: Call) -> Tensor:
             if layer == 0:
-                self.streams.append(self._room_for(stream).copy_(stream))
+                beginning.append(stream)
             calls.append(call)
             if layer == len(self.decoder.layers) - 1:
                 raise _Seen
-            return stream
+            return self._formed(stream)
 
         with self._layers_as(note), suppress(_Seen):
             self.decoder.model(part.to(self.decoder.device), use_cache=False)
         self.calls.append(calls)
+        self.streams.append(self._room_for(beginning[0]).copy_(beginning[0]))
 
     def _room_for(self, stream: Tensor) -> Tensor:
         if self._stays or stream.device.type != "cuda":
@@ -103,9 +109,13 @@ class Walk:
         args, options = self.calls[place][layer]
         stream = self.waiting(place)
         out = self.decoder.layers[layer](stream, *args, **options)
-        self._in_tuples = not torch.is_tensor(out)
-        found: Tensor = out[0] if self._in_tuples else out
+        self._others = None if torch.is_tensor(out) else len(out) - 1
+        found: Tensor = out if torch.is_tensor(out) else out[0]
         return found
+
+    def _formed(self, stream: Tensor) -> Any:
+        """A stream as a layer gives it."""
+        return stream if self._others is None else (stream, *[None] * self._others)
 
     @torch.no_grad()
     def pass_on(self, layer: int) -> None:
@@ -132,7 +142,7 @@ class Walk:
         stream = self.waiting(place)
 
         def end(*_: object) -> Any:
-            return (stream,) if self._in_tuples else stream
+            return self._formed(stream)
 
         with self._layers_as(end):
             found: Tensor = self.decoder.model(inputs_embeds=stream, use_cache=False).logits
