@@ -110,7 +110,7 @@ class Walk:
         stream = self.waiting(place)
         out = self.decoder.layers[layer](stream, *args, **options)
         self._others = None if torch.is_tensor(out) else len(out) - 1
-        found: Tensor = out if torch.is_tensor(out) else out[0]
+        found: Tensor = out if self._others is None else out[0]
         return found
 
     def _formed(self, stream: Tensor) -> Any:
