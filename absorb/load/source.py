@@ -191,26 +191,33 @@ def _from_folder(
     if wrapped.has_part(settings):
         narrow = exact and not stays
         model, types, whole = wrapped.part_of(model, config, types, folder, ref, measured, narrow)
-        if family is not None:
-            # Some wholes change settings of their part unknown to config.json, as PaliGemma does.
-            inside: Any = model.base_model.config
-            family = checks.family_of_config(inside.to_dict(), ref.name)
     if not stays:
         _align(model)
-    if family is None:
-        with stored.reading(ref.name):
-            family = inferred_family(model, ref.name)
     return Source(
         name=name,
         model=model,
         tokenizer=tokenizer,
-        family=family,
+        family=_settled(family, model, settings, ref.name),
         dtype=expected.dtype if whole else most_of(model, types),
         types=types,
         license=_license(folder),
         commit=commit,
         whole=whole,
     )
+
+
+def _settled(
+    family: Family | None, model: PreTrainedModel, settings: Mapping[str, Any], name: str
+) -> Family:
+    """The family of a model that is loaded, by what it says of itself."""
+    if family is None:
+        with stored.reading(name):
+            return inferred_family(model, name)
+    if not wrapped.has_part(settings):
+        return family
+    # Some wholes change settings of their part unknown to config.json, as PaliGemma does.
+    inside: Any = model.base_model.config
+    return checks.family_of_config(inside.to_dict(), name)
 
 
 def _given(
