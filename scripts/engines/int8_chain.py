@@ -21,6 +21,7 @@ import click
 import torch
 
 from absorb.cli.terminal import UserErrors
+from absorb.errors import AbsorbError
 from absorb.load.source import load
 from absorb.schema.settings import ModelRef
 from absorb.show.tables import table
@@ -88,6 +89,8 @@ def measured(
         said = json.loads(out.read_text())
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     one = said["models"]["one"]
+    if "refused" in one:
+        raise AbsorbError(f"vLLM refuses {folder}: {one['refused']}")
     versions = {**found.pop("versions", {}), **said["versions"]}
     losses = -torch.tensor(one["said"], dtype=torch.float64)
     return {

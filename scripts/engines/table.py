@@ -26,19 +26,18 @@ def _row(one: dict[str, Any]) -> Row:
 
 
 def engine_rows(vllm: dict[str, Any], stranger: dict[str, Any]) -> list[Row]:
-    """A row for every engine: what to type, how far from transformers it is, and how fast."""
-    head = ("", "command", "from transformers, nats", "prefill", "decode")
-    rows: list[Row] = [("transformers", '`from_pretrained("NATIVE")`', "", "", "")]
+    """A row for every engine: what to type, and how far it is from transformers."""
+    head = ("", "command", "from transformers, nats")
+    rows: list[Row] = [("transformers", '`from_pretrained("NATIVE")`', "")]
     commands = {
         "native": ("vLLM", "`vllm serve NATIVE`"),
         "custom": ("vLLM, as converted", "`vllm serve DIR --trust-remote-code`"),
     }
     for kind, words in commands.items():
         one = vllm["model"][kind]
-        ratios = [f"{one['of_stock'][work]:.2f} x" for work in ("prefill", "decode")]
-        rows.append((*words, f"{one['largest_difference']:.0e}", *ratios))
+        rows.append((*words, f"{one['largest_difference']:.0e}"))
     server = stranger["llama.cpp"]
-    rows.append(("llama.cpp", "`llama-server -m FILES/*.gguf`", _apart(server["found"]), "", ""))
+    rows.append(("llama.cpp", "`llama-server -m FILES/*.gguf`", _apart(server["found"])))
     return [head, *rows]
 
 
