@@ -128,8 +128,8 @@ class Decoder:
 
     @property
     def rotating(self) -> list[Any]:
-        """The attention of every layer that rotates its keys (RoPE)."""
-        if self.family.positions is not None:
+        """The attention of every layer that rotates its keys (RoPE), where they may get a bias."""
+        if self.family.positions is not None or self.family.key is None:
             return []
         named = self.family.rotation
         modules = self.each(self.family.attention)
