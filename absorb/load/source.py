@@ -6,7 +6,7 @@ downloaded or read.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -31,10 +31,11 @@ from absorb.load.unlisted import inferred_family
 from absorb.load.vocabulary import read_tokenizer
 from absorb.models import modeling_absorb
 from absorb.models.decoder import Decoder
-from absorb.models.family import Family
+from absorb.models.family import Family, UnsupportedFamilyError
 from absorb.models.streaming import Streaming
 from absorb.runtime.precision import free_memory
 from absorb.runtime.quiet import quiet_load
+from absorb.schema.proof import Proof
 from absorb.schema.settings import ModelRef, expanded
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -43,6 +44,8 @@ _FINGERPRINT_VALUES = 4096  # of each parameter, at most
 # What a conversion holds of a model at once, in bytes a weight: the original, the student, another
 # student with logits alone, the weights before they were rounded, and what a layer computes.
 _HELD = 20
+# The family of the models of a class with a configuration, and what was shown of it.
+Prover = Callable[[Any, Any], tuple[Family, Proof]]
 _SPARE = 2  # of the memory that weights at rest may take, to leave room for a layer at work
 
 
@@ -60,6 +63,7 @@ class Source:
     license: str | None
     commit: str | None  # of the Hub repository
     streaming: Streaming | None = None
+    proof: Proof | None = None  # of a family without an entry in FAMILIES
 
     @property
     def decoder(self) -> Decoder:
@@ -98,15 +102,23 @@ class Source:
         return digest.hexdigest()
 
 
-def load(ref: ModelRef, *, measured: bool = False, device: torch.device | None = None) -> Source:
+def load(
+    ref: ModelRef,
+    *,
+    measured: bool = False,
+    device: torch.device | None = None,
+    prove: Prover | None = None,
+) -> Source:
     """The model that `ref` names, or an AbsorbError that says why not.
+
+    `prove` gives the family of a model whose architecture has no entry, by its configuration.
 
     Where it is only to be measured, a model that absorb has converted will do, and one of an
     architecture that it does not know. With a `device` the model is placed there; one that is too
     large for it stays in the types it is stored in, and in its files until it is asked for.
     """
     room = None if device is None else free_memory(device)
-    source = _read(ref, measured, room)
+    source = _read(ref, measured, room, prove)
     checks.refuse_non_finite(source.model, source.name)
     checks.refuse_unusable(source.model, source.tokenizer, source.name)
     if getattr(source.model.config, "attn_logit_softcapping", None):
@@ -120,10 +132,10 @@ def load(ref: ModelRef, *, measured: bool = False, device: torch.device | None =
     return source if device is None or room is None else source.placed(device, room)
 
 
-def _read(ref: ModelRef, measured: bool, room: int | None) -> Source:
+def _read(ref: ModelRef, measured: bool, room: int | None, prove: Prover | None) -> Source:
     path = expanded(ref.name)
     if ref.name != "demo" and not path.exists() and download.is_repository(ref.name):
-        return _from_hub(ref, measured, room)
+        return _from_hub(ref, measured, room, prove)
     if ref.revision is not None:
         raise AbsorbError(
             f"{ref.name} is not a Hub repository and has no revisions; drop --revision"
@@ -135,7 +147,7 @@ def _read(ref: ModelRef, measured: bool, room: int | None) -> Source:
     if path.is_dir():
         folder = (download.snapshot_in(path.resolve()) or path).resolve()
         name, commit = download.repository_of(folder) or (folder.name, None)
-        return _from_folder(folder, ref, name, commit, measured, room)
+        return _from_folder(folder, ref, name, commit, measured, room, prove)
     if path.is_file():
         # Where a cache keeps the content of a file, it has no name.
         name, commit = download.repository_of(path.absolute().parent) or (path.name, None)
@@ -146,12 +158,47 @@ def _read(ref: ModelRef, measured: bool, room: int | None) -> Source:
     )
 
 
-def _from_hub(ref: ModelRef, measured: bool, room: int | None) -> Source:
+def _from_hub(ref: ModelRef, measured: bool, room: int | None, prove: Prover | None) -> Source:
     folder = download.description(ref)
     ref = _or_part(ref, folder, measured)
-    checks.family_in(folder, ref.name, measured, ref.text_only)
+    family_of_folder(folder, ref, measured, prove)  # before weights are fetched
+    weights = download.weights(ref, folder)
     # The cache keeps every commit in a folder of its name.
-    return _from_folder(download.weights(ref, folder), ref, ref.name, folder.name, measured, room)
+    return _from_folder(weights, ref, ref.name, folder.name, measured, room, prove)
+
+
+def family_of_folder(
+    folder: Path, ref: ModelRef, measured: bool, prove: Prover | None
+) -> tuple[Family | None, Proof | None]:
+    """The family of the model in a folder, and its proof where it has no entry.
+
+    Neither where a stock model without an entry is only to be measured.
+    """
+    family = checks.family_in(folder, ref.name, measured, ref.text_only, prove is not None)
+    settings = stored.read_json(folder / "config.json", ref.name)
+    stock = checks.stock_type(settings)
+    if family is not None or prove is None or (measured and stock is None):
+        return family, None
+    if ref.text_only:
+        settings = wrapped.inside(settings, ref.name)
+    return proved_family({**settings, "model_type": stock or settings["model_type"]}, ref, prove)
+
+
+def proved_family(
+    settings: Mapping[str, Any], ref: ModelRef, prove: Prover
+) -> tuple[Family, Proof]:
+    """The family of a stock model with these settings in its config.json, which has no entry."""
+    plain = {name: value for name, value in settings.items() if name not in ("absorb", "auto_map")}
+    try:
+        return prove(*stock_of(plain))
+    except UnsupportedFamilyError as error:
+        raise checks.unproved(plain, ref.name, str(error)) from error
+
+
+def stock_of(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The class of transformers for a config.json, and the configuration that it has there."""
+    config = CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
 
 
 def _or_part(ref: ModelRef, folder: Path, measured: bool) -> ModelRef:
@@ -161,10 +208,16 @@ def _or_part(ref: ModelRef, folder: Path, measured: bool) -> ModelRef:
 
 
 def _from_folder(
-    folder: Path, ref: ModelRef, name: str, commit: str | None, measured: bool, room: int | None
+    folder: Path,
+    ref: ModelRef,
+    name: str,
+    commit: str | None,
+    measured: bool,
+    room: int | None,
+    prove: Prover | None,
 ) -> Source:
     ref = _or_part(ref, folder, measured)
-    family = checks.family_in(folder, ref.name, measured, ref.text_only)
+    family, proof = family_of_folder(folder, ref, measured, prove)
     files = stored.weight_files(folder, ref.name)
     held = stored.headers(files)
     settings = stored.read_json(folder / "config.json", ref.name)
@@ -176,18 +229,20 @@ def _from_folder(
         session.shown(folder, files, ref.name) as shown,
     ):
         kind = _class_of(settings, ref.text_only)
-        config = kind.config_class.from_pretrained(shown)
+        config = _config_class(settings, kind, ref.text_only).from_pretrained(shown)
         tokenizer = read_tokenizer(folder, ref, config)
         expected = forecast(kind, config, held, ref.name)
         stays = room is not None and _HELD * sum(one.elements for one in held.values()) > room
         widest = reduce(torch.promote_types, expected.types.values())
-        model, info = _given(kind, shown, widest if stays else None)
+        model, info = _given(kind, config, shown, widest if stays else None)
     refuse_mismatch(info, model, held, ref.name)
     types = expected.types
     if ref.text_only:
         whole, model = model, wrapped.taken_out(model, ref.name)
         types = wrapped.types_of(model, whole, types)
-        if family is not None:
+        if proof is not None and prove is not None:
+            family, proof = prove(type(model), model.config)
+        elif family is not None:
             # Some wholes change settings of their part unknown to config.json, as PaliGemma does.
             family = checks.family_of_config(model.config.to_dict(), ref.name)
     if not stays:
@@ -204,11 +259,12 @@ def _from_folder(
         types=types,
         license=_license(folder),
         commit=commit,
+        proof=proof,
     )
 
 
 def _given(
-    kind: Any, folder: Path, stored_in: torch.dtype | None
+    kind: Any, config: Any, folder: Path, stored_in: torch.dtype | None
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """The model of a folder in float32, and what transformers missed in loading it.
 
@@ -216,6 +272,7 @@ def _given(
     """
     loading: Any = kind.from_pretrained(
         folder,
+        config=config,
         # A file that is written to later must not change the weights.
         disable_mmap=stored_in is None,
         dtype=stored_in or torch.float32,
@@ -251,6 +308,12 @@ def _class_of(settings: Mapping[str, Any], text_only: bool) -> Any:
     converted = checks.stock_type(settings)
     stock = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[converted or settings["model_type"]]]
     return modeling_absorb.absorbed(stock) if converted else stock
+
+
+def _config_class(settings: Mapping[str, Any], kind: Any, text_only: bool) -> Any:
+    """The class of a configuration, which some architectures have on top of another's model."""
+    known = not text_only and checks.stock_type(settings) is None
+    return CONFIG_MAPPING[settings["model_type"]] if known else kind.config_class
 
 
 def _from_gguf(path: Path, name: str) -> Source:

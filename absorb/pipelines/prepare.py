@@ -13,8 +13,10 @@ from absorb.load.source import Source, load
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import find_prefix
 from absorb.pipelines.survey import inspection_from_plan, survey
+from absorb.prove.prove import proved
 from absorb.runtime.precision import bf16_copy, device_of
 from absorb.schema.findings import Trial
+from absorb.schema.proof import sentence
 from absorb.schema.report import Inspection
 from absorb.schema.settings import Job, Purpose
 from absorb.ship.plan_file import read_plan
@@ -42,7 +44,9 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
     device = device_of(job.device)
     refuse_unreadable(job.calibration.text)
     say(f"loading {job.model.name}")
-    source = load(job.model, device=device)
+    source = load(job.model, device=device, prove=proved)
+    if source.proof is not None:
+        say(sentence(source.proof))
     made = None if job.plan is None else read_plan(job.plan, source)
     progress = Progress(job, source) if resume else None
     if source.streaming:

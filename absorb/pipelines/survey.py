@@ -69,6 +69,7 @@ def survey(
         residual_scales={i: s for i, s in enumerate(plan.residual.tolist()) if s != 1},
         divergence=decision.divergence,
         logit_divergence=decision.logit_divergence,
+        proof=source.proof,
         versions=versions(),
         job=recorded(job, source),
     )
@@ -91,6 +92,7 @@ def inspection_from_plan(
         text_sha256=texts.fingerprint,
         divergence=decision.divergence,
         logit_divergence=decision.logit_divergence,
+        proof=source.proof,
         versions=versions(),
         job=replace(recorded(job, source), **decided, plan=Path(job.plan.resolve().name)),
     )

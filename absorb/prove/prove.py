@@ -5,9 +5,11 @@ proved are left out of it; all the rest must hold.
 """
 
 import io
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,13 +44,39 @@ class UnprovedError(UnsupportedFamilyError):
 
 def proved(kind: Any, config: Any) -> tuple[Family, Proof]:
     """The entry for models of a class with this configuration, and what it passed."""
+    made: Any = type(config)
+    return _proved(kind, made, config.to_json_string(use_diff=False))
+
+
+@cache  # before weights are fetched, and when they are read
+def _proved(kind: Any, config_class: Any, settings: str) -> tuple[Family, Proof]:
     with _silent(), torch.random.fork_rng(devices=[]):
-        subject = _claimed(kind, config)
+        subject = _claimed(kind, config_class.from_dict(json.loads(settings)))
         subject, checks, left_out = _with_proved_links(subject)
         for claims in REQUIRED:
             checks += _passed(claims, subject)
-    proof = Proof(entry=spelled(subject.family), checks=tuple(checks), left_out=tuple(left_out))
-    return subject.family, proof
+    return subject.family, _proof(subject.family, checks, left_out)
+
+
+def shown(kind: Any, config: Any, family: Family) -> Proof:
+    """What an entry of FAMILIES passes for a configuration: all, or an UnprovedError says what."""
+    subject = Subject(kind=kind, config=shrunk(config), family=family)
+    checks: list[Check] = []
+    with _silent(), torch.random.fork_rng(devices=[]):
+        for _, alone, claims, _ in _links(family):
+            checks += _passed(claims, replace(subject, family=alone))
+        for claims in REQUIRED:
+            checks += _passed(claims, subject)
+    return _proof(family, checks, [])
+
+
+def _proof(family: Family, checks: list[Check], left_out: list[str]) -> Proof:
+    return Proof(
+        entry=spelled(family),
+        learned_positions=family.positions is not None,
+        checks=tuple(checks),
+        left_out=tuple(left_out),
+    )
 
 
 def _claimed(kind: Any, config: Any) -> Subject:

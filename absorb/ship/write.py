@@ -11,7 +11,6 @@ from absorb.load.files import refuse_no_numbers
 from absorb.load.opening.tokenizer import within, without_bos
 from absorb.load.source import Source
 from absorb.models.decoder import Decoder
-from absorb.models.families import family_of
 from absorb.runtime.precision import stored_type
 from absorb.runtime.quiet import quiet
 from absorb.schema.codec import to_json
@@ -38,7 +37,7 @@ def write(folder: Path, student: Decoder, source: Source, report: Report) -> Rep
         student.config.dtype = source.dtype  # transformers takes that of the first weight
         student.config.save_pretrained(folder)
         plain = without_bos(source.tokenizer, report.inspection.prefix)
-        if family_of(report.inspection.family).positions is not None:
+        if student.family.positions is not None:
             plain = within(plain, student.config.max_position_embeddings)
         plain.save_pretrained(folder)
         refuse_unfaithful(folder, student.model, types, name)

@@ -36,8 +36,8 @@ tokenizer = AutoTokenizer.from_pretrained(name, **safely)
 
 It needs transformers 5.16 or newer. `trust_remote_code=True` runs `modeling_absorb.py` of this
 repository, and `revision`, the id of a commit, makes sure that it is the code you read. `absorb
-verify PATH_OR_REPO` checks that it is that of absorb, and the files those that were written. After
-`import absorb` neither is needed.
+verify PATH_OR_REPO` checks that it is that of absorb, and the files those that were written.
+{registered}
 
 ## Before and after
 
@@ -78,6 +78,11 @@ _FORMS = {
     "auto": "the attention sink is a logit for each head, and the values it carried are biases, "
     "save for the layers named below, which have a key and a value that all queries see",
 }
+_REGISTERED = "After `import absorb` neither is needed."
+_PROVED = (
+    "absorb has no entry for this architecture: one was derived and proved on tiny random models, "
+    "and `absorb.json` holds it with the tests that it passed."
+)
 _PURPOSES = {
     "none": "Formats with one fixed range for each activation tensor gain most from it.",
     "int8": "It was trained for W8A8 with one fixed range for each activation tensor.",
@@ -95,6 +100,7 @@ def card(report: Report) -> str:
         title=_title(inspection),
         model=f"[{model}](https://huggingface.co/{model})" if _is_on_hub(inspection) else model,
         version=inspection.versions["absorb"],
+        registered=_REGISTERED if inspection.proof is None else _PROVED,
         form=_FORMS[inspection.job.sink],
         prefix=_prefix(inspection),
         scores=markdown(score_rows(report.original, report.converted)),
@@ -109,6 +115,12 @@ def card(report: Report) -> str:
         command=command(inspection.job),
         versions=", ".join(f"{name} {version}" for name, version in inspection.versions.items()),
     )
+
+
+def _learns_positions(inspection: Inspection) -> bool:
+    if inspection.proof is not None:
+        return inspection.proof.learned_positions
+    return family_of(inspection.family).positions is not None
 
 
 def _is_on_hub(of: Inspection | Exported) -> bool:
@@ -179,7 +191,7 @@ def _limits(report: Report) -> list[str]:
             "A sink logit does not depend on the query, as the prefix's did: right after the graft "
             f"that cost {inspection.divergence:.4f} nats per token."
         )
-    if family_of(inspection.family).positions is not None:
+    if _learns_positions(inspection):
         limits.append(
             f"Positions are learned, and the prefix took its own with it: the model reads "
             f"{len(inspection.prefix)} tokens fewer than the original."
