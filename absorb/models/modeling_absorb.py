@@ -528,10 +528,11 @@ def flex(
 def _for_layers(attend: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function as transformers calls it, with the layer first."""
 
-    def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    def attention(  # some layers give the mask by its name
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> Any:
-        return attend(query, key, value, mask, _sinks_of(module), _how(module, **options))
+        sinks, how = _sinks_of(module), _how(module, **options)
+        return attend(query, key, value, attention_mask, sinks, how)
 
     return attention
 

@@ -5,11 +5,9 @@ proved are left out of it; all the rest must hold.
 """
 
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -38,21 +36,27 @@ REQUIRED: tuple[Checks, ...] = (
 )
 
 
+NO_MODEL = "no small model of it can be made"
+
+
 class UnprovedError(UnsupportedFamilyError):
     """Why there is no entry that holds for a model: the end of a sentence."""
 
 
 def proved(kind: Any, config: Any) -> tuple[Family, Proof]:
     """The entry for models of a class with this configuration, and what it passed."""
-    made: Any = type(config)
-    return _proved(kind, made, config.to_json_string(use_diff=False))
+    asked = kind, config.to_json_string(use_diff=False)
+    if asked not in _KNOWN:  # before weights are fetched; it is asked again when they are read
+        _KNOWN[asked] = _proved(kind, config)
+    return _KNOWN[asked]
 
 
-@cache  # before weights are fetched, and when they are read
-def _proved(kind: Any, config_class: Any, settings: str) -> tuple[Family, Proof]:
+_KNOWN: dict[tuple[Any, str], tuple[Family, Proof]] = {}
+
+
+def _proved(kind: Any, config: Any) -> tuple[Family, Proof]:
     with _silent(), torch.random.fork_rng(devices=[]):
-        subject = _claimed(kind, config_class.from_dict(json.loads(settings)))
-        subject, checks, left_out = _with_proved_links(subject)
+        subject, checks, left_out = _with_proved_links(_claimed(kind, config))
         for claims in REQUIRED:
             checks += _passed(claims, subject)
     return subject.family, _proof(subject.family, checks, left_out)
@@ -86,7 +90,7 @@ def _claimed(kind: Any, config: Any) -> Subject:
         tiny = tiny_model(kind, small)
         tiny(some_tokens(), use_cache=False)
     except Exception as error:  # whatever a class says of sizes that it was not made for
-        raise UnprovedError(f"no small model of it can be made ({_said(error)})") from error
+        raise UnprovedError(f"{NO_MODEL} ({_said(error)})") from error
     try:
         _refuse_other_kinds(kind, config, tiny)
         return Subject(kind=kind, config=small, family=derived(tiny, some_tokens()))

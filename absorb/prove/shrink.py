@@ -47,10 +47,16 @@ def shrunk(config: Any) -> Any:
     settings = config.to_dict()
     for name in _NOT_SETTINGS:
         settings.pop(name, None)
-    count = next((settings[n] for n in _LAYER_COUNTS if isinstance(settings.get(n), int)), 0)
-    heads = next((v for n, v in settings.items() if re.fullmatch(_HEADS, n)), None)
-    small = {name: _small(name, value, count, heads) for name, value in settings.items()}
-    return type(config)(**small)
+    return type(config)(**_small_settings(settings))
+
+
+def _small_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    known = [settings[name] for name in _LAYER_COUNTS if isinstance(settings.get(name), int)]
+    heads = next((value for name, value in settings.items() if re.fullmatch(_HEADS, str(name))), 0)
+    return {
+        name: _small(str(name), value, layers=known[0] if known else 0, heads=heads)
+        for name, value in settings.items()
+    }
 
 
 def _small(name: str, value: Any, layers: int, heads: Any) -> Any:
@@ -60,7 +66,7 @@ def _small(name: str, value: Any, layers: int, heads: Any) -> Any:
     if name.endswith(("token_id", "token_ids")):
         return _token(name, value)
     if isinstance(value, Mapping):
-        return {key: _small(str(key), inner, layers, heads) for key, inner in value.items()}
+        return _small_settings(value)
     if isinstance(value, list | tuple):
         return _shortened(name, value, layers)
     if not isinstance(value, int):

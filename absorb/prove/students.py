@@ -32,7 +32,9 @@ from absorb.schema.settings import Sink
 
 PREFIX = (5, 9)
 _NEW = 8  # tokens that are generated
-_SINKS = 1e-4  # sinks are float32 in a student, and float64 in the fit
+# Sinks are float32 in a student and float64 in the fit, and what a router computes in float32 is
+# rounded to bfloat16 by both, either way. A sink in the wrong place moves outputs by 0.01 and more.
+_SINKS = 1e-3
 
 
 def neutral(subject: Subject) -> Iterator[Check]:
@@ -163,19 +165,22 @@ def _mixture(decoder: Decoder, experts: Any, tokens: Tensor) -> float:
 
 def reload(subject: Subject) -> Iterator[Check]:
     """A checkpoint gives back what was saved, loaded by the class that its config.json names."""
-    decoder, tokens = subject.decoder(torch.float32), subject.tokens
-    plan = _plan(decoder, "auto", tokens)
-    spike = Removal(spike=SpikeNeuron(layer=1, neuron=7, contribution=1.0), divergence=0.0)
-    scales = 2.0 ** (torch.arange(decoder.config.hidden_size) % 5)
-    student = graft(decoder, replace(plan, removals=(spike,), residual=scales)).model
+    student, tokens = mixed_student(subject).model, subject.tokens
     with TemporaryDirectory() as folder:
         student.save_pretrained(folder)
         again = _loaded(Path(folder))
     again.set_experts_implementation(student.config._experts_implementation)
-    yield still(
-        "it says the same once saved and loaded",
-        apart(_logits(again, tokens), _logits(student, tokens)),
-    )
+    moved = apart(_logits(again, tokens), _logits(student, tokens))
+    yield still("it says the same once saved and loaded", moved)
+
+
+def mixed_student(subject: Subject) -> Decoder:
+    """An absorbed model in float32 with all that there is: logits, keys in one layer, scales."""
+    decoder = subject.decoder(torch.float32)
+    plan = _plan(decoder, "auto", subject.tokens)
+    spike = Removal(spike=SpikeNeuron(layer=1, neuron=7, contribution=1.0), divergence=0.0)
+    scales = 2.0 ** (torch.arange(decoder.config.hidden_size) % 5)
+    return graft(decoder, replace(plan, removals=(spike,), residual=scales))
 
 
 def _loaded(folder: Path) -> PreTrainedModel:
