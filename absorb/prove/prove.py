@@ -56,7 +56,7 @@ _KNOWN: dict[tuple[Any, str], tuple[Family, Proof]] = {}
 
 def _proved(kind: Any, config: Any) -> tuple[Family, Proof]:
     with _silent(), torch.random.fork_rng(devices=[]):
-        subject, checks, left_out = _with_proved_links(_claimed(kind, config))
+        subject, checks, left_out = with_proved_links(claimed(kind, config))
         for claims in REQUIRED:
             checks += _passed(claims, subject)
     return subject.family, _proof(subject.family, checks, left_out)
@@ -83,7 +83,7 @@ def _proof(family: Family, checks: list[Check], left_out: list[str]) -> Proof:
     )
 
 
-def _claimed(kind: Any, config: Any) -> Subject:
+def claimed(kind: Any, config: Any) -> Subject:
     """What is read off a tiny model, before anything of it is proved."""
     try:
         small = shrunk(config)
@@ -118,7 +118,7 @@ def _form(layer: nn.Module) -> frozenset[tuple[str, str]]:
     return frozenset(modules | {(name, "") for name, _ in layer.named_parameters()})
 
 
-def _with_proved_links(subject: Subject) -> tuple[Subject, list[Check], list[str]]:
+def with_proved_links(subject: Subject) -> tuple[Subject, list[Check], list[str]]:
     """The subject with only those links that can be proved, the checks, and what was left out."""
     checks, left_out, family = [], [], subject.family
     for name, alone, claims, without in _links(family):

@@ -4,6 +4,8 @@ from dataclasses import fields
 
 from absorb.models.family import Family
 
+_WIDTH = 85  # of a value: its name stands before it
+
 
 def spelled(family: Family) -> str:
     """The call that makes an entry: what it does not say is as in Llama."""
@@ -19,11 +21,13 @@ def spelled(family: Family) -> str:
 
 def _value(value: object, indent: int = 4) -> str:
     """A value on one line, or where that is too long with one line for each part."""
-    whole = f"({', '.join(map(_value, value))},)" if isinstance(value, tuple) and value else ""
-    whole = whole.replace(",)", ")") if whole.count(",") > 1 else whole
-    plain = f'"{value}"' if isinstance(value, str) else whole or repr(value)
-    if len(plain) < 90 - indent or not isinstance(value, tuple):
-        return plain
+    if isinstance(value, str):
+        return f'"{value}"'
+    if not isinstance(value, tuple):
+        return repr(value)
+    parts = [_value(part, indent + 4) for part in value]
+    whole = f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+    if len(whole) < _WIDTH - indent and "\n" not in whole:
+        return whole
     inner = " " * (indent + 4)
-    parts = "".join(f"{inner}{_value(part, indent + 4)},\n" for part in value)
-    return f"(\n{parts}{' ' * indent})"
+    return "(\n" + "".join(f"{inner}{part},\n" for part in parts) + f"{' ' * indent})"

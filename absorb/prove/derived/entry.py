@@ -74,6 +74,6 @@ def _rotation(model: PreTrainedModel, trace: Trace, name: str, tokens: Tensor) -
     modules = [attention.module for attention in trace.attentions]
     for attribute in vars(modules[0]):
         told = [getattr(module, attribute, None) for module in modules]
-        if [value is not None and value is not False for value in told] == turned:
+        if [value not in (None, False) for value in told] == turned:
             return {"rotation": attribute}
     return {"key": None, "key_block": 1}

@@ -81,7 +81,7 @@ def layer_of(trace: Trace, stem: str) -> Layer:
     last = _written(streams[-1], whole.gave, sites)
     if not last:
         raise UnderivedError(
-            "what its layers give is not what they were given and what matrices add"
+            "its layers do not add what matrices give to what they were given"
         )
     writers |= {call.name: call for call in last}
     return Layer(stem, (*streams, whole.gave), sites, tuple(writers.values()))
