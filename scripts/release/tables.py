@@ -134,3 +134,43 @@ def _small(ratios: dict[str, float], score: Run) -> Row:
 
 def _ratios(ratios: dict[str, float], names: tuple[str, ...]) -> Row:
     return tuple(f"{ratios[name]:.4f}" if name in ratios else "" for name in names)
+
+
+# What is said of a class for which nothing could be proved, and how it begins.
+_OUTCOMES = {
+    "listed": "has an entry",
+    "derived": "derived and proved",
+    "refused": "refused",
+    "unmade": "not made tiny",
+}
+
+
+def architectures(run: Run) -> list[Row]:
+    """Every causal class: what became of it, and the reason or how exact it is."""
+    rows = [
+        (f"`{one['model_type']}`{_given(one)}", _OUTCOMES[one["outcome"]], _standing(one))
+        for outcome in _OUTCOMES
+        for one in run["classes"]
+        if one["outcome"] == outcome
+    ]
+    return [("architecture", "", "logits of the form `key` off by, or the reason"), *rows]
+
+
+def _given(one: Run) -> str:
+    """The settings that are not the defaults of a class."""
+    said = {name: value for name, value in one["settings"].items() if name != "is_decoder"}
+    kinds = {name: value[0] if isinstance(value, list) else value for name, value in said.items()}
+    return "".join(f", `{name}` {value}" for name, value in kinds.items())
+
+
+def _standing(one: Run) -> str:
+    if one["key_form"] is None:
+        return str(one["reason"]).replace("|", "/")
+    left = "".join(f"; without {link.partition(':')[0]}" for link in one["left_out"])
+    return f"{one['key_form']:.0e}{left}"
+
+
+def count_of(run: Run) -> dict[str, int]:
+    """How many classes came out in each way, and how many of them can be converted."""
+    found = {name: sum(c["outcome"] == name for c in run["classes"]) for name in _OUTCOMES}
+    return {**found, "converted": found["listed"] + found["derived"], "all": len(run["classes"])}

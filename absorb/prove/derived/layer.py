@@ -80,9 +80,7 @@ def layer_of(trace: Trace, stem: str) -> Layer:
             writers |= {call.name: call for call in found}
     last = _written(streams[-1], whole.gave, sites)
     if not last:
-        raise UnderivedError(
-            "its layers do not add what matrices give to what they were given"
-        )
+        raise UnderivedError("its layers do not add what matrices give to what they were given")
     writers |= {call.name: call for call in last}
     return Layer(stem, (*streams, whole.gave), sites, tuple(writers.values()))
 
