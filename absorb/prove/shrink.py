@@ -33,6 +33,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r".*(num|n)_shared_experts", 1),
     (r".*(num|n)_(local_|routed_)?experts", 4),
     (r"first_k_dense_replace", 1),
+    (r"mamba_n_heads", 4),
 )
 _HEADS = r"(num_attention_heads|n_heads?|num_heads|(decoder|encoder)_attention_heads)"
 _KV_HEADS = r"(num_key_value_heads|num_kv_heads|n_head_kv|kv_n_heads|num_query_groups)"

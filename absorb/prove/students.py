@@ -99,6 +99,9 @@ def text(subject: Subject) -> Iterator[Check]:
     yield still("attention shows its weights", _weights(decoder, tokens))
     down = decoder.site(1, subject.family.down)
     if down.is_of_experts:
+        # Else nothing of them would be smoothed, nor rounded where formats are compared.
+        smooth = subject.family.up is not None
+        yield still("neurons of experts can be smoothed", 0.0 if smooth else torch.inf)
         moved = _mixture(decoder, down.module, tokens)
         yield still("experts are what absorb takes them for", moved)
 

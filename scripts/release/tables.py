@@ -157,10 +157,12 @@ def architectures(run: Run) -> list[Row]:
 
 
 def _given(one: Run) -> str:
-    """The settings that are not the defaults of a class."""
+    """The settings that are not the defaults of a class, by the value that all layers have."""
     said = {name: value for name, value in one["settings"].items() if name != "is_decoder"}
     kinds = {name: value[0] if isinstance(value, list) else value for name, value in said.items()}
-    return "".join(f", `{name}` {value}" for name, value in kinds.items())
+    return "".join(
+        f", `{name}`{'' if isinstance(kind, dict) else f' {kind}'}" for name, kind in kinds.items()
+    )
 
 
 def _standing(one: Run) -> str:
@@ -173,4 +175,11 @@ def _standing(one: Run) -> str:
 def count_of(run: Run) -> dict[str, int]:
     """How many classes came out in each way, and how many of them can be converted."""
     found = {name: sum(c["outcome"] == name for c in run["classes"]) for name in _OUTCOMES}
-    return {**found, "converted": found["listed"] + found["derived"], "all": len(run["classes"])}
+    converted = [c["cls"] for c in run["classes"] if c["outcome"] in ("listed", "derived")]
+    return {
+        **found,
+        "converted": len(converted),
+        "classes": len({*converted}),  # some architectures share one
+        "fine": sum(c["stranger"] == "fine" for c in run["classes"]),
+        "all": len(run["classes"]),
+    }

@@ -34,19 +34,24 @@ from absorb.schema.report import versions
 from scripts.trials import stranger
 
 # What the defaults of a class leave open.
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _OPEN: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "dots1": {"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "ministral": {"head_dim": 128, "sliding_window": 4096},
     "nemotron": {"num_key_value_heads": 8},
 }
-# Some begin with layers without experts, and can be made without such.
+# Some begin with layers without experts, or have layers without attention, and can be made without.
 _ALIKE: dict[str, dict[str, Any]] = {
     "afmoe": {"num_dense_layers": 0},
     "ernie4_5_moe": {"moe_layer_start_index": 0},
     "exaone_moe": {"first_k_dense_replace": 0, "mlp_layer_types": ["sparse"] * 32},
     "glm4_moe": {"first_k_dense_replace": 0},
     "hy_v3": {"mlp_layer_types": ["sparse"] * 80},
+    "lfm2": {"layer_types": ["full_attention"] * 32},
+    "lfm2_moe": {"layer_types": ["full_attention"] * 32, "num_dense_layers": 0},
     "sarvam_moe": {"first_k_dense_replace": 0},
 }
 

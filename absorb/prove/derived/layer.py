@@ -86,16 +86,21 @@ def layer_of(trace: Trace, stem: str) -> Layer:
 
 
 def _written(before: Tensor, after: Tensor, earlier: Sequence[Call]) -> tuple[Call, ...]:
-    """The fewest calls whose outputs, each times a number for every token, make up a difference.
+    """The fewest calls whose outputs make up a difference.
 
     The stream itself may be multiplied too, and must have its part: a norm's output has none.
     """
-    if before.shape != after.shape:
-        return ()
-    calls = [call for call in earlier if call.gave.shape == before.shape]
+    return summed(after, earlier, (before,)) if before.shape == after.shape else ()
+
+
+def summed(
+    target: Tensor, earlier: Sequence[Call], beside: tuple[Tensor, ...] = ()
+) -> tuple[Call, ...]:
+    """The fewest calls whose outputs, each times a number for every token, add up to the target."""
+    calls = [call for call in earlier if call.gave.shape == target.shape]
     for count in range(1, _MOST + 1):
         for some in combinations(calls, count):
-            if spans(after, [before, *(call.gave for call in some)]):
+            if spans(target, [*beside, *(call.gave for call in some)]):
                 return some
     return ()
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb.models.decoder import is_linear
-from absorb.prove.derived.layer import Layer, UnderivedError, is_norm
+from absorb.prove.derived.layer import Layer, UnderivedError, is_norm, summed
 from absorb.prove.derived.trace import Call, same, trace_of
 
 _FACTOR = 0.25  # exact in every type
@@ -35,7 +35,8 @@ def _downs(layer: Layer, output: str) -> list[Call]:
     for writer in layer.writers:
         sources = [writer]
         if is_norm(writer.module):
-            sources = [site for site in layer.sites if same(site.gave, writer.given)]
+            before = layer.sites[: layer.sites.index(writer)]
+            sources = [*summed(writer.given, before)]
         found += [call for call in sources if layer.name(call, 0) != output]
     return found
 

@@ -13,7 +13,7 @@ from absorb.fold.sinks.attention import layer_attention
 from absorb.runtime.hooks import replacing_attention
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Call:
     """One module's turn: what it was given and gave, as (tokens, channels)."""
 
