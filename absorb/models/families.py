@@ -2,8 +2,8 @@
 
 A family is pure data: names of submodules in the transformers implementation. To support a new
 architecture, add one entry to FAMILIES, which `absorb inspect MODEL --family` prints where it can;
-tests/models/test_families.py then builds a tiny random model of it and proves that every name in the
-entry is right and that none is missing. Without one, absorb/prove does so for each model anew.
+tests/models/test_families.py then builds a tiny random model of it and proves that every name in
+the entry is right and that none is missing. Without one, absorb/prove does so for each model anew.
 """
 
 from collections.abc import Mapping
