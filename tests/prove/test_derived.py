@@ -47,7 +47,6 @@ def test_an_entry_that_is_spelled_can_be_pasted(family: Family) -> None:
         ("mamba", "takes no function from outside"),
         ("bert", "do not add what matrices give"),
         ("bitnet", "what its heads give is not read by one matrix"),
-        ("codegen", "no matrix gives the values"),
         ("roberta-prelayernorm", "between its embedding and its first layer"),
         ("megatron-bert", "more than one table"),
     ],
@@ -56,7 +55,7 @@ def test_what_stands_in_the_way_is_said(model_type: str, reason: str, tokens: Te
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = AutoConfig.for_model(model_type)
-    if model_type not in ("mamba", "bitnet", "codegen"):
+    if model_type not in ("mamba", "bitnet"):
         config.is_decoder = True
     model = tiny_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], shrunk(config))
     with pytest.raises(UnderivedError, match=reason):
