@@ -7,7 +7,8 @@ proved are left out of it; all the rest must hold.
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +35,6 @@ REQUIRED: tuple[Checks, ...] = (
     students.text,
     students.reload,
 )
-
-
 NO_MODEL = "no small model of it can be made"
 
 
@@ -67,8 +66,8 @@ def shown(kind: Any, config: Any, family: Family) -> Proof:
     subject = Subject(kind=kind, config=shrunk(config), family=family)
     checks: list[Check] = []
     with _silent(), torch.random.fork_rng(devices=[]):
-        for _, alone, claims, _ in _links(family):
-            checks += _passed(claims, replace(subject, family=alone))
+        for link in _links(family):
+            checks += _passed(link.checks, replace(subject, family=link.alone))
         for claims in REQUIRED:
             checks += _passed(claims, subject)
     return _proof(family, checks, [])
@@ -118,34 +117,45 @@ def _form(layer: nn.Module) -> frozenset[tuple[str, str]]:
     return frozenset(modules | {(name, "") for name, _ in layer.named_parameters()})
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A part of an entry that it may do without."""
+
+    name: str
+    alone: Family  # the entry with no other link of the kind
+    checks: Checks
+    without: Callable[[Family], Family]
+
+
 def with_proved_links(subject: Subject) -> tuple[Subject, list[Check], list[str]]:
     """The subject with only those links that can be proved, the checks, and what was left out."""
     checks, left_out, family = [], [], subject.family
-    for name, alone, claims, without in _links(family):
+    for link in _links(family):
         try:
-            checks += _passed(claims, replace(subject, family=alone))
+            checks += _passed(link.checks, replace(subject, family=link.alone))
         except UnprovedError as error:
-            left_out.append(f"{name}: {error}")
-            family = replace(family, **without(family))
+            left_out.append(f"{link.name}: {error}")
+            family = link.without(family)
     return replace(subject, family=family), checks, left_out
 
 
-def _links(family: Family) -> Iterator[tuple[str, Family, Checks, Callable[[Family], Any]]]:
-    """Each link: its name, the entry with no other, its checks, and how to do without it."""
+def _links(family: Family) -> Iterator[Link]:
     for feed in family.feeds:
-
-        def others(family: Family, feed: Any = feed) -> dict[str, Any]:
-            return {"feeds": tuple(other for other in family.feeds if other != feed)}
-
-        yield feed[0], replace(family, feeds=(feed,)), places.feeds, others
+        alone = replace(family, feeds=(feed,))
+        yield Link(feed[0], alone, places.feeds, partial(_without_feed, feed))
     if family.up is not None:
         alone = replace(family, shared=None)
-        yield family.up, alone, places.neurons, lambda _: {"up": None}
+        yield Link(family.up, alone, places.neurons, partial(replace, up=None))
     if family.shared is not None:
         alone = replace(family, up=None)
-        yield family.shared[0], alone, places.neurons, lambda _: {"shared": None}
+        yield Link(family.shared[0], alone, places.neurons, partial(replace, shared=None))
     if family.key is not None:
-        yield f"keys of {family.key}", family, students.logits, lambda _: {"key": None}
+        name = f"keys of {family.key}"
+        yield Link(name, family, students.logits, partial(replace, key=None))
+
+
+def _without_feed(feed: tuple[str, tuple[str, ...]], family: Family) -> Family:
+    return replace(family, feeds=tuple(other for other in family.feeds if other != feed))
 
 
 def _passed(claims: Checks, subject: Subject) -> list[Check]:
