@@ -189,15 +189,18 @@ def proved_family(
 ) -> tuple[Family, Proof]:
     """The family of a stock model with these settings in its config.json, which has no entry."""
     plain = {name: value for name, value in settings.items() if name not in ("absorb", "auto_map")}
+    kind, config = stock_of(plain, ref.name)
     try:
-        return prove(*stock_of(plain))
+        return prove(kind, config)
     except UnsupportedFamilyError as error:
         raise checks.unproved(plain, ref.name, str(error)) from error
 
 
-def stock_of(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+def stock_of(settings: Mapping[str, Any], name: str) -> tuple[Any, Any]:
     """The class of transformers for a config.json, and the configuration that it has there."""
-    config = CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
+    with stored.reading(name):
+        plain = session.without_session(dict(settings))
+        config = CONFIG_MAPPING[settings["model_type"]].from_dict(plain)
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
 
 

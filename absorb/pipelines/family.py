@@ -24,7 +24,7 @@ def family_proof(ref: ModelRef, say: Say) -> Proof:
         if not checks.is_of_text(config):
             raise
         return proved_family(config, ref, proved)[1]
-    return shown(*stock_of(config), listed)
+    return shown(*stock_of(config, ref.name), listed)
 
 
 def _folder(ref: ModelRef) -> Path:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from absorb.show.tables import Row
+from scripts.trials.architectures import ALIKE
 
 Run = dict[str, Any]
 
@@ -180,6 +181,7 @@ def count_of(run: Run) -> dict[str, int]:
         **found,
         "converted": len(converted),
         "classes": len({*converted}),  # some architectures share one
+        "of_one_kind": sum(c["model_type"] in ALIKE for c in run["classes"] if c["tests"]),
         "fine": sum(c["stranger"] == "fine" for c in run["classes"]),
         "all": len(run["classes"]),
     }

@@ -44,7 +44,7 @@ _OPEN: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 8},
 }
 # Some begin with layers without experts, or have layers without attention, and can be made without.
-_ALIKE: dict[str, dict[str, Any]] = {
+ALIKE: dict[str, dict[str, Any]] = {
     "afmoe": {"num_dense_layers": 0},
     "ernie4_5_moe": {"moe_layer_start_index": 0},
     "exaone_moe": {"first_k_dense_replace": 0, "mlp_layer_types": ["sparse"] * 32},
@@ -83,7 +83,7 @@ class Trial:
 
 def trial_of(model_type: str) -> Trial:
     """Raises whatever a configuration says of its own defaults."""
-    settings = {**_OPEN.get(model_type, {}), **_ALIKE.get(model_type, {})}
+    settings = {**_OPEN.get(model_type, {}), **ALIKE.get(model_type, {})}
     config = CONFIG_MAPPING[model_type](**settings)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if getattr(config, "is_decoder", True) is False:  # else a token sees those after it
@@ -107,7 +107,7 @@ def judged(trial: Trial) -> tuple[Outcome, Family | None]:
             family, proof = proved(trial.kind, trial.config)
     except UnsupportedFamilyError as error:
         unmade = str(error).startswith(NO_MODEL)
-        named = REFUSED if not unmade and model_type not in _ALIKE else {}
+        named = REFUSED if not unmade and model_type not in ALIKE else {}
         reason = named.get(model_type, str(error))
         return replace(found, reason=reason, outcome="unmade" if unmade else "refused"), None
     outcome = "listed" if model_type in FAMILIES else "derived"

@@ -34,6 +34,7 @@ def saved(folder: Path, model_type: str, weights: bool = True) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_without_an_entry_is_converted_and_verified(
     text_file: Path, tmp_path: Path, at_home: None
 ) -> None:
@@ -64,6 +65,14 @@ def test_an_entry_and_its_proof_are_shown_by_the_configuration_alone(tmp_path: P
     proof = json.loads(done.stdout)
     assert proof["entry"] == f'Family(\n    model_type="{UNLISTED}",\n)'
     assert not proof["left_out"]
+
+
+def test_how_somebody_ran_a_model_says_nothing_of_its_architecture(tmp_path: Path) -> None:
+    file = saved(tmp_path, UNLISTED, weights=False) / "config.json"
+    ran = {"use_return_dict": False, "output_attentions": True, "return_dict": False}
+    file.write_text(json.dumps(json.loads(file.read_text()) | ran))
+    done = asked("inspect", str(tmp_path), "--family")
+    assert done.exit_code == 0, done.output
 
 
 def test_an_entry_that_is_listed_is_shown_and_proved_as_well(tmp_path: Path) -> None:
