@@ -172,16 +172,22 @@ def family_of_folder(
 ) -> tuple[Family | None, Proof | None]:
     """The family of the model in a folder, and its proof where it has no entry.
 
-    Neither where a stock model without an entry is only to be measured.
+    Neither where a model is only to be measured of which nothing can be proved.
     """
     family = checks.family_in(folder, ref.name, measured, ref.text_only, prove is not None)
     settings = stored.read_json(folder / "config.json", ref.name)
     stock = checks.stock_type(settings)
-    if family is not None or prove is None or (measured and stock is None):
+    if family is not None or prove is None:
         return family, None
     if ref.text_only:
         settings = wrapped.inside(settings, ref.name)
-    return proved_family({**settings, "model_type": stock or settings["model_type"]}, ref, prove)
+    settings["model_type"] = stock or settings["model_type"]
+    try:
+        return proved_family(settings, ref, prove)
+    except UnsupportedFamilyError:
+        if measured and stock is None:
+            return None, None
+        raise
 
 
 def proved_family(

@@ -101,13 +101,13 @@ class _Tally:
         self.fired[layer] = activation.float().abs()
 
     def down(self, layer: int, out: Tensor) -> None:
-        self.down_peak[layer] = out.float().abs().amax(-1)
+        self.down_peak[layer] = out.float().abs().amax(-1).flatten()  # experts have no rows
 
     def written(self, layer: int, out: Tensor) -> None:
         # Between the neurons and the stream there may be a norm or a multiplier: the same factor
         # for all neurons of a token, near enough to rank them.
-        gain = out.float().abs().amax(-1) / self.down_peak.pop(layer).clamp_min(1e-12)
-        added = (self.fired.pop(layer) * gain[..., None]).flatten(0, -2)
+        gain = out.float().abs().amax(-1).flatten() / self.down_peak.pop(layer).clamp_min(1e-12)
+        added = self.fired.pop(layer).flatten(0, -2) * gain[:, None]
         columns = self.readers[layer].weight.detach().abs().amax(-2).flatten()
         peak = added.amax(0) * columns
         self.neuron[layer] = torch.maximum(self.neuron.get(layer, peak), peak)

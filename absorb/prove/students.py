@@ -18,6 +18,7 @@ from absorb.fold.plan import Plan
 from absorb.fold.sinks.forms import LayerSink
 from absorb.fold.sinks.prefix_cache import prefix_of
 from absorb.fold.smoothing import searched_scales
+from absorb.measure.outliers import measure
 from absorb.models import modeling_absorb
 from absorb.models.decoder import Decoder
 from absorb.prove.edits import apart
@@ -96,6 +97,7 @@ def text(subject: Subject) -> Iterator[Check]:
     before = _logits(student.model, tokens)
     yield still("padding changes nothing", apart(_padded(student.model, tokens), before))
     yield from _gradients(student.model, tokens)
+    measure(decoder, tokens, tokens[0, :1])  # as a conversion does, lest it fail there
     yield still("attention shows its weights", _weights(decoder, tokens))
     down = decoder.site(1, subject.family.down)
     if down.is_of_experts:

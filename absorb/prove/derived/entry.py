@@ -30,16 +30,18 @@ def derived(model: PreTrainedModel, tokens: Tensor) -> Family:
         attention |= _rotation(model, trace, f"{layer.stem}{attention['attention']}", tokens)
     norms = [call for call in layer.readers if is_norm(call.module) and has_weight(call.module)]
     scaled = [*norms, *(call for call in layer.writers if is_norm(call.module))]
+    inside = neurons.derived(model, layer, attention["output"], tokens)
+    writes = [layer.name(call, experts=1) for call in layer.writers]
     return Family(
         model_type=model.config.model_type,
         layers=stack,
         reads=layer.reading(layer.readers),
-        writes=tuple(layer.name(call, experts=1) for call in layer.writers),
+        writes=tuple(sorted(writes, key=lambda name: name == inside["down"])),  # neurons come last
         feeds=tuple((layer.name(n, 0), layer.reading(layer.fed_by(n))) for n in norms),
         norm_offset=_offset([call.module for call in scaled]),
         **both,
         **attention,
-        **neurons.derived(model, layer, attention["output"], tokens),
+        **inside,
     )
 
 
