@@ -71,10 +71,7 @@ def test_such_a_model_is_measured(model_type: str, tmp_path: Path) -> None:
     [
         ("bert", "a token of it sees those that come after it"),
         ("mamba", "the matrix mixer.A_log of its layers belongs to no Linear"),
-        (
-            "granitemoeshared",
-            "the matrix block_sparse_moe.router.weight of its layers belongs to no Linear",
-        ),
+        ("aria_text", "the matrix mlp.router.weight of its layers belongs to no Linear"),
     ],
 )
 def test_what_is_not_plain_is_refused(model_type: str, reason: str, tmp_path: Path) -> None:
