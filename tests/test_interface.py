@@ -23,7 +23,7 @@ from absorb.schema.report import Report
 from absorb.schema.settings import Evaluation, Export, Job, Sink, Survey, Thresholds
 
 # What has no place in Python: there the result is an object, and huggingface_hub uploads a folder.
-ONLY_COMMANDS = {"as_json", "push_to_hub", "html", "png"}
+ONLY_COMMANDS = {"as_json", "push_to_hub", "html", "png", "family"}
 
 COMMANDS = [
     (absorb.convert, cli.convert),

@@ -19,6 +19,7 @@ ORDER = (
     "text",
     "measure",
     "fold",
+    "prove",
     "tune",
     "show",
     "ship",

@@ -20,7 +20,7 @@ from absorb.fold.sinks.forms import KeySink, LayerSink
 from absorb.models import modeling_absorb
 from absorb.models.decoder import Decoder
 from absorb.models.family import Family
-from absorb.models.streaming import Streaming
+from absorb.models.resting.streaming import Streaming
 from absorb.runtime.quiet import quiet
 
 _FOLDS = (place, neurons, residual, smoothing)

@@ -14,21 +14,26 @@ from absorb.load import vocabulary, wrapped
 from absorb.load.files import headers, read_json, reading, refuse_pointers, weight_files
 from absorb.load.forecast import forecast
 from absorb.load.opening.tokenizer import lead_of
-from absorb.models.families import family_of, suited
+from absorb.models.families import FAMILIES, family_of, suited
 from absorb.models.family import Family, UnsupportedFamilyError
+from absorb.models.refused import REFUSED
 
 _CONVERTED = "absorb_"
 _ADAPTER, _BASE = "adapter_config.json", "base_model_name_or_path"
 
 
 def family_in(
-    folder: Path, name: str, measured: bool = False, text_only: bool = False
+    folder: Path,
+    name: str,
+    measured: bool = False,
+    text_only: bool = False,
+    unlisted: bool = False,
 ) -> Family | None:
     """The family of the model in a folder, which has a sound configuration and a tokenizer.
 
     Where there is a language model inside, that of this one. Where it is only to be measured, that
-    of the stock model beneath a converted one, and None for an architecture that absorb does not
-    know.
+    of the stock model beneath a converted one. None for an architecture without an entry, where the
+    model is only to be measured or is welcome although it is `unlisted`.
     """
     refuse_pointers(folder, name)
     refuse_adapter(folder, name)
@@ -44,7 +49,8 @@ def family_in(
     try:
         family = family_of_config(config, name)
     except UnsupportedFamilyError:
-        if not measured or config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        known = config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if not (measured and known) and not (unlisted and is_of_text(config)):
             raise
     if not any((folder / file).is_file() for file in vocabulary.FILES):
         raise AbsorbError(
@@ -90,6 +96,26 @@ def family_of_config(config: Mapping[str, Any], name: str) -> Family:
             "alone; absorb converts decoder-only language models"
         )
     return suited(family_of(model_type), config)
+
+
+def is_of_text(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has a class for a model that reads nothing but text."""
+    known = config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return known and not isinstance(config.get("text_config"), dict)
+
+
+def unproved(config: Mapping[str, Any], name: str, reason: str) -> UnsupportedFamilyError:
+    """What to say of a model that no entry fits, and for which none could be proved either."""
+    try:
+        family_of_config(config, name)
+    except UnsupportedFamilyError as error:
+        if config["model_type"] in REFUSED or config["model_type"] in FAMILIES:
+            return error
+    return UnsupportedFamilyError(
+        f"absorb has no entry for the architecture {config['model_type']!r} of {name} and cannot "
+        f"prove one, as {reason}; choose a model of an architecture that it knows "
+        f"({', '.join(sorted(FAMILIES))})"
+    )
 
 
 def _is_quantized(config: Mapping[str, Any]) -> bool:

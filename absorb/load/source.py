@@ -6,7 +6,7 @@ downloaded or read.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -31,11 +31,12 @@ from absorb.load.unlisted import inferred_family
 from absorb.load.vocabulary import read_tokenizer
 from absorb.models import modeling_absorb
 from absorb.models.decoder import Decoder
-from absorb.models.family import Family
-from absorb.models.streaming import Streaming
+from absorb.models.family import Family, UnsupportedFamilyError
+from absorb.models.resting.streaming import Streaming
 from absorb.models.whole import Whole
 from absorb.runtime.precision import free_memory
 from absorb.runtime.quiet import quiet_load
+from absorb.schema.proof import Proof
 from absorb.schema.settings import ModelRef, expanded
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -46,6 +47,8 @@ _FINGERPRINT_VALUES = 4096  # of each parameter, at most
 # train all of the student it holds gradients, what AdamW remembers, the best step, and copies.
 HELD, HELD_TO_TRAIN = 20, 48
 _SPARE = 4  # weights rest on the device where it has so many times the room
+# The family of the models of a class with a configuration, and what was shown of it.
+Prover = Callable[[Any, Any], tuple[Family, Proof]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,7 @@ class Source:
     commit: str | None  # of the Hub repository
     streaming: Streaming | None = None
     whole: Whole | None = None  # that it was taken out of, and is to be written with
+    proof: Proof | None = None  # of a family without an entry in FAMILIES
 
     @property
     def decoder(self) -> Decoder:
@@ -106,8 +110,11 @@ def load(
     measured: bool = False,
     device: torch.device | None = None,
     held: int = HELD,
+    prove: Prover | None = None,
 ) -> Source:
     """The model that `ref` names, or an AbsorbError that says why not.
+
+    `prove` gives the family of a model whose architecture has no entry, by its configuration.
 
     Where it is only to be measured, a model that absorb has converted will do, and one of an
     architecture that it does not know. With a `device` the model is placed there; one of which it
@@ -115,7 +122,7 @@ def load(
     """
     room = None if device is None else free_memory(device)
     most = None if room is None else room // held  # weights
-    source = _read(ref, measured, most)
+    source = _read(ref, measured, most, prove)
     checks.refuse_non_finite(source.whole.model if source.whole else source.model, source.name)
     checks.refuse_unusable(source.model, source.tokenizer, source.name)
     if getattr(source.model.config, "attn_logit_softcapping", None):
@@ -129,10 +136,10 @@ def load(
     return source if device is None or room is None else source.placed(device, room, held)
 
 
-def _read(ref: ModelRef, measured: bool, most: int | None) -> Source:
+def _read(ref: ModelRef, measured: bool, most: int | None, prove: Prover | None) -> Source:
     path = expanded(ref.name)
     if ref.name != "demo" and not path.exists() and download.is_repository(ref.name):
-        return _from_hub(ref, measured, most)
+        return _from_hub(ref, measured, most, prove)
     if ref.revision is not None:
         raise AbsorbError(
             f"{ref.name} is not a Hub repository and has no revisions; drop --revision"
@@ -144,7 +151,7 @@ def _read(ref: ModelRef, measured: bool, most: int | None) -> Source:
     if path.is_dir():
         folder = (download.snapshot_in(path.resolve()) or path).resolve()
         name, commit = download.repository_of(folder) or (folder.name, None)
-        return _from_folder(folder, ref, name, commit, measured, most)
+        return _from_folder(folder, ref, name, commit, measured, most, prove)
     if path.is_file():
         # Where a cache keeps the content of a file, it has no name.
         name, commit = download.repository_of(path.absolute().parent) or (path.name, None)
@@ -155,17 +162,65 @@ def _read(ref: ModelRef, measured: bool, most: int | None) -> Source:
     )
 
 
-def _from_hub(ref: ModelRef, measured: bool, most: int | None) -> Source:
+def _from_hub(ref: ModelRef, measured: bool, most: int | None, prove: Prover | None) -> Source:
     folder = download.description(ref)
-    checks.family_in(folder, ref.name, measured, ref.text_only)
+    family_of_folder(folder, ref, measured, prove)  # before weights are fetched
+    weights = download.weights(ref, folder)
     # The cache keeps every commit in a folder of its name.
-    return _from_folder(download.weights(ref, folder), ref, ref.name, folder.name, measured, most)
+    return _from_folder(weights, ref, ref.name, folder.name, measured, most, prove)
+
+
+def family_of_folder(
+    folder: Path, ref: ModelRef, measured: bool, prove: Prover | None
+) -> tuple[Family | None, Proof | None]:
+    """The family of the model in a folder, and its proof where it has no entry.
+
+    Neither where a model is only to be measured of which nothing can be proved.
+    """
+    family = checks.family_in(folder, ref.name, measured, ref.text_only, prove is not None)
+    settings = stored.read_json(folder / "config.json", ref.name)
+    stock = checks.stock_type(settings)
+    if family is not None or prove is None or wrapped.has_part(settings):
+        return family, None
+    settings["model_type"] = stock or settings["model_type"]
+    try:
+        return proved_family(settings, ref, prove)
+    except UnsupportedFamilyError:
+        if measured and stock is None:
+            return None, None
+        raise
+
+
+def proved_family(
+    settings: Mapping[str, Any], ref: ModelRef, prove: Prover
+) -> tuple[Family, Proof]:
+    """The family of a stock model with these settings in its config.json, which has no entry."""
+    plain = {name: value for name, value in settings.items() if name not in ("absorb", "auto_map")}
+    kind, config = stock_of(plain, ref.name)
+    try:
+        return prove(kind, config)
+    except UnsupportedFamilyError as error:
+        raise checks.unproved(plain, ref.name, str(error)) from error
+
+
+def stock_of(settings: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+    """The class of transformers for a config.json, and the configuration that it has there."""
+    with stored.reading(name):
+        plain = session.without_session(dict(settings))
+        config = CONFIG_MAPPING[settings["model_type"]].from_dict(plain)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
 
 
 def _from_folder(
-    folder: Path, ref: ModelRef, name: str, commit: str | None, measured: bool, most: int | None
+    folder: Path,
+    ref: ModelRef,
+    name: str,
+    commit: str | None,
+    measured: bool,
+    most: int | None,
+    prove: Prover | None,
 ) -> Source:
-    family = checks.family_in(folder, ref.name, measured, ref.text_only)
+    family, proof = family_of_folder(folder, ref, measured, prove)
     files = stored.weight_files(folder, ref.name)
     held = stored.headers(files)
     settings = stored.read_json(folder / "config.json", ref.name)
@@ -177,14 +232,16 @@ def _from_folder(
         session.shown(folder, files, ref.name) as shown,
     ):
         kind = _class_of(settings)
-        config = kind.config_class.from_pretrained(shown)
+        config = _config_class(settings, kind).from_pretrained(shown)
         tokenizer = read_tokenizer(folder, ref, config)
         expected = forecast(kind, config, held, ref.name)
         stays = most is not None and sum(one.elements for one in held.values()) > most
         widest = reduce(torch.promote_types, expected.types.values())
         # Nothing that is only copied may lose a bit.
         exact = wrapped.has_part(settings) and widest == torch.float64
-        model, info = _given(kind, shown, widest if stays or exact else torch.float32, stays)
+        model, info = _given(
+            kind, config, shown, widest if stays or exact else torch.float32, stays
+        )
     refuse_mismatch(info, model, held, ref.name)
     types: Mapping[str, torch.dtype] = expected.types
     whole = None
@@ -203,6 +260,7 @@ def _from_folder(
         license=_license(folder),
         commit=commit,
         whole=whole,
+        proof=proof,
     )
 
 
@@ -221,7 +279,7 @@ def _settled(
 
 
 def _given(
-    kind: Any, folder: Path, dtype: torch.dtype, mapped: bool
+    kind: Any, config: Any, folder: Path, dtype: torch.dtype, mapped: bool
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """The model of a folder in one type, and what transformers missed in loading it.
 
@@ -229,6 +287,7 @@ def _given(
     """
     loading: Any = kind.from_pretrained(
         folder,
+        config=config,
         # A file that is written to later must not change the weights.
         disable_mmap=not mapped,
         dtype=dtype,
@@ -264,6 +323,12 @@ def _class_of(settings: Mapping[str, Any]) -> Any:
     converted = checks.stock_type(settings)
     stock = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[converted or settings["model_type"]]]
     return modeling_absorb.absorbed(stock) if converted else stock
+
+
+def _config_class(settings: Mapping[str, Any], kind: Any) -> Any:
+    """The class of a configuration, which some architectures have on top of another's model."""
+    known = not wrapped.has_part(settings) and checks.stock_type(settings) is None
+    return CONFIG_MAPPING[settings["model_type"]] if known else kind.config_class
 
 
 def _from_gguf(path: Path, name: str) -> Source:

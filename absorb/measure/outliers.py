@@ -101,7 +101,7 @@ class _Tally:
         self.fired[layer] = activation.float().abs()
 
     def down(self, layer: int, out: Tensor) -> None:
-        self.down_peak[layer] = out.float().abs().amax(-1)
+        self.down_peak[layer] = out.float().abs().amax(-1).flatten()  # experts have no rows
 
     def written(self, layer: int, out: Tensor) -> None:
         # Between the neurons and the stream there may be a norm or a multiplier: the same factor

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from absorb.models.family import Family
-from absorb.models.streaming import Edit, Streaming
+from absorb.models.resting.streaming import Edit, Streaming
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -155,8 +155,8 @@ class Decoder:
 
     @property
     def rotating(self) -> list[Any]:
-        """The attention of every layer that rotates its keys (RoPE)."""
-        if self.family.positions is not None:
+        """The attention of every layer that rotates its keys (RoPE), where they may get a bias."""
+        if self.family.positions is not None or self.family.key is None:
             return []
         named = self.family.rotation
         modules = self.each(self.family.attention)

@@ -1,8 +1,9 @@
 """Where each supported architecture reads and writes its residual stream, and what may be rescaled.
 
 A family is pure data: names of submodules in the transformers implementation. To support a new
-architecture, add one entry to FAMILIES; tests/models/test_families.py then builds a tiny random
-model of it and proves that every name in the entry is right and that none is missing.
+architecture, add one entry to FAMILIES, which `absorb inspect MODEL --family` prints where it can;
+tests/models/test_families.py then builds a tiny random model of it and proves that every name in
+the entry is right and that none is missing. Without one, absorb/prove does so for each model anew.
 """
 
 from collections.abc import Mapping

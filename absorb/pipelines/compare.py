@@ -15,6 +15,7 @@ from absorb.measure.score import ROWS_AT_ONCE, in_formats, tallies
 from absorb.measure.tally import Tally
 from absorb.measure.tasks import Task, answered, tasks_of
 from absorb.measure.timing import DECODED, speeds
+from absorb.prove.prove import proved
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.simulate import in_format
 from absorb.runtime.precision import as_stored, device_of
@@ -70,7 +71,8 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
 
 def _loaded(name: str, wish: Evaluation, say: Callable[[str], None]) -> Source:
     say(f"loading {name}")
-    return load(ModelRef(name=name, trust_remote_code=wish.trust_remote_code), measured=True)
+    ref = ModelRef(name=name, trust_remote_code=wish.trust_remote_code)
+    return load(ref, measured=True, prove=proved)
 
 
 def _subject(source: Source) -> Subject:

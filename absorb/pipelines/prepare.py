@@ -14,8 +14,10 @@ from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import find_prefix
 from absorb.pipelines.needs import held_for, needs_of, refuse_unfit
 from absorb.pipelines.survey import inspection_from_plan, survey
+from absorb.prove.prove import proved
 from absorb.runtime.precision import bf16_copy, device_of
 from absorb.schema.findings import Trial
+from absorb.schema.proof import sentence
 from absorb.schema.report import Inspection
 from absorb.schema.settings import Job, Purpose
 from absorb.schema.training import Recipe
@@ -48,7 +50,9 @@ def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) 
     device = device_of(job.device)
     refuse_unreadable(job.calibration.text)
     say(f"loading {job.model.name}")
-    source = load(job.model, device=device, held=held_for(fine_tune))
+    source = load(job.model, device=device, held=held_for(fine_tune), prove=proved)
+    if source.proof is not None:
+        say(sentence(source.proof))
     made = None if job.plan is None else read_plan(job.plan, source)
     progress = Progress(job, source) if resume else None
     if source.streaming:

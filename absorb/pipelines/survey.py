@@ -75,6 +75,7 @@ def survey(
         divergence=decision.divergence,
         rope_changes_at=rope_changes_at(source.model.config),
         logit_divergence=decision.logit_divergence,
+        proof=source.proof,
         versions=versions(),
         job=recorded(job, source),
     )
@@ -98,6 +99,7 @@ def inspection_from_plan(
         text_sha256=texts.fingerprint,
         divergence=decision.divergence,
         logit_divergence=decision.logit_divergence,
+        proof=source.proof,
         versions=versions(),
         job=replace(recorded(job, source), **decided, plan=Path(job.plan.resolve().name)),
     )

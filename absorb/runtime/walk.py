@@ -81,7 +81,7 @@ class Walk:
         calls: list[Call] = []
         beginning: list[Tensor] = []
 
-        def note(layer: int, stream: Tensor, call: Call) -> Tensor:
+        def note(layer: int, stream: Tensor, call: Call) -> Any:
             if layer == 0:
                 beginning.append(stream)
             calls.append(call)

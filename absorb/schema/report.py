@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from absorb.__version__ import __version__
 from absorb.schema.findings import Findings, Removal, Trial
+from absorb.schema.proof import Proof
 from absorb.schema.scores import Score
 from absorb.schema.settings import Job
 from absorb.schema.training import Losses, Recipe
@@ -51,6 +52,7 @@ class Inspection:
     rope_changes_at: int | None = None  # the longest text, in tokens, if frequencies change beyond
     # Of one with logits in the keyed layers too, if any were fitted there.
     logit_divergence: float | None = None
+    proof: Proof | None = None  # of a family that absorb has no entry for
     versions: dict[str, str]
     job: Job  # what the user asked for, and what a plan that was read had decided
 

@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from absorb.load.files import INDEX, WEIGHTS
 from absorb.models.decoder import Decoder
-from absorb.models.streaming import units_of
+from absorb.models.resting.streaming import units_of
 from absorb.models.whole import Whole
 from absorb.runtime.precision import as_stored, stored_type
 

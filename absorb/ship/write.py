@@ -15,7 +15,6 @@ from absorb.load.opening.tokenizer import within, without_bos
 from absorb.load.source import Source
 from absorb.load.wrapped import TEMPLATE
 from absorb.models.decoder import Decoder
-from absorb.models.families import family_of
 from absorb.runtime.precision import stored_type
 from absorb.runtime.quiet import quiet
 from absorb.schema.codec import to_json
@@ -39,7 +38,7 @@ def write(folder: Path, student: Decoder, source: Source, report: Report) -> Rep
         model.config.dtype = source.dtype  # transformers takes that of the first weight
         model.config.save_pretrained(folder)
         plain = without_bos(source.tokenizer, report.inspection.prefix)
-        if family_of(report.inspection.family).positions is not None:
+        if student.family.positions is not None:
             plain = within(plain, student.config.max_position_embeddings)
         plain.save_pretrained(folder)
         for file, content in processors(source, report.inspection.prefix):

@@ -37,6 +37,7 @@ model = {auto}.from_pretrained(name, **safely)
 It needs transformers 5.16 or newer. `trust_remote_code=True` runs `modeling_absorb.py` of this
 repository, and `revision`, the id of a commit, makes sure that it is the code you read. `absorb
 verify PATH_OR_REPO` checks that it is that of absorb, and the files those that were written.{known}
+{registered}
 
 ## Before and after
 
@@ -100,6 +101,11 @@ class TrainerForSinks(Trainer):
         ours = ({names})
         return [n for n in super().get_decay_parameter_names(model) if not n.endswith(ours)]
 """
+_REGISTERED = "After `import absorb` neither is needed."
+_PROVED = (
+    "absorb has no entry for this architecture: one was derived and proved on tiny random models, "
+    "and `absorb.json` holds it with the tests that it passed."
+)
 _PURPOSES = {
     "none": "Formats with one fixed range for each activation tensor gain most from it.",
     "int8": "It was trained for W8A8 with one fixed range for each activation tensor.",
@@ -133,6 +139,7 @@ def card(report: Report) -> str:
         title=_title(inspection),
         model=f"[{model}](https://huggingface.co/{model})" if _is_on_hub(inspection) else model,
         version=inspection.versions["absorb"],
+        registered=_REGISTERED if inspection.proof is None else _PROVED,
         form=_FORMS[inspection.job.sink],
         prefix=_prefix(inspection),
         scores=markdown(score_rows(report.original, report.converted)),
@@ -148,6 +155,12 @@ def card(report: Report) -> str:
         command=command(inspection.job),
         versions=", ".join(f"{name} {version}" for name, version in inspection.versions.items()),
     )
+
+
+def _learns_positions(inspection: Inspection) -> bool:
+    if inspection.proof is not None:
+        return inspection.proof.learned_positions
+    return family_of(inspection.family).positions is not None
 
 
 def _is_on_hub(of: Inspection | Exported) -> bool:
@@ -237,7 +250,7 @@ def _limits(report: Report) -> list[str]:
             f"{_pictures(inspection)} The largest values that patches of pictures bring into a "
             "matrix are in none of the figures above, so calibrate INT8 on pictures too."
         )
-    if family_of(inspection.family).positions is not None:
+    if _learns_positions(inspection):
         limits.append(
             f"Positions are learned, and the prefix took its own with it: the model reads "
             f"{len(inspection.prefix)} tokens fewer than the original."

@@ -65,10 +65,13 @@ def _divergence(inspection: Inspection) -> str:
 
 
 def _origin(inspection: Inspection) -> list[Row]:
-    plan = inspection.job.plan
-    if plan is None:
-        return []
-    return [("plan", f"read from {plan.name}, and the findings with it")]
+    plan, proof = inspection.job.plan, inspection.proof
+    rows: list[Row] = []
+    if proof is not None:
+        rows.append(("architecture", f"derived and proved by {len(proof.checks)} tests"))
+    if plan is not None:
+        rows.append(("plan", f"read from {plan.name}, and the findings with it"))
+    return rows
 
 
 def _name(inspection: Inspection, token: int) -> str:

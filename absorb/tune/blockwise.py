@@ -19,7 +19,7 @@ from absorb.errors import AbsorbError
 from absorb.fold.plan import Plan
 from absorb.measure.divergence import divergence
 from absorb.models.decoder import Decoder
-from absorb.models.streaming import Streaming
+from absorb.models.resting.streaming import Streaming
 from absorb.quantize.formats import Format
 from absorb.quantize.simulate import quantized, quantized_inputs
 from absorb.quantize.training import weights_on_grid

@@ -40,8 +40,13 @@ def pages() -> dict[Path, str]:
     """Every page as it should be, by where it stands."""
     found = figures()
     report = from_json(Report, (FIGURES / "absorb.json").read_text())
-    known = {"families": list(FAMILIES), "inside": list(INSIDE)}
-    shown = {"tables": drawn(found, report), **known, **found}
+    shown = {
+        "tables": drawn(found, report),
+        "families": list(FAMILIES),
+        "inside": list(INSIDE),
+        "count": tables.count_of(found["architectures"]),
+        **found,
+    }
     return {
         ROOT / "README.md": page("README.md", pictures=gallery(FIGURES.relative_to(ROOT)), **shown),
         FIGURES / "EVIDENCE.md": page("EVIDENCE.md", **shown),
@@ -77,6 +82,7 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "attention_h200": tables.attention(found["attention_h200"]),
         "model": tables.model(models),
         "scale": tables.scale(found["scale"]),
+        "architectures": tables.architectures(found["architectures"]),
     }
     return {name: markdown(table) for name, table in rows.items()}
 

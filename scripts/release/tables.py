@@ -3,6 +3,7 @@
 from typing import Any
 
 from absorb.show.tables import Row
+from scripts.trials.architectures import ALIKE
 
 Run = dict[str, Any]
 
@@ -165,3 +166,53 @@ def _small(ratios: dict[str, float], score: Run) -> Row:
 
 def _ratios(ratios: dict[str, float], names: tuple[str, ...]) -> Row:
     return tuple(f"{ratios[name]:.4f}" if name in ratios else "" for name in names)
+
+
+# What is said of a class for which nothing could be proved, and how it begins.
+_OUTCOMES = {
+    "listed": "has an entry",
+    "derived": "derived and proved",
+    "refused": "refused",
+    "unmade": "not made tiny",
+}
+
+
+def architectures(run: Run) -> list[Row]:
+    """Every causal class: what became of it, and the reason or how exact it is."""
+    rows = [
+        (f"`{one['model_type']}`{_given(one)}", _OUTCOMES[one["outcome"]], _standing(one))
+        for outcome in _OUTCOMES
+        for one in run["classes"]
+        if one["outcome"] == outcome
+    ]
+    return [("architecture", "", "logits of the form `key` off by, or the reason"), *rows]
+
+
+def _given(one: Run) -> str:
+    """The settings that are not the defaults of a class, by the value that all layers have."""
+    said = {name: value for name, value in one["settings"].items() if name != "is_decoder"}
+    kinds = {name: value[0] if isinstance(value, list) else value for name, value in said.items()}
+    return "".join(
+        f", `{name}`{'' if isinstance(kind, dict) else f' {kind}'}" for name, kind in kinds.items()
+    )
+
+
+def _standing(one: Run) -> str:
+    if one["key_form"] is None:
+        return str(one["reason"]).replace("|", "/")
+    left = "".join(f"; without {link.partition(':')[0]}" for link in one["left_out"])
+    return f"{one['key_form']:.0e}{left}"
+
+
+def count_of(run: Run) -> dict[str, int]:
+    """How many classes came out in each way, and how many of them can be converted."""
+    found = {name: sum(c["outcome"] == name for c in run["classes"]) for name in _OUTCOMES}
+    converted = [c["cls"] for c in run["classes"] if c["outcome"] in ("listed", "derived")]
+    return {
+        **found,
+        "converted": len(converted),
+        "classes": len({*converted}),  # some architectures share one
+        "of_one_kind": sum(c["model_type"] in ALIKE for c in run["classes"] if c["tests"]),
+        "fine": sum(c["stranger"] == "fine" for c in run["classes"]),
+        "all": len(run["classes"]),
+    }

@@ -22,12 +22,12 @@ from absorb.fold.smoothing import searched_scales, smooth
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
+from absorb.prove.edits import decoder_layers, has, weight_of
 from absorb.runtime.hooks import replacing_attention
 from absorb.runtime.precision import as_stored
 from absorb.runtime.reading import led
 from absorb.schema.findings import Removal, SpikeNeuron
 from absorb.schema.settings import Sink
-from tests.helpers.edits import decoder_layers, has, weight_of
 from tests.helpers.plans import neutral_plan, plan_of
 from tests.helpers.tiny import HIDDEN, LAYERS, NOTHING, POSITIONS, attending, tiny
 

@@ -19,10 +19,10 @@ from absorb.measure.findings import find
 from absorb.measure.outliers import measure
 from absorb.models.decoder import Decoder
 from absorb.models.families import family_of
+from absorb.prove.edits import place_of, weight_of
 from absorb.runtime.reading import led
 from absorb.schema.findings import Findings
 from absorb.schema.settings import Thresholds
-from tests.helpers.edits import place_of, weight_of
 from tests.helpers.plans import plan_of
 from tests.helpers.tiny import HEAD_DIM, HEADS, INTERMEDIATE, LAYERS, tiny
 

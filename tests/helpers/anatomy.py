@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb.models.families import family_of
-from tests.helpers.edits import weight_of
+from absorb.prove.edits import weight_of
 from tests.helpers.tiny import tiny
 
 HIDDEN, NEURONS, LAYERS, HEADS, WIDTH, VOCABULARY, POSITIONS = 64, 96, 4, 4, 16, 64, 192

@@ -5,7 +5,7 @@ RMSNorm and eager softmax compute in float32 even in a float64 model, so a right
 drift by some 1e-6 of the largest logit; a wrong one drifts by more than 0.01.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from absorb.models.families import FAMILIES, INSIDE
 from absorb.models.family import Family
-from tests.helpers.edits import (
+from absorb.prove.edits import (
     Edit,
     by_turns,
     decoder_layers,
-    drift,
     first_rows,
     fold_values,
     is_norm,
@@ -32,10 +31,9 @@ from tests.helpers.edits import (
     smooth_values,
     weight_of,
 )
+from absorb.prove.subject import CHANGED, UNCHANGED, without_each, without_each_fed
+from tests.helpers.drifting import drift
 from tests.helpers.tiny import HEADS, HIDDEN, kv_heads, tiny
-
-UNCHANGED = 1e-5
-CHANGED = 1e-2
 
 # Where `up` is None, the Linear whose output passes an activation that is not homogeneous.
 BENT = {
@@ -64,23 +62,6 @@ families_with_a_fused_projection = for_each(lambda family: family.value == famil
 families_with_fused_gate_and_up = for_each(lambda family: "gate_up" in (family.up or ""))
 
 
-# Entries with one mistake
-
-
-def without_each(family: Family, field: str) -> Iterator[Family]:
-    names = getattr(family, field)
-    for name in names:
-        yield replace(family, **{field: tuple(other for other in names if other != name)})
-
-
-def without_each_fed(family: Family) -> Iterator[Family]:
-    for position, (norm, readers) in enumerate(family.feeds):
-        for name in readers:
-            feeds = list(family.feeds)
-            feeds[position] = (norm, tuple(other for other in readers if other != name))
-            yield replace(family, feeds=tuple(feeds))
-
-
 # The residual stream
 
 
@@ -94,8 +75,8 @@ def test_rescaling_the_stream_where_the_entry_says_changes_nothing(
 @every_family
 @pytest.mark.parametrize("field", ["reads", "writes"])
 def test_leaving_out_any_read_or_write_shows(family: Family, field: str, tokens: Tensor) -> None:
-    for wrong in without_each(family, field):
-        assert drift(wrong, tokens, rescale_stream) > CHANGED, getattr(wrong, field)
+    for name, wrong in without_each(family, field):
+        assert drift(wrong, tokens, rescale_stream) > CHANGED, name
 
 
 @families_with_learned_positions
@@ -134,8 +115,8 @@ def test_a_norm_feeds_what_is_named_and_nothing_else(family: Family, tokens: Ten
 
 @families_that_feed
 def test_leaving_out_any_reader_of_a_norm_shows(family: Family, tokens: Tensor) -> None:
-    for wrong in without_each_fed(family):
-        assert drift(wrong, tokens, smooth_norms) > CHANGED, wrong.feeds
+    for name, wrong in without_each_fed(family):
+        assert drift(wrong, tokens, smooth_norms) > CHANGED, name
 
 
 @every_family

@@ -14,19 +14,17 @@ from absorb.load.checks import family_of_config
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES, family_of, suited
 from absorb.models.family import Family, UnsupportedFamilyError
-from tests.helpers.edits import (
+from absorb.prove.edits import (
     Edit,
-    drift,
     fold_values,
     rescale_stream,
     smooth_neurons,
     smooth_norms,
     smooth_values,
 )
+from absorb.prove.subject import CHANGED, UNCHANGED
+from tests.helpers.drifting import drift
 from tests.helpers.tiny import HIDDEN, LAYERS, tiny
-
-UNCHANGED = 1e-5
-CHANGED = 1e-2
 
 # Settings that change which modules there are or how they are joined, and that an entry admits.
 ADMITTED: list[tuple[str, dict[str, Any]]] = [

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
-from absorb.models.streaming import Streaming
+from absorb.models.resting.streaming import Streaming
 from absorb.runtime.hooks import watching, watching_attention
 from absorb.runtime.reading import Subject
 from absorb.runtime.walk import logits, read

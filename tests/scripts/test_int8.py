@@ -7,10 +7,10 @@ from torch import Tensor
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
+from absorb.prove.edits import decoder_layers, present, weight_of
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.simulate import quantized
 from absorb.runtime.inputs import input_peaks
-from tests.helpers.edits import decoder_layers, present, weight_of
 from tests.helpers.tiny import tiny
 
 ROUTERS = {

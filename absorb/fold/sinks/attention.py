@@ -166,7 +166,7 @@ def layer_attention(
     # Hastened Linears give bfloat16; what the fit adds up must not be rounded to it.
     dtype = next(module.parameters()).dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    mask = attention_mask
+    mask = attention_mask  # by this name some layers give it
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
     rotate = Rotate(module, cos_sin, length)

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from absorb.models.staging import Staging
+from absorb.models.resting.staging import Staging
 
 Edit = Callable[[int], None]
 

@@ -1,9 +1,10 @@
 """Edits of a model that leave its logits alone if a family's entry is right, one for each claim.
 
-They share no code with absorb, lest both make the same mistake.
+They share no code with what folds, lest both make the same mistake.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -13,21 +14,49 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from absorb.models.family import Family
-from tests.helpers.tiny import HEAD_DIM, HEADS, HIDDEN, kv_heads, tiny
 
 Edit = Callable[[PreTrainedModel, Family], None]
-Rows = Callable[[Family, int, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How the rows and columns of a projection belong to heads."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    interleaved: bool
+    key_block: int
+
+    @property
+    def values(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+Rows = Callable[[Heads, int, int], Tensor]
 
 
 @torch.no_grad()
-def drift(family: Family, tokens: Tensor, edit: Edit, **settings: Any) -> float:
-    """How far an edit moves the logits of the family's tiny model, relative to the largest one."""
-    model = tiny(family.model_type, **settings)
-    before = model(tokens).logits
-    torch.manual_seed(0)
-    edit(model, family)
-    after = model(tokens).logits
-    return ((after - before).abs().max() / before.abs().max()).item()
+def drift(model: PreTrainedModel, family: Family, tokens: Tensor, edit: Edit) -> float:
+    """How far an edit moves the logits of a model, relative to the largest one. The edit stays."""
+    before = model(tokens, use_cache=False).logits
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        edit(model, family)
+    return apart(model(tokens, use_cache=False).logits, before)
+
+
+def apart(after: Tensor, before: Tensor) -> float:
+    """The largest difference, relative to the largest number before. NaN is infinitely far."""
+    return float(((after - before).abs().max() / before.abs().max()).nan_to_num(torch.inf))
+
+
+def heads_of(model: PreTrainedModel, family: Family) -> Heads:
+    config: Any = model.config
+    heads = config.num_attention_heads
+    columns = weight_of(next(decoder_layers(model, family)), family.output).shape[-1]
+    kv_heads = config.num_key_value_heads if family.grouped else heads
+    return Heads(heads, kv_heads, columns // heads, family.interleaved, family.key_block)
 
 
 def decoder_layers(
@@ -41,10 +70,10 @@ def decoder_layers(
 def has(layer: nn.Module, family: Family, name: str | None) -> bool:
     if name is None or name not in family.some:
         return True
-    *above, last = name.split(".")
-    for part in above:
-        layer = getattr(layer, part, None)
-    return getattr(layer, last, None) is not None
+    place: Any = layer
+    for part in name.split("."):
+        place = getattr(place, part, None)
+    return place is not None
 
 
 def present(layer: nn.Module, family: Family, names: tuple[str, ...]) -> list[str]:
@@ -52,13 +81,13 @@ def present(layer: nn.Module, family: Family, names: tuple[str, ...]) -> list[st
     return [name for name in names if has(layer, family, name)]
 
 
-def place_of(layer: nn.Module, name: str) -> nn.Module | nn.Parameter:
+def place_of(layer: Any, name: str) -> Any:
     for part in name.split("."):
         layer = getattr(layer, part)
     return layer
 
 
-def is_norm(place: nn.Module | nn.Parameter) -> bool:
+def is_norm(place: Any) -> bool:
     return "Norm" in type(place).__name__
 
 
@@ -67,55 +96,62 @@ def weight_of(layer: nn.Module, name: str) -> Tensor:
     place = place_of(layer, name)
     if isinstance(place, nn.Parameter):
         return place
-    return place.weight.T if isinstance(place, Conv1D) else place.weight
+    weight: Tensor = place.weight
+    return weight.T if isinstance(place, Conv1D) else weight
 
 
-def random_factors(*shape: int) -> Tensor:
-    return torch.rand(shape, dtype=torch.float64) * 4 + 0.25
+def random_factors(family: Family, *shape: int) -> Tensor:
+    """Factors that drive what is clamped beyond its bounds, up and down by a thousand.
+
+    Smaller ones where norms add to their weights: they do so in float32, and 1 + w near zero would
+    be rounded.
+    """
+    reach = 2 if family.norm_offset else 10
+    return 2.0 ** ((2 * torch.rand(shape, dtype=torch.float64) - 1) * reach)
 
 
 # Which rows of a projection and which columns of its reader belong together
 
 
-def every_row(family: Family, total: int, count: int) -> Tensor:
+def every_row(heads: Heads, total: int, count: int) -> Tensor:
     return torch.arange(total)
 
 
-def last_rows(family: Family, total: int, count: int) -> Tensor:
+def last_rows(heads: Heads, total: int, count: int) -> Tensor:
     return torch.arange(total - count, total)
 
 
-def first_rows(family: Family, total: int, count: int) -> Tensor:
+def first_rows(heads: Heads, total: int, count: int) -> Tensor:
     return torch.arange(count)
 
 
-def value_rows(family: Family, total: int, count: int) -> Tensor:
-    if not family.interleaved:
-        return last_rows(family, total, count)
-    heads = kv_heads(family.model_type)
-    return torch.arange(total).view(heads, -1)[:, -HEAD_DIM:].flatten()
+def value_rows(heads: Heads, total: int, count: int) -> Tensor:
+    if not heads.interleaved:
+        return last_rows(heads, total, count)
+    return torch.arange(total).view(heads.kv_heads, -1)[:, -heads.head_dim :].flatten()
 
 
-def key_rows(family: Family, total: int, count: int) -> Tensor:
-    blocks = torch.arange(total).view(-1, HEAD_DIM)
-    per_block = kv_heads(family.model_type)
-    if family.interleaved:
+def key_rows(heads: Heads, total: int, count: int) -> Tensor:
+    blocks = torch.arange(total).view(-1, heads.head_dim)
+    per_block = heads.kv_heads
+    if heads.interleaved:
         each = len(blocks) // per_block
-        return blocks[each - family.key_block :: each].flatten()
-    end = len(blocks) - (family.key_block - 1) * per_block
+        return blocks[each - heads.key_block :: each].flatten()
+    end = len(blocks) - (heads.key_block - 1) * per_block
     return blocks[end - per_block : end].flatten()
 
 
-def by_groups(family: Family) -> Tensor:
+def by_groups(heads: Heads) -> Tensor:
     """The value channel that each output column reads: neighbouring query heads share a KV head."""
-    column, group = torch.arange(HEADS * HEAD_DIM), HEADS // kv_heads(family.model_type)
-    return column // HEAD_DIM // group * HEAD_DIM + column % HEAD_DIM
+    column, group = torch.arange(heads.heads * heads.head_dim), heads.heads // heads.kv_heads
+    return column // heads.head_dim // group * heads.head_dim + column % heads.head_dim
 
 
-def by_turns(family: Family) -> Tensor:
+def by_turns(heads: Heads) -> Tensor:
     """The wrong order, in which the KV heads take turns."""
-    column = torch.arange(HEADS * HEAD_DIM)
-    return column // HEAD_DIM % kv_heads(family.model_type) * HEAD_DIM + column % HEAD_DIM
+    column = torch.arange(heads.heads * heads.head_dim)
+    turn = column // heads.head_dim % heads.kv_heads
+    return turn * heads.head_dim + column % heads.head_dim
 
 
 # The smallest edits
@@ -160,7 +196,7 @@ def add_bias(layer: nn.Module, name: str, bias: Tensor, rows: Tensor) -> None:
 
 def rescale_stream(model: PreTrainedModel, family: Family) -> None:
     """Divide channel i of the stream by a factor wherever it is written; undo it at every read."""
-    factors = random_factors(HIDDEN)
+    factors = random_factors(family, model.config.hidden_size)
     for table in (family.embedding, family.positions):
         if table is not None:
             divide_output(model, table, factors, family.norm_offset)
@@ -176,7 +212,7 @@ def smooth_norms(model: PreTrainedModel, family: Family) -> None:
     """Move a factor for each channel from every norm into what it feeds."""
     for layer in decoder_layers(model, family):
         for norm, readers in family.feeds:
-            factors = random_factors(HIDDEN)
+            factors = random_factors(family, model.config.hidden_size)
             divide_output(layer, norm, factors, family.norm_offset)
             for name in present(layer, family, readers):
                 multiply_input(layer, name, factors)
@@ -186,25 +222,27 @@ def smooth_values(
     model: PreTrainedModel,
     family: Family,
     rows: Rows = value_rows,
-    columns: Callable[[Family], Tensor] = by_groups,
+    columns: Callable[[Heads], Tensor] = by_groups,
 ) -> None:
     """Move a factor for each value channel into the columns that read it."""
+    heads = heads_of(model, family)
     for layer in decoder_layers(model, family, family.value):
-        factors = random_factors(kv_heads(family.model_type) * HEAD_DIM)
+        factors = random_factors(family, heads.values)
         total = len(weight_of(layer, family.value))
-        divide_rows(layer, family.value, factors, rows(family, total, len(factors)))
-        multiply_input(layer, family.output, factors[columns(family)])
+        divide_rows(layer, family.value, factors, rows(heads, total, len(factors)))
+        multiply_input(layer, family.output, factors[columns(heads)])
 
 
 def smooth_neurons(model: PreTrainedModel, family: Family, rows: Rows = last_rows) -> None:
     """Move a factor for each neuron into the column that reads it."""
-    pairs = [pair for pair in ((family.up, family.down), family.shared, family.dense) if pair]
+    heads = heads_of(model, family)
+    pairs = family.neurons.items()
     for layer, (above, below) in product(decoder_layers(model, family), pairs):
         if not has(layer, family, above):
             continue
         up, down = weight_of(layer, above), weight_of(layer, below)
-        factors = random_factors(*down.shape[:-2], down.shape[-1])
-        divide_rows(layer, above, factors, rows(family, up.shape[-2], down.shape[-1]))
+        factors = random_factors(family, *down.shape[:-2], down.shape[-1])
+        divide_rows(layer, above, factors, rows(heads, up.shape[-2], down.shape[-1]))
         multiply_input(layer, below, factors)
 
 
@@ -212,20 +250,22 @@ def fold_values(
     model: PreTrainedModel,
     family: Family,
     rows: Rows = value_rows,
-    columns: Callable[[Family], Tensor] = by_groups,
+    columns: Callable[[Heads], Tensor] = by_groups,
 ) -> None:
     """Add a constant to every value; take what it becomes out of the output's bias."""
+    heads = heads_of(model, family)
     for layer in decoder_layers(model, family, family.value):
-        constant = torch.randn(kv_heads(family.model_type) * HEAD_DIM, dtype=torch.float64)
+        constant = torch.randn(heads.values, dtype=torch.float64)
         total = len(weight_of(layer, family.value))
-        add_bias(layer, family.value, constant, rows(family, total, len(constant)))
-        folded = weight_of(layer, family.output) @ constant[columns(family)]
+        add_bias(layer, family.value, constant, rows(heads, total, len(constant)))
+        folded = weight_of(layer, family.output) @ constant[columns(heads)]
         add_bias(layer, family.output, -folded, torch.arange(len(folded)))
 
 
 def shift_keys(model: PreTrainedModel, family: Family, rows: Rows = key_rows) -> None:
     """Add a constant to every key: where nothing rotates it, all logits of a query move alike."""
+    heads = heads_of(model, family)
     for layer in decoder_layers(model, family, family.value):
-        constant = torch.randn(kv_heads(family.model_type) * HEAD_DIM, dtype=torch.float64)
-        total = len(weight_of(layer, family.key))
-        add_bias(layer, family.key, constant, rows(family, total, len(constant)))
+        constant = torch.randn(heads.values, dtype=torch.float64)
+        total = len(weight_of(layer, str(family.key)))
+        add_bias(layer, str(family.key), constant, rows(heads, total, len(constant)))
