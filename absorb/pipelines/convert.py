@@ -36,36 +36,41 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
     With `resume` what is found is kept in OUT.progress meanwhile, and gone on from if it is there.
     """
     with staged(job.out, job.force) as folder:
-        fine_tune = recipe(job.distillation, device_of(job.device))
-        prepared = prepare(job, say, fine_tune.training_rows, resume)
-        draft = completed(prepared, fine_tune.purpose)
-        if draft.source.streaming:
-            fine_tune = by_layers(fine_tune)
-        if draft.progress is not None:
-            draft.progress.keep_draft(draft.texts, draft.plan, draft.inspection)
-            say(f"kept in {draft.progress.folder}; the same command goes on from here")
-        write_plan(folder / PLAN, draft.plan, draft.inspection)
-        student = graft(draft.source.decoder, draft.plan)
-        say(f"fine-tune: {fine_tune}")
-        with TemporaryDirectory(dir=folder) as scratch:
-            losses = fine_tuned(student, draft, fine_tune, job.calibration.seed, Path(scratch))
-        if fine_tune.trains and not losses.kept:
-            say("no step came closer to the teacher on validation text; the model stays untrained")
-        original, converted = before_and_after(student, draft, fine_tune.purpose)
-        report = Report(
-            inspection=draft.inspection,
-            recipe=fine_tune,
-            losses=losses,
-            original=original,
-            converted=converted,
-            files={},
-            probe=Probe(tokens=(), logits=()),
-            leads=left_before_text(student, draft),
-        )
-        say(f"writing {job.out}")
-        written = write(folder, student, draft.source, report)
+        written = fill(folder, job, say, resume)
     forget(job.out)
     return written
+
+
+def fill(folder: Path, job: Job, say: Say, resume: bool) -> Report:
+    """Write the checkpoint into an empty folder."""
+    fine_tune = recipe(job.distillation, device_of(job.device), tied=job.to == "native")
+    prepared = prepare(job, say, fine_tune.training_rows, resume)
+    draft = completed(prepared, fine_tune.purpose)
+    if draft.source.streaming:
+        fine_tune = by_layers(fine_tune)
+    if draft.progress is not None:
+        draft.progress.keep_draft(draft.texts, draft.plan, draft.inspection)
+        say(f"kept in {draft.progress.folder}; the same command goes on from here")
+    write_plan(folder / PLAN, draft.plan, draft.inspection)
+    student = graft(draft.source.decoder, draft.plan)
+    say(f"fine-tune: {fine_tune}")
+    with TemporaryDirectory(dir=folder) as scratch:
+        losses = fine_tuned(student, draft, fine_tune, job.calibration.seed, Path(scratch))
+    if fine_tune.trains and not losses.kept:
+        say("no step came closer to the teacher on validation text; the model stays untrained")
+    original, converted = before_and_after(student, draft, fine_tune.purpose)
+    report = Report(
+        inspection=draft.inspection,
+        recipe=fine_tune,
+        losses=losses,
+        original=original,
+        converted=converted,
+        files={},
+        probe=Probe(tokens=(), logits=()),
+        leads=left_before_text(student, draft),
+    )
+    say(f"writing {job.out}")
+    return write(folder, student, draft.source, report)
 
 
 def fine_tuned(

@@ -16,23 +16,26 @@ from absorb.errors import AbsorbError, Say
 from absorb.load import checks, files
 from absorb.load.source import Source, load
 from absorb.models.families import family_of
+from absorb.pipelines.convert import fill
 from absorb.runtime.precision import device_of
 from absorb.schema.codec import to_json
 from absorb.schema.exported import Exported
 from absorb.schema.report import Probe, Report, versions
-from absorb.schema.settings import Export, ModelRef, expanded
+from absorb.schema.settings import Export, Job, ModelRef, expanded
 from absorb.schema.training import LENGTH
 from absorb.ship.export import gguf, native
 from absorb.ship.export.card import card, file_name
 from absorb.ship.export.targets import Route, config_for, route_of
 from absorb.ship.isolated import probe_tokens
 from absorb.ship.plan_file import fits_in
+from absorb.ship.resume import forget
 from absorb.ship.staging import REPORT, digest, digests, staged
 from absorb.ship.stranger import Said, said_in_isolation
 from absorb.ship.verify import read_report
 from absorb.text.samples import sampled
 from absorb.text.windows import windows
 
+CONVERSION = "conversion.json"  # the report of a conversion that was exported at once
 _ROWS = 4  # of text, to compare on
 # In nats per token. What is only told in other words differs by the rounding of float32.
 _EXACT = 1e-5
@@ -57,21 +60,51 @@ def export(wish: Export, say: Say) -> Exported:
     if wish.to == "gguf":
         gguf.refuse(folder.target)
     with staged(wish.out, wish.force) as place:
-        say(f"writing {folder.target.model_type}")
-        native_place = place if wish.to == "native" else place / "native"
-        native_place.mkdir(exist_ok=True)
-        made = _write(folder, native_place)
-        if wish.to == "gguf":
-            weights = wish.weights or "f16"
-            made = replace(made, target="gguf", dtype=weights)
-            say(f"writing {file_name(made)}")
-            gguf.write(place / file_name(made), native_place, weights, made.model, made.license)
-        result = _compared(folder, native_place, made, wish, say)
-        if wish.to == "gguf":
-            shutil.rmtree(native_place)
-        (place / "README.md").write_text(card(result, folder.report), encoding="utf-8")
-        result = replace(result, files=digests(place))
-        (place / REPORT).write_text(to_json(result), encoding="utf-8")
+        return _fill(place, folder, wish, say)
+
+
+def converted(job: Job, say: Say, resume: bool = False) -> Exported:
+    """Convert a model and write the native export alone, complete or not at all.
+
+    With the export lies what became of the conversion, as conversion.json.
+    """
+    job = replace(job, sink="logit")
+    with staged(job.out, job.force) as place:
+        apart = place / "converted"
+        apart.mkdir()
+        fill(apart, job, say, resume)
+        text = job.calibration.text
+        wish = Export(
+            folder=apart,
+            out=job.out,
+            text=text if isinstance(text, Path) else None,
+            device=job.device,
+        )
+        result = _fill(place, _read(apart), wish, say)
+    forget(job.out)
+    return result
+
+
+def _fill(place: Path, folder: _Folder, wish: Export, say: Say) -> Exported:
+    """Write the export into a folder. Of a conversion that lies in it only the report is left."""
+    say(f"writing {folder.target.model_type}")
+    native_place = place if wish.to == "native" else place / "native"
+    native_place.mkdir(exist_ok=True)
+    made = _write(folder, native_place)
+    if wish.to == "gguf":
+        weights = wish.weights or "f16"
+        made = replace(made, target="gguf", dtype=weights)
+        say(f"writing {file_name(made)}")
+        gguf.write(place / file_name(made), native_place, weights, made.model, made.license)
+    result = _compared(folder, native_place, made, wish, say)
+    if wish.to == "gguf":
+        shutil.rmtree(native_place)
+    if folder.path.is_relative_to(place):
+        (folder.path / REPORT).rename(place / CONVERSION)
+        shutil.rmtree(folder.path)
+    (place / "README.md").write_text(card(result, folder.report), encoding="utf-8")
+    result = replace(result, files=digests(place))
+    (place / REPORT).write_text(to_json(result), encoding="utf-8")
     return result
 
 

@@ -17,6 +17,7 @@ from absorb.runtime.precision import bf16_copy, device_of
 from absorb.schema.findings import Trial
 from absorb.schema.report import Inspection
 from absorb.schema.settings import Job, Purpose
+from absorb.ship.export.targets import config_for, route_of
 from absorb.ship.plan_file import read_plan
 from absorb.ship.resume import Progress
 from absorb.text.corpus import encoded, refuse_unreadable
@@ -43,6 +44,8 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
     refuse_unreadable(job.calibration.text)
     say(f"loading {job.model.name}")
     source = load(job.model, device=device)
+    if job.to == "native":  # refused before the long work
+        config_for(route_of(source.family.model_type), source.model.config)
     made = None if job.plan is None else read_plan(job.plan, source)
     progress = Progress(job, source) if resume else None
     if source.streaming:

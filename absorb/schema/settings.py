@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from absorb.errors import AbsorbError, MisuseError
-from absorb.schema.declared import Checked, Range, option
+from absorb.schema.declared import Checked, Range, changed, option
 from absorb.schema.texts import Dataset
 
 
@@ -24,6 +24,7 @@ Sink = Literal["logit", "key", "auto"]
 Train = Literal["sinks", "scales", "all"]
 Purpose = Literal["none", "int8", "w4a4", "nvfp4"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Architecture = Literal["absorbed", "native", "stock"]
 Target = Literal["native", "gguf"]
 Weights = Literal["f32", "f16", "bf16"]
 FormatName = Literal[
@@ -45,6 +46,8 @@ FormatName = Literal[
 _TRUSTED = "Run tokenizer code that a model brings."
 _DEVICES = "cpu, cuda, cuda:1, ..."
 _FIGURE = Range(least=0, most=1e9)
+# The options that have a say where a model is only rescaled.
+_OF_STOCK = {"revision", "trust_remote_code", "text_only", "text", "seed", "device", "to", "force"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +106,7 @@ class Distillation(Checked):
     # For those who rent a GPU by the hour.
     minutes: float | None = option(
         None,
-        "By the clock instead; loading, planning and evaluating take their time beside it.",
+        "By the clock instead, loading not counted.",
         range=Range(least=0, most=1e6, excluded=True),
     )
     train: Train | None = option(
@@ -131,12 +134,11 @@ class Survey(Checked):
     calibration: Calibration = field(default_factory=Calibration)
     sink: Sink = option(
         "auto",
-        "Logits, which other engines know; keys of the prefix, exact; or auto: keys where no logit "
-        "fits.",
+        "Logits; keys of the prefix, exact; auto: keys where no logit fits.",
     )
     residual_target: float = option(
         1.0,
-        "What outlier channels come down to, in median channels.",
+        "Of outliers, by the median channel.",
         range=Range(least=0.001, most=1e6),
     )
     thresholds: Thresholds = option(
@@ -153,10 +155,27 @@ class Job(Survey):
     distillation: Distillation = field(default_factory=Distillation)
     plan: Path | None = option(
         None,
-        "Checkpoint or plan.safetensors: convert as then, without measuring or fitting.",
+        "As this checkpoint or plan.safetensors has it.",
         decides=("prefix", "sink", "residual_target", "thresholds"),
     )
+    to: Architecture = option(
+        "absorbed",
+        "Or a stock model with sinks, or the same model rescaled for float16.",
+    )
     force: bool = option(False, "Replace the checkpoint that is there.")
+
+    def refuse_contradictions(self) -> None:
+        if self.to == "native" and self.sink == "key":
+            raise MisuseError(
+                "{1} native has no place for keys; pass {0} logit, or drop it", "sink", "to"
+            )
+        beside = {one.name for one, _ in changed(self)} - _OF_STOCK
+        if self.to == "stock" and beside:
+            raise MisuseError(
+                "{0} is of sinks and of training, and {1} stock has neither; drop one of them",
+                min(beside),
+                "to",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from absorb.runtime.precision import ADDED
 from absorb.schema.codec import from_json, parsed
 from absorb.schema.exported import Exported
 from absorb.schema.report import Inspection, Report
+from absorb.schema.rescaled import Rescaled
 from absorb.schema.settings import ModelRef, expanded
 from absorb.ship.plan_file import PLAN, plan_in
 from absorb.ship.staging import REPORT, digests
@@ -58,7 +59,9 @@ class Verification:
         return [reason for check in self.checks for reason in check.wrong]
 
 
-Written = Report | Exported
+Written = Report | Exported | Rescaled
+# What no other report has.
+_KINDS = {"target": Exported, "reaches": Rescaled}
 
 
 def verify(ref: ModelRef, say: Say) -> Verification:
@@ -96,7 +99,8 @@ def read_report(folder: Path, name: str) -> Written:
         raise AbsorbError(f"{name} has no {REPORT}, so absorb did not write it; check the name")
     try:
         text = file.read_text(encoding="utf-8")
-        kind: Any = Exported if "target" in parsed(text) else Report
+        told = parsed(text)
+        kind: Any = next((kind for key, kind in _KINDS.items() if key in told), Report)
         report: Written = from_json(kind, text)
     # Whatever a stranger put in place of it: what cannot be built is no report of ours.
     except (
@@ -151,7 +155,7 @@ def _code(folder: Path, report: Report) -> Finding:
     return f"{CODE} of absorb {version}", wrong
 
 
-def _no_code(folder: Path, report: Exported) -> Finding:
+def _no_code(folder: Path, report: Exported | Rescaled) -> Finding:
     """Whether a loader has no code to run: a stock architecture needs none."""
     return f"none: {report.architecture} is a stock architecture", _other_code(folder, report, "")
 
@@ -266,7 +270,7 @@ def _checks_of(report: Written) -> Mapping[str, Callable[[Path, Any], Finding]]:
     if isinstance(report, Report):
         return _CHECKS
     looks = {"files": _files, "code": _no_code, "logits": _logits}
-    if report.target == "gguf":
+    if isinstance(report, Exported) and report.target == "gguf":
         del looks["logits"]
     return looks
 
