@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import click
 
-from absorb.errors import AbsorbError
+from absorb.errors import AbsorbError, MisuseError
 
 
 class UserErrors:
@@ -27,7 +27,7 @@ class UserErrors:
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         if isinstance(error, AbsorbError):
             click.echo(f"absorb: {error}", err=True)
-            sys.exit(1)
+            sys.exit(2 if isinstance(error, MisuseError) else 1)
         if isinstance(error, BrokenPipeError):
             return  # click ends in silence, as the reader of stdout wants no more
         if isinstance(error, OSError):  # a name too long, a disk that fails, a file that vanished

@@ -27,7 +27,8 @@ class Ranges:
     """The largest magnitudes that were seen, and where.
 
     read and given hold those of every channel of what Linears read and give, by name: (channels,),
-    of experts (experts, channels); given has the final norm as well. peaks holds the largest of every kind, with its place.
+    of experts (experts, channels); given has the final norm as well. peaks holds the largest of
+    every kind, with its place.
     """
 
     read: dict[str, Tensor] = field(default_factory=dict)

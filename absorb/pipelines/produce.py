@@ -15,6 +15,6 @@ def produce(job: Job, say: Say, resume: bool = False) -> Produced:
     """Write what a job asks for to job.out; with `resume` go on from OUT.progress."""
     if job.to == "stock":
         if resume:
-            raise MisuseError("{0} stock takes no long work; drop --resume", "to")
+            raise MisuseError("--to stock takes no long work; drop --resume")
         return rescale.rescaled(job, say)
     return (export.converted if job.to == "native" else convert)(job, say, resume)

@@ -115,8 +115,8 @@ def _refuse_overflow(reaches: tuple[Reach, ...], source: Source) -> None:
         for name, parameter in source.model.named_parameters():
             if not parameter.detach().abs().max() <= MOST:
                 raise AbsorbError(
-                    f"{name} of {source.name} does not fit float16 after all that reads large "
-                    "numbers was scaled up; use the model in bfloat16"
+                    f"{name} of {source.name} does not fit float16, though what is computed of it "
+                    "does; use the model in bfloat16"
                 )
 
 
