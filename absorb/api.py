@@ -64,6 +64,7 @@ class ConvertOptions(InspectOptions, total=False):
     purpose: Purpose
     plan: str | Path | None
     to: Architecture
+    window: int | None
     force: bool
 
 
@@ -88,6 +89,8 @@ class ExportOptions(TypedDict, total=False):
 
     to: Target
     weights: Weights | None
+    window: int | None
+    mlx: bool
     tolerance: float
     text: str | Path | None
     device: str

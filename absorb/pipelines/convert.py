@@ -12,6 +12,7 @@ from absorb.fold.graft import graft
 from absorb.load.opening.tokenizer import lead_of, leads_left
 from absorb.measure.score import evaluate, perplexity
 from absorb.models.decoder import Decoder
+from absorb.models.windows import slide
 from absorb.pipelines.prepare import Prepared, completed, prepare
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import FORMAT_FOR, fake_quantized
@@ -69,6 +70,8 @@ def fill(folder: Path, job: Job, say: Say, resume: bool) -> Report:
         probe=Probe(tokens=(), logits=()),
         leads=left_before_text(student, draft),
     )
+    if job.window is not None and job.to == "absorbed":
+        slide(student.config, student.family, job.window)
     say(f"writing {job.out}")
     return write(folder, student, draft.source, report)
 

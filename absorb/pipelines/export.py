@@ -23,7 +23,7 @@ from absorb.schema.exported import Exported
 from absorb.schema.report import Probe, Report, versions
 from absorb.schema.settings import Export, Job, ModelRef, expanded
 from absorb.schema.training import LENGTH
-from absorb.ship.export import gguf, native
+from absorb.ship.export import gguf, mlx, native
 from absorb.ship.export.card import card, file_name
 from absorb.ship.export.targets import Route, config_for, route_of
 from absorb.ship.isolated import probe_tokens
@@ -56,9 +56,11 @@ class _Folder:
 def export(wish: Export, say: Say) -> Exported:
     """Write the export, complete or not at all; `say` is told what is being done."""
     device_of(wish.device)  # refused before the long work
-    folder = _read(expanded(wish.folder))
+    folder = _read(expanded(wish.folder), wish.window)
     if wish.to == "gguf":
         gguf.refuse(folder.target)
+    if wish.mlx:
+        mlx.refuse(folder.target)
     with staged(wish.out, wish.force) as place:
         return _fill(place, folder, wish, say)
 
@@ -79,8 +81,9 @@ def converted(job: Job, say: Say, resume: bool = False) -> Exported:
             out=job.out,
             text=text if isinstance(text, Path) else None,
             device=job.device,
+            window=job.window,
         )
-        result = _fill(place, _read(apart), wish, say)
+        result = _fill(place, _read(apart, wish.window), wish, say)
     forget(job.out)
     return result
 
@@ -91,6 +94,9 @@ def _fill(place: Path, folder: _Folder, wish: Export, say: Say) -> Exported:
     native_place = place if wish.to == "native" else place / "native"
     native_place.mkdir(exist_ok=True)
     made = _write(folder, native_place)
+    if wish.mlx:
+        mlx.add(place, folder.target)
+        made = replace(made, mlx=True)
     if wish.to == "gguf":
         weights = wish.weights or "f16"
         made = replace(made, target="gguf", dtype=weights)
@@ -126,7 +132,7 @@ def _compared(folder: _Folder, place: Path, made: Exported, wish: Export, say: S
     )
 
 
-def _read(path: Path) -> _Folder:
+def _read(path: Path, window: int | None) -> _Folder:
     """Look at a folder, and refuse what cannot be exported before anything is written."""
     if not path.is_dir():
         raise AbsorbError(f"{path} is no folder; name one that `absorb convert` wrote")
@@ -152,7 +158,7 @@ def _read(path: Path) -> _Folder:
         report=report,
         config=config,
         route=route,
-        target=config_for(route, config),
+        target=config_for(route, config, window),
         weights=weights,
     )
 
@@ -225,6 +231,8 @@ def _ask(folder: _Folder, wish: Export, device: torch.device, file: Path) -> str
     source = load(ModelRef(name=str(folder.path)), measured=True)
     nn.Module.to(source.model, device)
     tokens, origin = _text(source, wish)
+    # Of a window only what it leaves out is another model.
+    tokens = tokens[:, : wish.window].contiguous()
     logits = [
         source.model(row[None].to(device), use_cache=False).logits.float().cpu() for row in tokens
     ]

@@ -1,5 +1,6 @@
 """A conversion before its fine-tune: the model, the text and the plan."""
 
+import copy
 import logging
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source, load
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import find_prefix
+from absorb.models.windows import slide
 from absorb.pipelines.survey import inspection_from_plan, survey
 from absorb.runtime.precision import bf16_copy, device_of
 from absorb.schema.findings import Trial
@@ -45,7 +47,9 @@ def prepare(job: Job, say: Say, training_rows: int | None, resume: bool = False)
     say(f"loading {job.model.name}")
     source = load(job.model, device=device)
     if job.to == "native":  # refused before the long work
-        config_for(route_of(source.family.model_type), source.model.config)
+        config_for(route_of(source.family.model_type), source.model.config, job.window)
+    elif job.window is not None:
+        slide(copy.deepcopy(source.model.config), source.family, job.window)
     made = None if job.plan is None else read_plan(job.plan, source)
     progress = Progress(job, source) if resume else None
     if source.streaming:

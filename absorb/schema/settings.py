@@ -46,6 +46,9 @@ FormatName = Literal[
 _TRUSTED = "Run tokenizer code that a model brings."
 _DEVICES = "cpu, cuda, cuda:1, ..."
 _FIGURE = Range(least=0, most=1e9)
+# Not below what a checkpoint is probed with: there a window hides nothing.
+_WIDTH = Range(least=64, most=2**20, whole=True)
+_WINDOW = "Tokens that every layer sees, beside sinks."
 # The options that have a say where a model is only rescaled.
 _OF_STOCK = {"revision", "trust_remote_code", "text_only", "text", "seed", "device", "to", "force"}
 
@@ -138,7 +141,7 @@ class Survey(Checked):
     )
     residual_target: float = option(
         1.0,
-        "Of outliers, by the median channel.",
+        "Of outliers, in median channels.",
         range=Range(least=0.001, most=1e6),
     )
     thresholds: Thresholds = option(
@@ -162,6 +165,7 @@ class Job(Survey):
         "absorbed",
         "Or a stock model with sinks, or the same model rescaled for float16.",
     )
+    window: int | None = option(None, _WINDOW, range=_WIDTH)
     force: bool = option(False, "Replace the checkpoint that is there.")
 
     def refuse_contradictions(self) -> None:
@@ -246,6 +250,8 @@ class Export(Checked):
     weights: Weights | None = option(
         None, "Of matrices in a .gguf file.  [default: f16]", flag="--type"
     )
+    window: int | None = option(None, _WINDOW, range=_WIDTH)
+    mlx: bool = option(False, "Put the code beside it that MLX runs it by.")
     tolerance: float = option(
         0.05,
         "What fitted logits and moved scales may cost: the KL from the converted model, in nats "
@@ -263,6 +269,8 @@ class Export(Checked):
     def refuse_contradictions(self) -> None:
         if self.weights is not None and self.to != "gguf":
             raise MisuseError("{0} is of a .gguf file; pass {1} gguf, or drop it", "weights", "to")
+        if self.mlx and self.to != "native":
+            raise MisuseError("{0} is of a folder; pass {1} native, or drop it", "mlx", "to")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,9 @@ from absorb.schema.exported import Exported
 from absorb.schema.report import Inspection, Report
 from absorb.schema.rescaled import Rescaled
 from absorb.schema.settings import ModelRef, expanded
+from absorb.ship.export.mlx import MODEL_FILE, OURS
 from absorb.ship.plan_file import PLAN, plan_in
-from absorb.ship.staging import REPORT, digests
+from absorb.ship.staging import REPORT, digest, digests
 from absorb.ship.stranger import said_in_isolation
 from absorb.show.tables import Row
 
@@ -157,7 +158,13 @@ def _code(folder: Path, report: Report) -> Finding:
 
 def _no_code(folder: Path, report: Exported | Rescaled) -> Finding:
     """Whether a loader has no code to run: a stock architecture needs none."""
-    return f"none: {report.architecture} is a stock architecture", _other_code(folder, report, "")
+    ours = MODEL_FILE if isinstance(report, Exported) and report.mlx else ""
+    wrong = _other_code(folder, report, ours)
+    if not ours:
+        return f"none: {report.architecture} is a stock architecture", wrong
+    if not (folder / ours).is_file() or digest(folder / ours) != digest(OURS):
+        wrong.append(f"{ours} is not that of this version of absorb; read it before you run it")
+    return f"{ours} of this version of absorb, which MLX alone runs", wrong
 
 
 def _other_code(folder: Path, report: Written, ours: str) -> list[str]:
@@ -172,7 +179,7 @@ def _other_code(folder: Path, report: Written, ours: str) -> list[str]:
             f"{file.name} names code outside of {ours or 'transformers'} ({reference}); do not "
             "load it"
             for reference in _references(file)
-            if not (ours and reference.startswith(f"{Path(ours).stem}."))
+            if not (ours == CODE and reference.startswith(f"{Path(ours).stem}."))
         ]
     return wrong
 
