@@ -73,8 +73,11 @@ def compared(
     for name, folder in models.items():
         theirs = said_by_transformers(folder, rows[name])
         said = found["models"][name].pop("said")
+        # What a script says nothing of is the beginning of a row.
         apart = [
-            abs(a - b) for x, y in zip(said, theirs, strict=True) for a, b in zip(x, y, strict=True)
+            abs(one - other)
+            for ours, them in zip(said, theirs, strict=True)
+            for one, other in zip(ours, them[-len(ours) :], strict=True)
         ]
         found["models"][name]["apart"] = max(apart)
     return found

@@ -187,3 +187,27 @@ def test_a_family_without_a_native_target_is_refused_before_the_long_work(
     assert result.exit_code == 1
     assert "a place for the sinks of gemma3_text models" in result.stderr
     assert "measuring" not in result.stderr
+
+
+# A window in every layer
+
+
+@pytest.mark.slow
+def test_a_converted_model_is_written_with_a_window(text_file: Path, tmp_path: Path) -> None:
+    tiny("mistral", torch.float32).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    options = ("--window", 64, "--steps", 0, "--text", text_file)
+    result = convert(tmp_path / "model", "--out", out, *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "config.json").read_text())["sliding_window"] == 64
+    assert "--window 64" in (out / "README.md").read_text()
+
+
+def test_a_window_without_a_setting_for_it_is_refused_before_the_long_work(
+    original: Path, tmp_path: Path
+) -> None:
+    result = convert(original, "--window", 64, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "llama models have no setting for a window in every layer" in result.stderr
+    assert "measuring" not in result.stderr
