@@ -8,7 +8,7 @@ import click
 from absorb.cli.hub import uploaded_sentence, uploading
 from absorb.cli.options import json_option, options_from, settled
 from absorb.cli.terminal import UserErrors, print_result, say
-from absorb.schema.settings import Destination, Job
+from absorb.schema.settings import Destination, Job, expanded
 
 
 @click.command()
@@ -63,11 +63,17 @@ def _converted(result: Any, out: Path) -> str:
 
 
 def _native(result: Any, out: Path) -> str:
+    from absorb.pipelines.export import CONVERSION
+    from absorb.schema.codec import from_json
+    from absorb.schema.report import Report
     from absorb.ship.export.card import export_rows
-    from absorb.show.tables import listing
+    from absorb.show.rows import score_rows
+    from absorb.show.tables import listing, table
 
+    report = from_json(Report, (expanded(out) / CONVERSION).read_text(encoding="utf-8"))
+    scores = table(score_rows(report.original, report.converted))
     written = f"written to {out}, whose README.md says how each engine loads it"
-    return f"{listing(export_rows(result))}\n\n{written}"
+    return f"{scores}\n\n{listing(export_rows(result))}\n\n{written}"
 
 
 def _rescaled(result: Any, out: Path) -> str:

@@ -16,7 +16,7 @@ from absorb.errors import AbsorbError, Say
 from absorb.load import checks, files
 from absorb.load.source import Source, load
 from absorb.models.families import family_of
-from absorb.pipelines.convert import fill
+from absorb.pipelines.convert import fill, warn_of_loss
 from absorb.runtime.precision import device_of
 from absorb.schema.codec import to_json
 from absorb.schema.exported import Exported
@@ -74,7 +74,7 @@ def converted(job: Job, say: Say, resume: bool = False) -> Exported:
     with staged(job.out, job.force) as place:
         apart = place / "converted"
         apart.mkdir()
-        fill(apart, job, say, resume)
+        warn_of_loss(fill(apart, job, say, resume))
         text = job.calibration.text
         wish = Export(
             folder=apart,

@@ -123,6 +123,7 @@ def _refuse_overflow(reaches: tuple[Reach, ...], source: Source) -> None:
 def _write(place: Path, source: Source) -> None:
     with quiet():
         save(source.decoder, place, torch.float16, {})
+        source.model.config.dtype = torch.float16
         source.model.config.save_pretrained(place)
         source.tokenizer.save_pretrained(place)
 

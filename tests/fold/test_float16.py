@@ -16,6 +16,7 @@ from absorb.fold.float16 import Rescaling, rescale, rescaling
 from absorb.measure.headroom import SQUARES, ranges
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
+from absorb.models.streaming import Streaming
 from tests.helpers.tiny import EXPERTS, HEAD_DIM, HIDDEN, INTERMEDIATE, LAYERS, kv_heads, tiny
 
 SAME, OTHER = 1e-5, 1e-3
@@ -81,6 +82,28 @@ def test_every_family_says_the_same_rescaled(
 ) -> None:
     decoder = decoder_of(name, **more)
     assert drift(decoder, tokens, by_all(decoder)) < SAME
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "mixtral"])
+@torch.no_grad()
+def test_a_model_whose_layers_come_one_by_one_is_rescaled_as_a_whole_one_is(
+    name: str, tokens: Tensor
+) -> None:
+    whole, parts = (
+        Decoder(tiny(name, torch.float32, tie_word_embeddings=True), FAMILIES[name])
+        for _ in range(2)
+    )
+    parts = Decoder(
+        parts.model, parts.family, Streaming(parts.model, parts.layers, torch.device("cpu"))
+    )
+    seen = [ranges(decoder, tokens).peaks for decoder in (whole, parts)]
+    reached = [{kind: peak for kind, (peak, _) in peaks.items()} for peaks in seen]
+    assert reached[0] == pytest.approx(reached[1], rel=SAME)  # rows are summed in other batches
+    before = parts.model(tokens).logits
+    for decoder in (whole, parts):
+        rescale(decoder, by_all(decoder))
+    assert torch.equal(whole.model(tokens).logits, parts.model(tokens).logits)
+    assert (parts.model(tokens).logits - before).abs().max() < SAME * before.abs().max()
 
 
 # Mistakes
