@@ -54,7 +54,7 @@ def compared(
     script: str,
     models: Mapping[str, Path],
     rows: Mapping[str, list[list[int]]],
-    rounds: int = 5,
+    rounds: int = 3,
     **more: Any,
 ) -> dict[str, Any]:
     """What the script makes of each model of its rows, and how far that is from transformers.

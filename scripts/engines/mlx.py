@@ -20,7 +20,7 @@ from scripts.engines import beside
 from scripts.engines.environments import Environment
 
 MLX = Environment(("mlx-lm==0.32.2", "mlx[cpu]==0.32.4"))
-COUNT, LENGTH = 5, 256
+COUNT, LENGTH = 2, 64
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -18,7 +18,7 @@ from scripts.engines.environments import Environment
 GENAI = Environment(
     ("onnxruntime-genai==0.18.0", "onnx-ir", "onnx", "torch==2.13.0", "transformers==5.24.0")
 )
-COUNT, LENGTH = 3, 192
+COUNT, LENGTH = 2, 128
 
 
 @click.command()

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-NEW = 64  # tokens that a decode adds
+NEW = 16  # tokens that a decode adds
 
 
 def log_probabilities(model: Any, row: list[int]) -> list[float]:
