@@ -73,8 +73,8 @@ vllm serve PATH_OR_REPO
 **llama.cpp** reads the same model from a .gguf file, which `absorb export DIR --to gguf` writes.
 
 **onnxruntime-genai** (0.18 was tried) has no builder of this architecture. That of Granite makes
-the same graph where `attention_attrs["sinks"]` is set, without which it drops the sinks without a word,
-and where a window that hides nothing is not told to it.
+the same graph where `attention_attrs["sinks"]` is set, without which it drops the sinks without a
+word, and where a window that hides nothing is not told to it.
 
 **SGLang** has the architecture, and up to 0.5.23 it drops all biases of attention without a word:
 do not serve this model by such a version.""",
