@@ -14,11 +14,13 @@ from absorb.pipelines import convert as conversion
 from absorb.pipelines import export as exporting
 from absorb.pipelines import inspect as inspection
 from absorb.pipelines.compare import compare
+from absorb.pipelines.produce import Produced, produce
 from absorb.schema.declared import Option, filled, options_of
 from absorb.schema.exported import Exported
 from absorb.schema.report import Inspection, Report
 from absorb.schema.scores import Comparison
 from absorb.schema.settings import (
+    Architecture,
     Dtype,
     Evaluation,
     Export,
@@ -61,6 +63,8 @@ class ConvertOptions(InspectOptions, total=False):
     train: Train | None
     purpose: Purpose
     plan: str | Path | None
+    to: Architecture
+    window: int | None
     force: bool
 
 
@@ -85,6 +89,8 @@ class ExportOptions(TypedDict, total=False):
 
     to: Target
     weights: Weights | None
+    window: int | None
+    mlx: bool
     tolerance: float
     text: str | Path | None
     device: str
@@ -128,18 +134,20 @@ def convert(
     *,
     resume: bool = False,
     **options: Unpack[ConvertOptions],
-) -> Report:
+) -> Produced:
     """Convert a model and write the checkpoint to `out`, complete or not at all.
 
     `model` is a Hub id, a folder, a .gguf file or "demo". With `resume` what is found is kept in
-    OUT.progress, and gone on from. The report is what absorb.json holds. Raises an AbsorbError for
-    what cannot be converted, and warns where the result is worse in float.
+    OUT.progress, and gone on from. The result is what absorb.json holds: a Report, with `to` native
+    an Exported, with `to` stock a Rescaled. Raises an AbsorbError for what cannot be converted, and
+    warns where the result is worse in float.
     """
     given = asked(Job, options)
     job = filled(Job, {"name": str(model), "out": Path(out), **given})
-    report = conversion.convert(job, _say, resume)
-    conversion.warn_of_loss(report)
-    return report
+    made = produce(job, _say, resume)
+    if isinstance(made, Report):
+        conversion.warn_of_loss(made)
+    return made
 
 
 @taking_options_of(Survey)

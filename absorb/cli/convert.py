@@ -8,7 +8,7 @@ import click
 from absorb.cli.hub import uploaded_sentence, uploading
 from absorb.cli.options import json_option, options_from, settled
 from absorb.cli.terminal import UserErrors, print_result, say
-from absorb.schema.settings import Destination, Job
+from absorb.schema.settings import Destination, Job, expanded
 
 
 @click.command()
@@ -29,31 +29,59 @@ def convert(
 
     \b
     absorb convert demo --out smollm2-absorbed
-    absorb convert Qwen/Qwen3-0.6B --out DIR --text corpus.jsonl --steps 400 --for int8
+    absorb convert Qwen/Qwen3-0.6B --out DIR --text corpus.jsonl --for int8
+    absorb convert google/gemma-3-1b-it --out DIR --to stock
     """
     job = settled(Job, {"name": model, "out": out, **options})
     stopped = f"run the same command again, and it goes on from {out}.progress"
     with UserErrors(interrupted=stopped) if resume else UserErrors():
-        from absorb.pipelines.convert import convert, warn_of_loss
+        from absorb.pipelines.convert import warn_of_loss
+        from absorb.pipelines.produce import produce
         from absorb.schema.codec import to_json
+        from absorb.schema.report import Report
         from absorb.ship import hub
 
         if push_to_hub is not None:
             hub.checked_target(Destination(repository=push_to_hub))  # refused before the long work
-        result = convert(job, say, resume)
-        written = f"written to {out}; load it with from_pretrained(..., trust_remote_code=True)"
-        print_result(to_json(result).rstrip() if as_json else f"{_story(result)}\n\n{written}")
-        warn_of_loss(result)
+        result = produce(job, say, resume)
+        print_result(to_json(result).rstrip() if as_json else _STORIES[job.to](result, out))
+        if isinstance(result, Report):
+            warn_of_loss(result)
     if push_to_hub is not None:
         with uploading():
             uploaded = uploaded_sentence(hub.push(out, Destination(repository=push_to_hub), say))
             (say if as_json else print_result)(uploaded)
 
 
-def _story(result: Any) -> str:
+def _converted(result: Any, out: Path) -> str:
     from absorb.show.rows import finding_rows, score_rows
     from absorb.show.tables import listing, table
 
-    found = finding_rows(result.inspection)
-    scores = score_rows(result.original, result.converted)
-    return f"{listing(found)}\n\n{table(scores)}"
+    found, scores = finding_rows(result.inspection), score_rows(result.original, result.converted)
+    written = f"written to {out}; load it with from_pretrained(..., trust_remote_code=True)"
+    return f"{listing(found)}\n\n{table(scores)}\n\n{written}"
+
+
+def _native(result: Any, out: Path) -> str:
+    from absorb.pipelines.export import CONVERSION
+    from absorb.schema.codec import from_json
+    from absorb.schema.report import Report
+    from absorb.ship.export.card import export_rows
+    from absorb.show.rows import score_rows
+    from absorb.show.tables import listing, table
+
+    report = from_json(Report, (expanded(out) / CONVERSION).read_text(encoding="utf-8"))
+    scores = table(score_rows(report.original, report.converted))
+    written = f"written to {out}, whose README.md says how each engine loads it"
+    return f"{scores}\n\n{listing(export_rows(result))}\n\n{written}"
+
+
+def _rescaled(result: Any, out: Path) -> str:
+    from absorb.ship.export.rescaled import reach_rows, rescaled_rows
+    from absorb.show.tables import listing, table
+
+    reached, done = table(reach_rows(result)), listing(rescaled_rows(result))
+    return f"{reached}\n\n{done}\n\nwritten to {out}; load it with dtype=torch.float16"
+
+
+_STORIES = {"absorbed": _converted, "native": _native, "stock": _rescaled}

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import click
 
-from absorb.errors import AbsorbError
+from absorb.errors import AbsorbError, MisuseError
 
 # torchrun starts several processes, of which one speaks for all.
 _NUMBER = os.environ.get("RANK", "0")
@@ -35,7 +35,7 @@ class UserErrors:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it on top
         if isinstance(error, AbsorbError):
             say(f"absorb: {error}")
-            sys.exit(1)
+            sys.exit(2 if isinstance(error, MisuseError) else 1)
         if isinstance(error, BrokenPipeError):
             return  # click ends in silence, as the reader of stdout wants no more
         if isinstance(error, OSError):  # a name too long, a disk that fails, a file that vanished

@@ -188,7 +188,7 @@ def _product(inputs: Tensor, weight: Tensor) -> Tensor:
 
 def write(student: Decoder, plan: Plan, layer: int) -> None:
     """Give a layer the scales of a plan."""
-    _smooth(student, plan.smoothing, layer)
+    smooth_layer(student, plan.smoothing, layer)
 
 
 @torch.no_grad()
@@ -199,10 +199,11 @@ def smooth(decoder: Decoder, smoothing: dict[str, Tensor]) -> None:
     the name of what is divided.
     """
     for layer in range(len(decoder.layers)):
-        _smooth(decoder, smoothing, layer)
+        smooth_layer(decoder, smoothing, layer)
 
 
-def _smooth(decoder: Decoder, smoothing: dict[str, Tensor], layer: int) -> None:
+def smooth_layer(decoder: Decoder, smoothing: dict[str, Tensor], layer: int) -> None:
+    """The same for one layer."""
     for name, scales in smoothing.items():
         if not decoder.has(layer, name):
             continue

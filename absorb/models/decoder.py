@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,7 @@ class Site:
 
     module: Any  # that is called, and that hooks go on
     parameter: str = "weight"
+    offset: float = 0.0  # what a norm adds to its weight
 
     @property
     def is_norm(self) -> bool:
@@ -72,7 +73,9 @@ class Site:
             return
         rows = slice(-scale.shape[-1], None) if rows is None else rows
         if self.is_norm:
+            self.module.weight += self.offset
             self.module.weight /= scale
+            self.module.weight -= self.offset
         else:
             self.weight[..., rows, :] /= scale[..., None]
         bias = self.bias
@@ -176,7 +179,9 @@ class Decoder:
     def named(self, name: str) -> Site:
         """The site under a name in the model."""
         if name not in self._sites:
-            self._sites[name] = site_at(self.model, name)
+            site = site_at(self.model, name)
+            offset = self.family.norm_offset if site.is_norm else 0.0
+            self._sites[name] = replace(site, offset=offset)
         return self._sites[name]
 
     @cached_property

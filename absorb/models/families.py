@@ -48,7 +48,9 @@ _OLMO2 = Family(
     key=None,
 )
 # LayerNorm without a weight leaves nothing to divide, so no smoothing of what it feeds.
-_OLMO = replace(_LLAMA, model_type="olmo", feeds=(), requires=(("clip_qkv", (None,)),))
+_OLMO = replace(
+    _LLAMA, model_type="olmo", feeds=(), epsilon=None, requires=(("clip_qkv", (None,)),)
+)
 _GLM4 = replace(
     _LLAMA,
     model_type="glm4",
@@ -80,10 +82,11 @@ _ARCEE = replace(
     ),
     up=None,
 )
-_NEMOTRON = replace(_ARCEE, model_type="nemotron", norm_offset=1.0)
+_NEMOTRON = replace(_ARCEE, model_type="nemotron", norm_offset=1.0, epsilon="norm_eps")
 _STARCODER2 = replace(
     _LLAMA,
     model_type="starcoder2",
+    epsilon="norm_epsilon",
     writes=("self_attn.o_proj", "mlp.c_proj"),
     feeds=(
         ("input_layernorm", QKV),
@@ -96,6 +99,7 @@ _STARCODER2 = replace(
 _COHERE = replace(
     _LLAMA,
     model_type="cohere",
+    epsilon="layer_norm_eps",
     reads=("input_layernorm",),
     feeds=(("input_layernorm", (*QKV, "mlp.gate_proj", "mlp.up_proj")),),
     key_norm="use_qk_norm",
@@ -103,6 +107,7 @@ _COHERE = replace(
 _PHI = replace(
     _LLAMA,
     model_type="phi",
+    epsilon="layer_norm_eps",
     final_norm="model.final_layernorm",
     reads=("input_layernorm",),
     writes=("self_attn.dense", "mlp.fc2"),
@@ -115,6 +120,7 @@ _PHI = replace(
 # Conv1D, fused projections and a table of positions; attention may also be scaled by the layer.
 _GPT2 = Family(
     model_type="gpt2",
+    epsilon="layer_norm_epsilon",
     embedding="transformer.wte",
     positions="transformer.wpe",
     layers="transformer.h",
@@ -134,6 +140,7 @@ _GPT2 = Family(
 )
 _OPT = Family(
     model_type="opt",
+    epsilon=None,
     embedding="model.decoder.embed_tokens",
     positions="model.decoder.embed_positions",
     position_offset=2,
@@ -161,6 +168,7 @@ _OPT = Family(
 # matter: each has a norm of its own that reads the stream.
 _GPT_NEOX = Family(
     model_type="gpt_neox",
+    epsilon="layer_norm_eps",
     embedding="gpt_neox.embed_in",
     layers="gpt_neox.layers",
     final_norm="gpt_neox.final_layer_norm",
@@ -196,11 +204,12 @@ FAMILIES: Mapping[str, Family] = {
         replace(
             _LLAMA,
             model_type="stablelm",
+            epsilon="layer_norm_eps",
             key_norm="qk_layernorm",
             requires=(("use_parallel_residual", (False,)),),
         ),
         _ARCEE,
-        replace(_ARCEE, model_type="jais2"),
+        replace(_ARCEE, model_type="jais2", epsilon="layer_norm_eps"),
         _NEMOTRON,
         _APERTUS,
         _PHI3,

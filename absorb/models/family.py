@@ -46,6 +46,10 @@ class Family:
     # -1, where bfloat16 keeps few digits of the sum (at a factor of 64, 4 % off): use float32.
     norm_offset: float = 0.0
 
+    # The setting that every norm has its epsilon from, those of queries and keys among them; None
+    # where norms have one that no setting changes.
+    epsilon: str | None = "rms_norm_eps"
+
     # A norm, and the only readers of its output. A router that shares it comes last.
     feeds: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("input_layernorm", QKV),

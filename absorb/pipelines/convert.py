@@ -14,6 +14,7 @@ from absorb.fold.graft import graft
 from absorb.load.opening.tokenizer import lead_of, leads_left
 from absorb.measure.score import evaluate, perplexity
 from absorb.models.decoder import Decoder
+from absorb.models.windows import slide
 from absorb.pipelines.prepare import Prepared, completed, prepare
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import FORMAT_FOR, fake_quantized
@@ -39,34 +40,7 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
     With `resume` what is found is kept in OUT.progress meanwhile, and gone on from if it is there.
     """
     with ranks.joined(job.device), _place(job) as folder:
-        fine_tune = recipe(job.distillation, device_of(job.device))
-        prepared = prepare(job, say, fine_tune, resume)
-        draft = of_first(completed(prepared, fine_tune.purpose), folder)
-        if draft.source.streaming:
-            fine_tune = by_layers(fine_tune, job.distillation)
-        if draft.progress is not None:
-            draft.progress.keep_draft(draft.texts, draft.plan, draft.inspection)
-            say(f"kept in {draft.progress.folder}; the same command goes on from here")
-        write_plan(folder / PLAN, draft.plan, draft.inspection)
-        student = graft(draft.source.decoder, draft.plan)
-        say(f"fine-tune: {fine_tune}")
-        losses = fine_tuned(student, draft, fine_tune, job.calibration.seed, folder)
-        if fine_tune.trains and not losses.kept:
-            say("no step came closer to the teacher on validation text; the model stays untrained")
-        original, converted = before_and_after(student, draft, fine_tune.purpose)
-        report = Report(
-            inspection=draft.inspection,
-            recipe=fine_tune,
-            losses=losses,
-            original=original,
-            converted=converted,
-            files={},
-            probe=Probe(tokens=(), logits=()),
-            leads=left_before_text(student, draft),
-        )
-        if ranks.is_first():
-            say(f"writing {job.out}")
-            report = write(folder, student, draft.source, report)
+        report = fill(folder, job, say, resume)
     if ranks.is_first():
         forget(job.out)
     return report
@@ -92,6 +66,41 @@ def of_first(draft: Prepared, folder: Path) -> Prepared:
     plan, inspection = read_plan(file, draft.source)
     file.unlink()
     return replace(draft, plan=plan, inspection=inspection)
+
+
+def fill(folder: Path, job: Job, say: Say, resume: bool) -> Report:
+    """Write the checkpoint into an empty folder."""
+    fine_tune = recipe(job.distillation, device_of(job.device), tied=job.to == "native")
+    prepared = prepare(job, say, fine_tune, resume)
+    draft = of_first(completed(prepared, fine_tune.purpose), folder)
+    if draft.source.streaming:
+        fine_tune = by_layers(fine_tune, job.distillation)
+    if draft.progress is not None:
+        draft.progress.keep_draft(draft.texts, draft.plan, draft.inspection)
+        say(f"kept in {draft.progress.folder}; the same command goes on from here")
+    write_plan(folder / PLAN, draft.plan, draft.inspection)
+    student = graft(draft.source.decoder, draft.plan)
+    say(f"fine-tune: {fine_tune}")
+    losses = fine_tuned(student, draft, fine_tune, job.calibration.seed, folder)
+    if fine_tune.trains and not losses.kept:
+        say("no step came closer to the teacher on validation text; the model stays untrained")
+    original, converted = before_and_after(student, draft, fine_tune.purpose)
+    report = Report(
+        inspection=draft.inspection,
+        recipe=fine_tune,
+        losses=losses,
+        original=original,
+        converted=converted,
+        files={},
+        probe=Probe(tokens=(), logits=()),
+        leads=left_before_text(student, draft),
+    )
+    if job.window is not None and job.to == "absorbed":
+        slide(student.config, student.family, job.window)
+    if not ranks.is_first():
+        return report
+    say(f"writing {job.out}")
+    return write(folder, student, draft.source, report)
 
 
 def fine_tuned(

@@ -16,23 +16,26 @@ from absorb.errors import AbsorbError, Say
 from absorb.load import checks, files
 from absorb.load.source import Source, load
 from absorb.models.families import family_of
+from absorb.pipelines.convert import fill, warn_of_loss
 from absorb.runtime.precision import device_of
 from absorb.schema.codec import to_json
 from absorb.schema.exported import Exported
 from absorb.schema.report import Probe, Report, versions
-from absorb.schema.settings import Export, ModelRef, expanded
+from absorb.schema.settings import Export, Job, ModelRef, expanded
 from absorb.schema.training import LENGTH
-from absorb.ship.export import gguf, native
+from absorb.ship.export import gguf, mlx, native
 from absorb.ship.export.card import card, file_name
 from absorb.ship.export.targets import Route, config_for, route_of
 from absorb.ship.isolated import probe_tokens
 from absorb.ship.plan_file import fits_in
+from absorb.ship.resume import forget
 from absorb.ship.staging import REPORT, digest, digests, staged
 from absorb.ship.stranger import Said, said_in_isolation
 from absorb.ship.verify import read_report
 from absorb.text.samples import sampled
 from absorb.text.windows import windows
 
+CONVERSION = "conversion.json"  # the report of a conversion that was exported at once
 _ROWS = 4  # of text, to compare on
 # In nats per token. What is only told in other words differs by the rounding of float32.
 _EXACT = 1e-5
@@ -53,25 +56,61 @@ class _Folder:
 def export(wish: Export, say: Say) -> Exported:
     """Write the export, complete or not at all; `say` is told what is being done."""
     device_of(wish.device)  # refused before the long work
-    folder = _read(expanded(wish.folder))
+    folder = _read(expanded(wish.folder), wish.window)
     if wish.to == "gguf":
         gguf.refuse(folder.target)
+    if wish.mlx:
+        mlx.refuse(folder.target)
     with staged(wish.out, wish.force) as place:
-        say(f"writing {folder.target.model_type}")
-        native_place = place if wish.to == "native" else place / "native"
-        native_place.mkdir(exist_ok=True)
-        made = _write(folder, native_place)
-        if wish.to == "gguf":
-            weights = wish.weights or "f16"
-            made = replace(made, target="gguf", dtype=weights)
-            say(f"writing {file_name(made)}")
-            gguf.write(place / file_name(made), native_place, weights, made.model, made.license)
-        result = _compared(folder, native_place, made, wish, say)
-        if wish.to == "gguf":
-            shutil.rmtree(native_place)
-        (place / "README.md").write_text(card(result, folder.report), encoding="utf-8")
-        result = replace(result, files=digests(place))
-        (place / REPORT).write_text(to_json(result), encoding="utf-8")
+        return _fill(place, folder, wish, say)
+
+
+def converted(job: Job, say: Say, resume: bool = False) -> Exported:
+    """Convert a model and write the native export alone, complete or not at all.
+
+    With the export lies what became of the conversion, as conversion.json.
+    """
+    job = replace(job, sink="logit")
+    with staged(job.out, job.force) as place:
+        apart = place / "converted"
+        apart.mkdir()
+        warn_of_loss(fill(apart, job, say, resume))
+        text = job.calibration.text
+        wish = Export(
+            folder=apart,
+            out=job.out,
+            text=text if isinstance(text, Path) else None,
+            device=job.device,
+            window=job.window,
+        )
+        result = _fill(place, _read(apart, wish.window), wish, say)
+    forget(job.out)
+    return result
+
+
+def _fill(place: Path, folder: _Folder, wish: Export, say: Say) -> Exported:
+    """Write the export into a folder. Of a conversion that lies in it only the report is left."""
+    say(f"writing {folder.target.model_type}")
+    native_place = place if wish.to == "native" else place / "native"
+    native_place.mkdir(exist_ok=True)
+    made = _write(folder, native_place)
+    if wish.mlx:
+        mlx.add(place, folder.target)
+        made = replace(made, mlx=True)
+    if wish.to == "gguf":
+        weights = wish.weights or "f16"
+        made = replace(made, target="gguf", dtype=weights)
+        say(f"writing {file_name(made)}")
+        gguf.write(place / file_name(made), native_place, weights, made.model, made.license)
+    result = _compared(folder, native_place, made, wish, say)
+    if wish.to == "gguf":
+        shutil.rmtree(native_place)
+    if folder.path.is_relative_to(place):
+        (folder.path / REPORT).rename(place / CONVERSION)
+        shutil.rmtree(folder.path)
+    (place / "README.md").write_text(card(result, folder.report), encoding="utf-8")
+    result = replace(result, files=digests(place))
+    (place / REPORT).write_text(to_json(result), encoding="utf-8")
     return result
 
 
@@ -93,7 +132,7 @@ def _compared(folder: _Folder, place: Path, made: Exported, wish: Export, say: S
     )
 
 
-def _read(path: Path) -> _Folder:
+def _read(path: Path, window: int | None) -> _Folder:
     """Look at a folder, and refuse what cannot be exported before anything is written."""
     if not path.is_dir():
         raise AbsorbError(f"{path} is no folder; name one that `absorb convert` wrote")
@@ -124,7 +163,7 @@ def _read(path: Path) -> _Folder:
         report=report,
         config=config,
         route=route,
-        target=config_for(route, config),
+        target=config_for(route, config, window),
         weights=weights,
     )
 
@@ -197,6 +236,8 @@ def _ask(folder: _Folder, wish: Export, device: torch.device, file: Path) -> str
     source = load(ModelRef(name=str(folder.path)), measured=True)
     nn.Module.to(source.model, device)
     tokens, origin = _text(source, wish)
+    # Of a window only what it leaves out is another model.
+    tokens = tokens[:, : wish.window].contiguous()
     logits = [
         source.model(row[None].to(device), use_cache=False).logits.float().cpu() for row in tokens
     ]

@@ -1,5 +1,6 @@
 """A conversion before its fine-tune: the model, the text and the plan."""
 
+import copy
 import logging
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source, load
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import find_prefix
+from absorb.models.windows import slide
 from absorb.pipelines.needs import held_for, needs_of, refuse_unfit
 from absorb.pipelines.survey import inspection_from_plan, survey
 from absorb.prove.prove import proved
@@ -21,6 +23,7 @@ from absorb.schema.proof import sentence
 from absorb.schema.report import Inspection
 from absorb.schema.settings import Job, Purpose
 from absorb.schema.training import Recipe
+from absorb.ship.export.targets import config_for, route_of
 from absorb.ship.plan_file import read_plan
 from absorb.ship.resume import Progress
 from absorb.text.corpus import encoded, refuse_unreadable
@@ -53,6 +56,10 @@ def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) 
     source = load(job.model, device=device, held=held_for(fine_tune), prove=proved)
     if source.proof is not None:
         say(sentence(source.proof))
+    if job.to == "native":  # refused before the long work
+        config_for(route_of(source.family.model_type), source.model.config, job.window)
+    elif job.window is not None:
+        slide(copy.deepcopy(source.model.config), source.family, job.window)
     made = None if job.plan is None else read_plan(job.plan, source)
     progress = Progress(job, source) if resume else None
     if source.streaming:

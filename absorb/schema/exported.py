@@ -17,6 +17,7 @@ class Exported:
     commit: str | None
     license: str | None
     dtype: str  # of matrices
+    mlx: bool = False  # whether code for MLX lies beside it
     fingerprint: str  # the SHA-256 of the absorb.json of the conversion
     fitted_layers: tuple[int, ...]  # that had keys
     apart: float  # by what factor a norm's scale was at most off the stream's

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from absorb.errors import AbsorbError, MisuseError
-from absorb.schema.declared import Checked, Range, option
+from absorb.schema.declared import Checked, Range, changed, option
 from absorb.schema.texts import Dataset
 
 
@@ -24,6 +24,7 @@ Sink = Literal["logit", "key", "auto"]
 Train = Literal["sinks", "scales", "all"]
 Purpose = Literal["none", "int8", "w4a4", "nvfp4"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Architecture = Literal["absorbed", "native", "stock"]
 Target = Literal["native", "gguf"]
 Weights = Literal["f32", "f16", "bf16"]
 FormatName = Literal[
@@ -45,6 +46,11 @@ FormatName = Literal[
 _TRUSTED = "Run tokenizer code that a model brings."
 _DEVICES = "cpu, cuda, cuda:1, ..."
 _FIGURE = Range(least=0, most=1e9)
+# Not below what a checkpoint is probed with: there a window hides nothing.
+_WIDTH = Range(least=64, most=2**20, whole=True)
+_WINDOW = "Tokens that every layer sees, beside sinks."
+# The options that have a say where a model is only rescaled.
+_OF_STOCK = {"revision", "trust_remote_code", "text_only", "text", "seed", "device", "to", "force"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +109,7 @@ class Distillation(Checked):
     # For those who rent a GPU by the hour.
     minutes: float | None = option(
         None,
-        "By the clock instead; loading, planning and evaluating take their time beside it.",
+        "By the clock instead, loading not counted.",
         range=Range(least=0, most=1e6, excluded=True),
     )
     train: Train | None = option(
@@ -131,12 +137,11 @@ class Survey(Checked):
     calibration: Calibration = field(default_factory=Calibration)
     sink: Sink = option(
         "auto",
-        "Logits, which other engines know; keys of the prefix, exact; or auto: keys where no logit "
-        "fits.",
+        "Logits; keys of the prefix, exact; auto: keys where no logit fits.",
     )
     residual_target: float = option(
         1.0,
-        "What outlier channels come down to, in median channels.",
+        "Of outliers, in median channels.",
         range=Range(least=0.001, most=1e6),
     )
     thresholds: Thresholds = option(
@@ -153,10 +158,28 @@ class Job(Survey):
     distillation: Distillation = field(default_factory=Distillation)
     plan: Path | None = option(
         None,
-        "Checkpoint or plan.safetensors: convert as then, without measuring or fitting.",
+        "As this checkpoint or plan.safetensors has it.",
         decides=("prefix", "sink", "residual_target", "thresholds"),
     )
+    to: Architecture = option(
+        "absorbed",
+        "Or a stock model with sinks, or the same model rescaled for float16.",
+    )
+    window: int | None = option(None, _WINDOW, range=_WIDTH)
     force: bool = option(False, "Replace the checkpoint that is there.")
+
+    def refuse_contradictions(self) -> None:
+        if self.to == "native" and self.sink == "key":
+            raise MisuseError(
+                "{1} native has no place for keys; pass {0} logit, or drop it", "sink", "to"
+            )
+        beside = {one.name for one, _ in changed(self)} - _OF_STOCK
+        if self.to == "stock" and beside:
+            raise MisuseError(
+                "{0} is of sinks and of training, and {1} stock has neither; drop one of them",
+                min(beside),
+                "to",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +250,8 @@ class Export(Checked):
     weights: Weights | None = option(
         None, "Of matrices in a .gguf file.  [default: f16]", flag="--type"
     )
+    window: int | None = option(None, _WINDOW, range=_WIDTH)
+    mlx: bool = option(False, "Put the code beside it that MLX runs it by.")
     tolerance: float = option(
         0.05,
         "What fitted logits and moved scales may cost: the KL from the converted model, in nats "
@@ -244,6 +269,8 @@ class Export(Checked):
     def refuse_contradictions(self) -> None:
         if self.weights is not None and self.to != "gguf":
             raise MisuseError("{0} is of a .gguf file; pass {1} gguf, or drop it", "weights", "to")
+        if self.mlx and self.to != "native":
+            raise MisuseError("{0} is of a folder; pass {1} native, or drop it", "mlx", "to")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

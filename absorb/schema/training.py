@@ -22,6 +22,7 @@ class Recipe:
     purpose: Purpose = "none"
     rate: float = WEIGHT_RATES["none"]  # at which weights learn
     by_layers: bool = False  # each layer in so many steps, one after the other
+    tied: bool = False  # the scales of norms stay what the stream was divided by
 
     @property
     def trains(self) -> bool:

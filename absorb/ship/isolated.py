@@ -1,10 +1,10 @@
 """What a checkpoint says, loaded as by somebody who has no absorb. Run as a script, in isolation:
 
-    python -I isolated.py FOLDER TOKENS [REFERENCE]
+    python -I isolated.py FOLDER TOKENS DTYPE [REFERENCE]
 
 prints as JSON what `logits_after` gives and, of a file with tokens and the logits of another model,
-how far this one is from that. It needs torch and transformers, and has no absorb to import, nor has
-the checkpoint.
+how far this one is from that, computed in the type DTYPE. It needs torch and transformers, and has
+no absorb to import, nor has the checkpoint.
 """
 
 import json
@@ -51,9 +51,9 @@ def divergence_from(reference: str, model: PreTrainedModel) -> float:
     known = load_file(reference)
     total = 0.0
     for tokens, logits in zip(known["tokens"], known["logits"], strict=True):
-        theirs, ours = logits.log_softmax(-1), model(tokens[None]).logits[0].log_softmax(-1)
+        theirs, ours = logits.log_softmax(-1), model(tokens[None]).logits[0].float().log_softmax(-1)
         total += (theirs.exp() * (theirs - ours)).sum(dtype=torch.float64).item()
-    return max(0.0, total / known["tokens"].numel())  # rounding may bring it below
+    return max(total / known["tokens"].numel(), 0.0)  # rounding may bring it below; NaN stays
 
 
 def auto_class(folder: str) -> Any:
@@ -63,7 +63,7 @@ def auto_class(folder: str) -> Any:
     return AutoModelForImageTextToText if pictures else AutoModelForCausalLM
 
 
-def main(folder: str, tokens: str, reference: str | None = None) -> None:
+def main(folder: str, tokens: str, dtype: str, reference: str | None = None) -> None:
     sys.modules["absorb"] = None  # type: ignore[assignment]  # as if it were not installed
     # What brings no code of ours is to be loaded without any. With the flag nothing is asked for at
     # the terminal, though no code of ours makes a tokenizer.
@@ -73,7 +73,7 @@ def main(folder: str, tokens: str, reference: str | None = None) -> None:
         folder,
         trust_remote_code=trusted,
         use_safetensors=True,
-        dtype=torch.float32,
+        dtype=dtype,
         output_loading_info=True,
     )
     model, info = loading[0].eval(), loading[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from absorb.errors import AbsorbError
+from absorb.schema.settings import Dtype
 from absorb.ship import isolated
 
 # What the isolated process is told of the environment: no token, no path to Python code.
@@ -23,10 +24,16 @@ class Said:
     divergence: float | None
 
 
-def said_in_isolation(folder: Path, tokens: tuple[int, ...], reference: Path | None = None) -> Said:
+def said_in_isolation(
+    folder: Path,
+    tokens: tuple[int, ...],
+    reference: Path | None = None,
+    dtype: Dtype = "float32",
+) -> Said:
     """The logits that an isolated process prints, and how far they are from those in a file."""
     known = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    words = [str(folder.resolve()), json.dumps(tokens), *([str(reference)] if reference else [])]
+    words = [str(folder.resolve()), json.dumps(tokens), dtype]
+    words += [str(reference)] if reference else []
     with TemporaryDirectory() as home:
         private = {"HOME": home, "HF_HOME": home, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(

@@ -20,10 +20,12 @@ from absorb.runtime.precision import ADDED
 from absorb.schema.codec import from_json, parse_json
 from absorb.schema.exported import Exported
 from absorb.schema.report import Inspection, Report
+from absorb.schema.rescaled import Rescaled
 from absorb.schema.settings import Endpoint, ModelRef, expanded
+from absorb.ship.export.mlx import MODEL_FILE, OURS
 from absorb.ship.plan_file import PLAN, plan_in
 from absorb.ship.served.compare import compared
-from absorb.ship.staging import REPORT, digests
+from absorb.ship.staging import REPORT, digest, digests
 from absorb.ship.stranger import said_in_isolation
 from absorb.show.tables import Row
 
@@ -59,7 +61,9 @@ class Verification:
         return [reason for check in self.checks for reason in check.wrong]
 
 
-Written = Report | Exported
+Written = Report | Exported | Rescaled
+# What no other report has.
+_KINDS = {"target": Exported, "reaches": Rescaled}
 
 
 def verify(ref: ModelRef, say: Say, endpoint: Endpoint | None = None) -> Verification:
@@ -98,7 +102,8 @@ def read_report(folder: Path, name: str) -> Written:
         raise AbsorbError(f"{name} has no {REPORT}, so absorb did not write it; check the name")
     try:
         text = file.read_text(encoding="utf-8")
-        kind: Any = Exported if "target" in parse_json(text) else Report
+        told = parse_json(text)
+        kind: Any = next((kind for key, kind in _KINDS.items() if key in told), Report)
         report: Written = from_json(kind, text)
     # Whatever a stranger put in place of it: what cannot be built is no report of ours.
     except (
@@ -153,9 +158,15 @@ def _code(folder: Path, report: Report) -> Finding:
     return f"{CODE} of absorb {version}", wrong
 
 
-def _no_code(folder: Path, report: Exported) -> Finding:
+def _no_code(folder: Path, report: Exported | Rescaled) -> Finding:
     """Whether a loader has no code to run: a stock architecture needs none."""
-    return f"none: {report.architecture} is a stock architecture", _other_code(folder, report, "")
+    ours = MODEL_FILE if isinstance(report, Exported) and report.mlx else ""
+    wrong = _other_code(folder, report, ours)
+    if not ours:
+        return f"none: {report.architecture} is a stock architecture", wrong
+    if not (folder / ours).is_file() or digest(folder / ours) != digest(OURS):
+        wrong.append(f"{ours} is not that of this version of absorb; read it before you run it")
+    return f"{ours} of this version of absorb, which MLX alone runs", wrong
 
 
 def _other_code(folder: Path, report: Written, ours: str) -> list[str]:
@@ -170,7 +181,7 @@ def _other_code(folder: Path, report: Written, ours: str) -> list[str]:
             f"{file.name} names code outside of {ours or 'transformers'} ({reference}); do not "
             "load it"
             for reference in _references(file)
-            if not (ours and reference.startswith(f"{Path(ours).stem}."))
+            if not (ours == CODE and reference.startswith(f"{Path(ours).stem}."))
         ]
     return wrong
 
@@ -267,7 +278,7 @@ def _checks_of(
 ) -> Mapping[str, Callable[[Path, Any], Finding]]:
     """What is looked at. Of a .gguf file transformers reads another model: it skips the sinks."""
     looks = dict(_CHECKS)
-    if isinstance(report, Exported):
+    if not isinstance(report, Report):
         looks = {"files": _files, "code": _no_code, "logits": _logits}
     if endpoint is not None:
         del looks["logits"]

@@ -9,6 +9,7 @@ from absorb.quantize.formats import FORMATS
 from absorb.schema.declared import changed
 from absorb.schema.exported import Exported
 from absorb.schema.report import Inspection, Report, sentence, verdict
+from absorb.schema.rescaled import Rescaled
 from absorb.schema.settings import Job
 from absorb.show.rows import finding_rows, score_rows
 from absorb.show.tables import markdown
@@ -163,7 +164,7 @@ def _learns_positions(inspection: Inspection) -> bool:
     return family_of(inspection.family).positions is not None
 
 
-def _is_on_hub(of: Inspection | Exported) -> bool:
+def _is_on_hub(of: Inspection | Exported | Rescaled) -> bool:
     """Some old repositories have no owner, as gpt2."""
     return of.commit is not None or "/" in of.model
 
@@ -181,7 +182,7 @@ def _prefix(inspection: Inspection) -> str:
     return f"`{inspection.prefix_text!r}`"
 
 
-def metadata(of: Inspection | Exported, title: str, results: list[EvalResult]) -> str:
+def metadata(of: Inspection | Exported | Rescaled, title: str, results: list[EvalResult]) -> str:
     """The front matter of a card, as YAML."""
     hub_id = of.model if _is_on_hub(of) else None  # else the name of a file
     data = ModelCardData(
@@ -192,7 +193,7 @@ def metadata(of: Inspection | Exported, title: str, results: list[EvalResult]) -
         library_name="transformers",
         license=of.license,
         pipeline_tag=_task(of),
-        tags=["absorb", "attention-sink"],
+        tags=["absorb", "float16" if isinstance(of, Rescaled) else "attention-sink"],
         model_name=title,
         eval_results=results or None,
     )

@@ -140,7 +140,7 @@ def _sample(source: Source, opening: list[int], draws: Tensor, places: Tensor, b
     with (
         nullcontext()
         if source.converted or source.family.inferred
-        else replacing_attention(model, _attend)
+        else replacing_attention(model, attend_plainly)
     ):
         for token in text[:-1]:
             model(token, **remember)
@@ -168,7 +168,7 @@ def _starts(source: Source, opening: list[int], places: Tensor) -> Tensor:
     return torch.cat([start, torch.tensor(tokens)[places % len(tokens), None]], 1)
 
 
-def _attend(
+def attend_plainly(
     _: nn.Module, query: Tensor, *inputs: Any, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Stock attention in half the time: ours, with sinks that take nothing.

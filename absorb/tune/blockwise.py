@@ -131,7 +131,7 @@ class _Layers:
             if self.form is not None:
                 stack.enter_context(weights_on_grid(self.student, self.form, layer))
             before = self._error(layer, judges, spread)
-            parameters = choose(module, self.fine_tune.train)
+            parameters = choose(module, self.fine_tune)
             self._steps(layer, parameters, spread)
             module.requires_grad_(False)
             return before, self._error(layer, judges, spread)

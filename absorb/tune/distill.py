@@ -70,7 +70,7 @@ def train(
     student.eval()  # dropout would only blur what is to be matched
     if not fine_tune.trains:
         return _untrained(student)
-    parameters = choose(student, fine_tune.train)
+    parameters = choose(student, fine_tune)
     check = _Check(loss, rows_at_once(student, student.device), texts.validation, parameters)
     optimizer = optimizer_of(student, parameters, fine_tune.rate)
     pace = _Pace(fine_tune)

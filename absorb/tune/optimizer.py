@@ -7,6 +7,7 @@ from torch import nn
 
 from absorb.models.modeling_absorb import NEUTRAL
 from absorb.schema.settings import Train
+from absorb.schema.training import Recipe
 
 # Learning rates by the last part of a parameter's name; what is not named is a weight.
 _RATES = {
@@ -25,12 +26,14 @@ _TRAINED: dict[Train, tuple[str, ...]] = {
 _WARM_UP = 0.1
 
 
-def choose(module: nn.Module, train: Train) -> list[nn.Parameter]:
-    chosen = []
+def choose(module: nn.Module, recipe: Recipe) -> list[nn.Parameter]:
+    chosen, trained = [], {*_TRAINED[recipe.train]}
+    if recipe.tied:
+        trained.discard("input_scale")
     for name, parameter in module.named_parameters():
         last = name.rpartition(".")[2]
-        stock = train == "all" and last not in NEUTRAL
-        parameter.requires_grad_(stock or last in _TRAINED[train])
+        stock = recipe.train == "all" and last not in NEUTRAL
+        parameter.requires_grad_(stock or last in trained)
         if parameter.requires_grad:
             chosen.append(parameter)
     return chosen

@@ -11,10 +11,11 @@ from absorb.schema.training import WEIGHT_RATES, Recipe
 _ROUNDS, _LAYER_RATE = 2, 2e-4  # where layers are trained one by one
 
 
-def recipe(wish: Distillation, device: torch.device) -> Recipe:
+def recipe(wish: Distillation, device: torch.device, tied: bool = False) -> Recipe:
     """What the user asked for, the rest chosen for a few minutes on this device.
 
     On a GPU everything is trained. On a CPU there is time for the sinks and their biases only.
+    With `tied` the scales of all norms stay those of the stream.
     """
     gpu = device.type == "cuda"
     steps = wish.steps
@@ -27,6 +28,7 @@ def recipe(wish: Distillation, device: torch.device) -> Recipe:
         rows=32 if gpu else 8,
         purpose=wish.purpose,
         rate=WEIGHT_RATES[wish.purpose],
+        tied=tied,
     )
 
 

@@ -18,6 +18,8 @@ from PIL import Image
 from absorb.models.families import FAMILIES, INSIDE
 from absorb.schema.codec import from_json
 from absorb.schema.report import Report
+from absorb.schema.rescaled import Rescaled
+from absorb.ship.export.rescaled import reach_rows
 from absorb.show.before_after import BeforeAfter
 from absorb.show.card import card
 from absorb.show.charts import Section, digest
@@ -83,6 +85,15 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "model": tables.model(models),
         "scale": tables.scale(found["scale"]),
         "architectures": tables.architectures(found["architectures"]),
+        "float16": reach_rows(from_json(Rescaled, (FIGURES / "float16.json").read_text())),
+        "windows": tables.windows(found["window"]),
+        "other_engines": tables.engines(
+            {
+                "MLX": found["engine_mlx"],
+                "onnxruntime-genai": found["engine_onnxruntime_genai"],
+            }
+        ),
+        "onnx_float16": tables.onnx_float16(found["engine_onnx_float16"]),
     }
     return {name: markdown(table) for name, table in rows.items()}
 

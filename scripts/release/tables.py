@@ -216,3 +216,65 @@ def count_of(run: Run) -> dict[str, int]:
         "fine": sum(c["stranger"] == "fine" for c in run["classes"]),
         "all": len(run["classes"]),
     }
+
+
+def windows(run: Run) -> list[Row]:
+    """Perplexity of an original and its conversion by what every layer sees, and of what length."""
+    names = [key.split(", ", 1) for key in run["rows"]]
+    lengths = list(dict.fromkeys(name[1].rpartition(", ")[2] for name in names))
+    ways = list(dict.fromkeys(name[1].rpartition(", ")[0] for name in names))
+    head = ("", *(f"{int(length):,} tokens" for length in lengths))
+    return [
+        head,
+        *(
+            (f"{model}, {way}", *(_perplexity(run, f"{model}, {way}, {n}") for n in lengths))
+            for way in ways
+            for model in ("original", "converted")
+        ),
+    ]
+
+
+def _perplexity(run: Run, key: str) -> str:
+    return f"{run['rows'][key]['perplexity']:.2f}" if key in run["rows"] else "–"
+
+
+def engines(runs: dict[str, Run]) -> list[Row]:
+    """The native export in engines: how far from transformers, and how fast beside the original."""
+    head = ("", "largest difference of a log-probability", "prefill", "decode")
+    return [
+        head,
+        *(
+            (
+                f"{engine}, {name}",
+                f"{one['largest_difference']:.1e}",
+                *(_speed(one, work) for work in ("prefill", "decode")),
+            )
+            for engine, run in runs.items()
+            for name, one in run["models"].items()
+            if one["tokens_per_second"]
+        ),
+    ]
+
+
+def _speed(one: Run, work: str) -> str:
+    return f"{one['tokens_per_second'][work]:,.0f} ({one['of_stock'][work]:.2f} x)"
+
+
+def onnx_float16(run: Run) -> list[Row]:
+    """Planted models as ONNX in float16, before and after they are rescaled."""
+    head = ("", "Clip nodes", "onnxruntime", "every result rounded")
+    return [
+        head,
+        *(
+            (
+                name,
+                f"{one['clips']}",
+                *(_apart(one["apart"][r]) for r in ("onnxruntime", "reference")),
+            )
+            for name, one in run["models"].items()
+        ),
+    ]
+
+
+def _apart(apart: float | None) -> str:
+    return "no numbers" if apart is None else f"{apart:.4f}"

@@ -164,7 +164,7 @@ def test_the_user_overrides_what_the_machine_would_choose() -> None:
 def test_the_experts_of_a_mixture_are_trained_too() -> None:
     teacher = tiny("mixtral", torch.float32)
     student = twin(Decoder(teacher, FAMILIES["mixtral"])).model
-    choose(student, "all")
+    choose(student, recipe(Distillation(train="all"), torch.device("cpu")))
     frozen = [name for name, parameter in student.named_parameters() if not parameter.requires_grad]
     assert frozen == []
 

@@ -51,6 +51,17 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
 ```
 
 """
+_MLX = """\
+**MLX** (mlx-lm 0.32 was tried) runs `granite_swa_mlx.py`, which lies here and is absorb's:
+
+```python
+from mlx_lm import generate, load
+
+model, tokenizer = load("PATH_OR_REPO", trust_remote_code=True)
+print(generate(model, tokenizer, prompt="The capital of France is"))
+```
+
+"""
 _ENGINES = {
     "granite_swa": """\
 **vLLM** (0.32 was tried):
@@ -60,6 +71,10 @@ vllm serve PATH_OR_REPO
 ```
 
 **llama.cpp** reads the same model from a .gguf file, which `absorb export DIR --to gguf` writes.
+
+**onnxruntime-genai** (0.18 was tried) has no builder of this architecture. That of Granite makes
+the same graph where `attention_attrs["sinks"]` is set, without which it drops the sinks without a
+word, and where a window that hides nothing is not told to it.
 
 **SGLang** has the architecture, and up to 0.5.23 it drops all biases of attention without a word:
 do not serve this model by such a version.""",
@@ -102,7 +117,8 @@ def _engines(exported: Exported) -> str:
     if exported.target == "gguf":
         return _LLAMA_CPP.format(file=file_name(exported))
     since = ROUTES[exported.family].target.since
-    return _TRANSFORMERS.format(since=since) + _ENGINES[exported.architecture]
+    mlx = _MLX if exported.mlx else ""
+    return _TRANSFORMERS.format(since=since) + mlx + _ENGINES[exported.architecture]
 
 
 def file_name(exported: Exported) -> str:

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from absorb.errors import AbsorbError
 from absorb.models.families import FAMILIES
+from absorb.models.windows import refuse_wider
 
 # Where the window of a family is: in every layer once it is set, or in the layers that slide.
 Windows = Literal["none", "every layer", "layer_types"]
@@ -122,13 +123,19 @@ def route_of(family: str) -> Route:
     return route
 
 
-def config_for(route: Route, config: PretrainedConfig) -> PretrainedConfig:
+def config_for(
+    route: Route, config: PretrainedConfig, window: int | None = None
+) -> PretrainedConfig:
     """The configuration of the exported model, from that of a converted one.
 
-    An AbsorbError names what the target cannot hold.
+    With a window every layer slides. An AbsorbError names what the target cannot hold.
     """
     _refuse_rotation(route.target, config)
     settings = settings_for(route, config)
+    if window is not None:
+        refuse_wider(windows_of(route, config)[1], window)
+        settings["layer_types"] = [_SLIDES] * config.num_hidden_layers
+        settings["sliding_window"] = window
     return CONFIG_MAPPING[route.target.model_type](**settings)
 
 
