@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from absorb.models.decoder import Decoder
 from absorb.runtime.hooks import replacing_attention, watching
+from absorb.runtime.reading import Subject
+from absorb.runtime.walk import logits
 from absorb.text.samples import attend_plainly
 
 STREAM, SQUARES, NORMS = "residual stream", "sums of squares in norms", "outputs of norms"
@@ -61,9 +62,8 @@ def ranges(decoder: Decoder, rows: Tensor, at_once: int = 1) -> Ranges:
     """What a stock model reaches on text (rows, length), which has what leads it."""
     found = Ranges()
     with _watching_all(decoder, found):
-        for part in tqdm(decoder.batches(rows, at_once), desc="measuring ranges", unit="batch"):
-            logits = decoder.model(part.to(decoder.device), use_cache=False).logits
-            found.see(LOGITS, "the head", logits.abs())
+        for own in logits(Subject(decoder=decoder), rows, at_once, "measuring ranges"):
+            found.see(LOGITS, "the head", own.abs())
     return found
 
 

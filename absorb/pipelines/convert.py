@@ -14,7 +14,7 @@ from absorb.fold.graft import graft
 from absorb.load.opening.tokenizer import lead_of, leads_left
 from absorb.measure.score import evaluate, perplexity
 from absorb.models.decoder import Decoder
-from absorb.models.windows import slide
+from absorb.models.positions.windows import slide
 from absorb.pipelines.prepare import Prepared, completed, prepare
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import FORMAT_FOR, fake_quantized

@@ -13,7 +13,7 @@ from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source, load
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import find_prefix
-from absorb.models.windows import slide
+from absorb.models.positions.windows import slide
 from absorb.pipelines.needs import held_for, needs_of, refuse_unfit
 from absorb.pipelines.survey import inspection_from_plan, survey
 from absorb.prove.prove import proved

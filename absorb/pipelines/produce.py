@@ -3,9 +3,8 @@
 from absorb.errors import MisuseError, Say
 from absorb.pipelines import export, rescale
 from absorb.pipelines.convert import convert
-from absorb.schema.exported import Exported
+from absorb.schema.exported import Exported, Rescaled
 from absorb.schema.report import Report
-from absorb.schema.rescaled import Rescaled
 from absorb.schema.settings import Job
 
 Produced = Report | Exported | Rescaled

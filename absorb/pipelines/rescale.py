@@ -19,8 +19,8 @@ from absorb.runtime.quiet import quiet
 from absorb.runtime.reading import led
 from absorb.schema.codec import to_json
 from absorb.schema.declared import typed
+from absorb.schema.exported import Reach, Rescaled
 from absorb.schema.report import Probe, versions
-from absorb.schema.rescaled import Reach, Rescaled
 from absorb.schema.settings import Job
 from absorb.schema.training import LENGTH
 from absorb.ship.export.rescaled import card

@@ -11,7 +11,7 @@ from absorb.fold.residual import residual_scales
 from absorb.load.source import Source
 from absorb.measure.findings import find
 from absorb.measure.outliers import Measurement
-from absorb.models.rope import rope_changes_at
+from absorb.models.positions.rope import rope_changes_at
 from absorb.schema.findings import Trial
 from absorb.schema.report import Inspection, LayerFigures, versions
 from absorb.schema.settings import Job

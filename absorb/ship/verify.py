@@ -18,9 +18,8 @@ from absorb.errors import AbsorbError
 from absorb.load import download, files
 from absorb.runtime.precision import ADDED
 from absorb.schema.codec import from_json, parse_json
-from absorb.schema.exported import Exported
+from absorb.schema.exported import Exported, Rescaled
 from absorb.schema.report import Inspection, Report
-from absorb.schema.rescaled import Rescaled
 from absorb.schema.settings import Endpoint, ModelRef, expanded
 from absorb.ship.export.mlx import MODEL_FILE, OURS
 from absorb.ship.plan_file import PLAN, plan_in

@@ -7,9 +7,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from absorb.models.families import family_of
 from absorb.quantize.formats import FORMATS
 from absorb.schema.declared import changed
-from absorb.schema.exported import Exported
+from absorb.schema.exported import Exported, Rescaled
 from absorb.schema.report import Inspection, Report, sentence, verdict
-from absorb.schema.rescaled import Rescaled
 from absorb.schema.settings import Job
 from absorb.show.rows import finding_rows, score_rows
 from absorb.show.tables import markdown
@@ -200,7 +199,7 @@ def metadata(of: Inspection | Exported | Rescaled, title: str, results: list[Eva
     return data.to_yaml()
 
 
-def _task(of: Inspection | Exported) -> str:
+def _task(of: Inspection | Exported | Rescaled) -> str:
     pictures = isinstance(of, Inspection) and of.whole is not None
     return "image-text-to-text" if pictures else "text-generation"
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from absorb.models.families import FAMILIES, INSIDE
 from absorb.schema.codec import from_json
+from absorb.schema.exported import Rescaled
 from absorb.schema.report import Report
-from absorb.schema.rescaled import Rescaled
 from absorb.ship.export.rescaled import reach_rows
 from absorb.show.before_after import BeforeAfter
 from absorb.show.card import card

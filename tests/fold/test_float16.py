@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from absorb.models.streaming import Streaming
 from torch import Tensor, nn
 
 from absorb.fold import float16
@@ -16,7 +17,6 @@ from absorb.fold.float16 import Rescaling, rescale, rescaling
 from absorb.measure.headroom import SQUARES, ranges
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
-from absorb.models.streaming import Streaming
 from tests.helpers.tiny import EXPERTS, HEAD_DIM, HIDDEN, INTERMEDIATE, LAYERS, kv_heads, tiny
 
 SAME, OTHER = 1e-5, 1e-3

@@ -9,7 +9,7 @@ from absorb.fold.graft import graft
 from absorb.fold.sinks.prefix_cache import prefix_of
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
-from absorb.models.rope import rope_changes_at
+from absorb.models.positions.rope import rope_changes_at
 from absorb.runtime.reading import led
 from tests.helpers.plans import neutral_plan
 from tests.helpers.tiny import GEMMA, POSITIONS, VOCABULARY, tiny

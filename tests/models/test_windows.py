@@ -16,7 +16,7 @@ from absorb.errors import AbsorbError
 from absorb.fold.graft import graft
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
-from absorb.models.windows import WINDOWED, slide
+from absorb.models.positions.windows import WINDOWED, slide
 from absorb.runtime.reading import new_cache
 from tests.helpers.plans import plan_of
 from tests.helpers.tiny import HIDDEN, NOTHING, tiny

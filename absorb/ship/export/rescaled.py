@@ -1,7 +1,7 @@
 """Rescaled → the rows that are printed and the README.md of its folder."""
 
 from absorb.fold.float16 import MOST
-from absorb.schema.rescaled import Reach, Rescaled
+from absorb.schema.exported import Reach, Rescaled
 from absorb.show.card import command, metadata
 from absorb.show.tables import Row, markdown
 

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from absorb.errors import AbsorbError
 from absorb.models.families import FAMILIES
-from absorb.models.windows import refuse_wider
+from absorb.models.positions.windows import refuse_wider
 
 # Where the window of a family is: in every layer once it is set, or in the layers that slide.
 Windows = Literal["none", "every layer", "layer_types"]
