@@ -32,15 +32,21 @@ def test_each_class_is_listed_derived_or_refused_with_a_reason(tmp_path: Path) -
     assert len(architectures(found)) == 1 + len(classes)
 
 
+def _has_several(model_type: str) -> bool:
+    """Whether an entry names places that only some layers have, which no proof is made for."""
+    return model_type in FAMILIES and bool(FAMILIES[model_type].some)
+
+
 def test_what_is_kept_names_every_entry_and_whatever_passed_a_proof_passed_all_else() -> None:
     found = {one["model_type"]: one for one in KEPT}
     converted = [one for one in KEPT if one["outcome"] in ("listed", "derived")]
     assert found.keys() >= FAMILIES.keys()
     assert {found[name]["outcome"] for name in FAMILIES} <= {"listed", "derived"}
-    assert all(one["stranger"] == "fine" for one in converted)
-    assert all(one["key_form"] < 1e-5 for one in converted)
-    assert all(one["reason"] for one in KEPT if one not in converted)
-    assert len(converted) >= 60
+    proved = [one for one in converted if not _has_several(one["model_type"])]
+    assert all(one["stranger"] == "fine" for one in proved)
+    assert all(one["key_form"] < 1e-5 for one in proved)
+    assert all(one["reason"] for one in KEPT if one not in proved)
+    assert len(proved) >= 60
 
 
 def test_what_is_kept_is_of_the_classes_of_transformers() -> None:
