@@ -48,6 +48,7 @@ def rescaled(job: Job, say: Say) -> Rescaled:
     with staged(job.out, job.force) as place:
         say(f"loading {job.model.name}")
         source = load(job.model, device=device)
+        _refuse_several_kinds(source)
         rows, origin = _text(job, source)
         say("measuring how far it reaches")
         before = ranges(source.decoder, rows)
@@ -67,6 +68,14 @@ def rescaled(job: Job, say: Say) -> Rescaled:
         made = replace(made, files=digests(place))
         (place / REPORT).write_text(to_json(made), encoding="utf-8")
     return made
+
+
+def _refuse_several_kinds(source: Source) -> None:
+    if source.family.some or source.whole is not None:
+        what = "layers of several kinds" if source.family.some else "parts besides a language model"
+        raise AbsorbError(
+            f"{source.name} has {what}, for which no rescaling is known; convert it without --to"
+        )
 
 
 def _text(job: Job, source: Source) -> tuple[Tensor, str]:

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import absorb
 from absorb.cli.main import main
+from absorb.errors import AbsorbError
 from absorb.fold.float16 import MOST, Rescaling, rescale
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
@@ -213,3 +215,11 @@ def test_a_window_without_a_setting_for_it_is_refused_before_the_long_work(
     assert result.exit_code == 1
     assert "llama models have no setting for a window in every layer" in result.stderr
     assert "measuring" not in result.stderr
+
+
+def test_layers_of_several_kinds_are_refused(tmp_path: Path) -> None:
+    tiny("jamba", torch.float32).save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    with pytest.raises(AbsorbError, match="layers of several kinds"):
+        absorb.convert(tmp_path / "source", tmp_path / "out", to="stock")
+    assert not (tmp_path / "out").exists()
