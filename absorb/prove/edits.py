@@ -54,7 +54,8 @@ def apart(after: Tensor, before: Tensor) -> float:
 def heads_of(model: PreTrainedModel, family: Family) -> Heads:
     config: Any = model.config
     heads = config.num_attention_heads
-    columns = weight_of(next(decoder_layers(model, family)), family.output).shape[-1]
+    attending = next(decoder_layers(model, family, family.output))
+    columns = weight_of(attending, family.output).shape[-1]
     kv_heads = config.num_key_value_heads if family.grouped else heads
     return Heads(heads, kv_heads, columns // heads, family.interleaved, family.key_block)
 

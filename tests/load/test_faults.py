@@ -326,7 +326,7 @@ def test_an_interruption_says_how_to_go_on(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("absorb.pipelines.convert.convert", interrupted)
+    monkeypatch.setattr("absorb.pipelines.produce.produce", interrupted)
     out = tmp_path / "out"
     for options, sentence in (
         ([], "absorb: interrupted; nothing was written"),

@@ -170,14 +170,6 @@ def test_an_architecture_without_an_entry_is_refused(folder: Path) -> None:
         load_from(folder)
 
 
-def test_a_model_with_a_language_model_inside_is_refused(folder: Path) -> None:
-    changes = {"text_config": {"model_type": "gemma3_text"}, "model_type": "gemma3"}
-    edit_config(folder, **changes, architectures=["Gemma3ForConditionalGeneration"])
-    said = r"a gemma3 model, in which a language model \(gemma3_text\) is one part among others"
-    with pytest.raises(AbsorbError, match=said):
-        load_from(folder)
-
-
 @pytest.mark.parametrize("changes", [{"model_type": "absorb_llama"}, {"absorb": {"form": "logit"}}])
 def test_an_absorbed_model_is_refused(folder: Path, changes: dict[str, Any]) -> None:
     edit_config(folder, **changes)

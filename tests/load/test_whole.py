@@ -140,7 +140,7 @@ def test_weights_that_stream_are_written_as_those_at_hand(
     """And buffers with them, as those by which a router prefers experts."""
     folder = saved(model_type, tmp_path / "whole")
     at_hand, streaming = (load(ModelRef(name=str(folder))) for _ in range(2))
-    streaming = streaming.placed(torch.device("cpu"), room=0)
+    streaming = streaming.placed(torch.device("cpu"), room=0, held=1)
     assert streaming.streaming is not None
     places = tmp_path / "at hand", tmp_path / "streaming"
     for source, place in zip((at_hand, streaming), places, strict=True):

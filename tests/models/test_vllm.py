@@ -73,7 +73,9 @@ class Kernels:
 
     @property
     def function(self) -> Any:
-        def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, _: Any, **given: Any) -> Any:
+        def attention(
+            module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **given: Any
+        ) -> Any:
             found = handed(type(module).forward)
             sinks = None if self.drop_sinks else resolved(found["s_aux"], module)
             if given.get("s_aux") is not None and sinks is None:

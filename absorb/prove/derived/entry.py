@@ -39,6 +39,7 @@ def derived(model: PreTrainedModel, tokens: Tensor) -> Family:
         writes=tuple(sorted(writes, key=lambda name: name == inside["down"])),  # neurons come last
         feeds=tuple((layer.name(n, 0), layer.reading(layer.fed_by(n))) for n in norms),
         norm_offset=_offset([call.module for call in scaled]),
+        epsilon=None,  # no trace shows from which setting it comes
         **both,
         **attention,
         **inside,
