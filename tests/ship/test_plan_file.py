@@ -151,8 +151,8 @@ def planned(source: Source, sink: str, tokens: Tensor) -> Plan:
             Decoder(source.model, source.family), NOTHING, RESIDUAL, (1, 9), tokens, 0.0, form
         )
 
-    if sink != "auto":
-        return made(sink)
+    if sink != "auto" or source.family.gated:  # behind a gate there are keys alone
+        return made("key" if source.family.gated else sink)
     logit, key = made("logit"), made("key")
     return replace(logit, sinks=(logit.sinks[0], key.sinks[1], *logit.sinks[2:]))
 
