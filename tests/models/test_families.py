@@ -110,7 +110,9 @@ def test_llamas_names_of_the_stream_all_exist_elsewhere_and_are_wrong_there(
 
 @families_that_feed
 def test_a_norm_feeds_what_is_named_and_nothing_else(family: Family, tokens: Tensor) -> None:
-    assert drift(family, tokens, smooth_norms) < UNCHANGED
+    # A state is added up in float32, whatever the type of the model.
+    unchanged = 10 * UNCHANGED if family.attention in family.some else UNCHANGED
+    assert drift(family, tokens, smooth_norms) < unchanged
 
 
 @families_that_feed

@@ -26,7 +26,7 @@ from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 # In mixed form a layer has keys and the others logits, so it stands for both.
-# Of these transformers 5.17 itself makes a configuration that its model does not read, in saving it.
+# Of these transformers 5.17 itself saves a configuration that its model does not read.
 UNSAVED = {"lfm2", "lfm2_moe"} if transformers.__version__.startswith("5.17.") else set()
 CASES = [(name, "mixed") for name in FAMILIES if name not in UNSAVED]
 CASES += [("llama", "logit"), ("gpt2", "logit")]
