@@ -147,4 +147,6 @@ def test_a_family_reloads_where_absorb_is_not_installed(
     model_type: str, form: str, saved: dict[str, tuple[Tensor, Tensor]]
 ) -> None:
     before, after = saved[f"{model_type} {form}"]
-    assert torch.equal(before, after)
+    # A state is added up over tokens, and in another process not always to the last bit.
+    off = 1e-5 if FAMILIES[model_type].some else 0.0
+    torch.testing.assert_close(after, before, rtol=0, atol=off)

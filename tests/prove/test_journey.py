@@ -43,7 +43,7 @@ def test_a_model_without_an_entry_is_converted_and_verified(
     text = ["--text", str(text_file)]
     done = asked("convert", str(model), "--out", str(out), "--steps", "0", *text)
     assert done.exit_code == 0, done.output
-    assert f'Family(\n    model_type="{UNLISTED}",\n)' in done.stderr
+    assert f'Family(\n    model_type="{UNLISTED}",\n    epsilon=None,\n)' in done.stderr
     assert "derived and proved by" in done.stdout
     found = json.loads((out / "absorb.json").read_text())["inspection"]
     assert found["proof"]["checks"]
@@ -63,7 +63,7 @@ def test_an_entry_and_its_proof_are_shown_by_the_configuration_alone(tmp_path: P
     done = asked("inspect", str(model), "--family", "--json")
     assert done.exit_code == 0, done.output
     proof = json.loads(done.stdout)
-    assert proof["entry"] == f'Family(\n    model_type="{UNLISTED}",\n)'
+    assert proof["entry"] == f'Family(\n    model_type="{UNLISTED}",\n    epsilon=None,\n)'
     assert not proof["left_out"]
 
 
