@@ -35,7 +35,7 @@ PREFIX = (5, 9)
 _NEW = 8  # tokens that are generated
 # Sinks are float32 in a student and float64 in the fit, and what a router computes in float32 is
 # rounded to bfloat16 by both, either way. A sink in the wrong place moves outputs by 0.01 and more.
-_SINKS = 1e-3
+_SINKS = 1e-4
 
 
 def neutral(subject: Subject) -> Iterator[Check]:
