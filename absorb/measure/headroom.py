@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from absorb.models.decoder import Decoder
+from absorb.runtime.experts import hooking_experts
 from absorb.runtime.hooks import replacing_attention, watching
 from absorb.runtime.reading import Subject
 from absorb.runtime.walk import logits
@@ -146,15 +147,8 @@ def _watching_experts(decoder: Decoder, found: Ranges) -> Iterator[None]:
 
         return look
 
-    handles = [
-        experts.register_forward_pre_hook(before(*names))
-        for names, experts in decoder.experts.items()
-    ]
-    try:
+    with hooking_experts(decoder, before):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _of_experts(experts: Any, stream: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from absorb.load.source import HELD, HELD_TO_TRAIN, Source
 from absorb.runtime.precision import free_memory
 from absorb.schema.settings import Train
 from absorb.schema.training import LENGTH, Recipe
+from absorb.ship.verify import size_of
 from absorb.text.gather import CALIBRATION_ROWS
 
 # Bytes a weight of the layer in hand: float32, and where all is trained its gradient, what AdamW
@@ -35,10 +36,9 @@ class Needs:
     streams: bool
 
     def __str__(self) -> str:
-        how = "layer by layer" if self.streams else "at once"
         return (
-            f"needs about {_gb(self.memory)} of memory ({_gb(self.free)} are free), as the model "
-            f"computes {how}, and {_gb(self.disk)} of disk ({_gb(self.disk_free)} are free)"
+            f"needs about {size_of(self.memory)} of memory ({size_of(self.free)} are free) and "
+            f"{size_of(self.disk)} of disk ({size_of(self.disk_free)} are free)"
         )
 
 
@@ -80,13 +80,13 @@ def refuse_unfit(needs: Needs, out: Path) -> None:
     """Refuse what cannot work, with what would make it work."""
     if needs.disk > needs.disk_free:
         raise AbsorbError(
-            f"{out} is on a disk with {_gb(needs.disk_free)} left and the conversion writes "
-            f"{_gb(needs.disk)}; make room, or name another place with --out"
+            f"{out} is on a disk with {size_of(needs.disk_free)} left and the conversion writes "
+            f"{size_of(needs.disk)}; make room, or name another place with --out"
         )
     if needs.streams and needs.memory > needs.free:
         raise AbsorbError(
-            f"one layer of the model at work needs {_gb(needs.memory)} of memory and "
-            f"{_gb(needs.free)} are free; pass --train sinks or --steps 0, which need less, or "
+            f"one layer of the model at work needs {size_of(needs.memory)} of memory and "
+            f"{size_of(needs.free)} are free; pass --train sinks or --steps 0, which need less, or "
             "--device cpu where the host has more"
         )
 
@@ -96,7 +96,3 @@ def _first_there(path: Path) -> Path:
     while not there.exists():
         there = there.parent
     return there
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"

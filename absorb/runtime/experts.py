@@ -58,6 +58,13 @@ def watching_experts(decoder: Decoder, see: Callable[[str, Tensor], None]) -> It
 
         return look
 
+    with hooking_experts(decoder, before):
+        yield
+
+
+@contextmanager
+def hooking_experts(decoder: Decoder, before: Callable[[str, str], Any]) -> Iterator[None]:
+    """Hook what `before` gives for the names of `up` and `down` in front of all experts."""
     handles = [
         experts.register_forward_pre_hook(before(*names))
         for names, experts in decoder.experts.items()

@@ -43,18 +43,24 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(digest)
 """
 
-STRANGER = f"""
+# The model that the card loads.
+AS_A_STRANGER = """
 import json, re, sys
 sys.modules["absorb"] = None  # as if it were not installed
 from pathlib import Path
 from huggingface_hub import hf_hub_download
-from transformers import pipeline
 
 repository, commit = sys.argv[1:]
 card = Path(hf_hub_download(repository, "README.md", revision=commit)).read_text()
 example = re.search("```python\\n(.*?)```", card, re.DOTALL)[1]
 exec(example.replace("PATH_OR_REPO", repository).replace("COMMIT", commit))
 assert type(model).__module__.startswith("transformers_modules.")
+"""
+
+STRANGER = f"""
+{AS_A_STRANGER}
+from transformers import pipeline
+
 {LOGITS}
 text = tokenizer("once upon a time", return_tensors="pt")
 settings = dict(max_new_tokens=16, do_sample=False)
@@ -110,16 +116,7 @@ print(digest)
 """
 
 STRANGER_PICTURE = f"""
-import json, re, sys
-sys.modules["absorb"] = None  # as if it were not installed
-from pathlib import Path
-from huggingface_hub import hf_hub_download
-
-repository, commit = sys.argv[1:]
-card = Path(hf_hub_download(repository, "README.md", revision=commit)).read_text()
-example = re.search("```python\\n(.*?)```", card, re.DOTALL)[1]
-exec(example.replace("PATH_OR_REPO", repository).replace("COMMIT", commit))
-assert type(model).__module__.startswith("transformers_modules.")
+{AS_A_STRANGER}
 {PICTURE}
 settings = dict(max_new_tokens=16, do_sample=False)
 rows = [model.generate(**given, use_cache=use, **settings) for use in (True, False)]

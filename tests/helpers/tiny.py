@@ -13,6 +13,7 @@ from transformers import (
 
 from absorb.models.family import Family
 from absorb.models.whole import with_head
+from absorb.prove.shrink import randomise
 from absorb.schema.findings import Findings
 
 LAYERS = 3
@@ -252,18 +253,3 @@ def causal_class(config: PretrainedConfig) -> Any:
     kind = type(config)
     known = kind in MODEL_FOR_CAUSAL_LM_MAPPING
     return MODEL_FOR_CAUSAL_LM_MAPPING[kind] if known else with_head(MODEL_MAPPING[kind])
-
-
-@torch.no_grad()
-def randomise(model: PreTrainedModel) -> None:
-    """Draw every matrix anew, and move every norm weight and bias off its 0 or 1."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        if parameter.ndim == 1:
-            parameter.add_(0.3 * noise)
-        else:
-            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):  # by which a router prefers experts
-            buffer.add_(0.3 * torch.randn(buffer.shape, generator=generator))

@@ -17,6 +17,15 @@ from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
 
+def saved(family: str, place: Path) -> tuple[Path, Path]:
+    """A tiny model, and a text to convert it on."""
+    source, text = place / "source", place / "text.txt"
+    tiny(family, torch.float32, max_position_embeddings=512).save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    text.write_text(letters(26_000))
+    return source, text
+
+
 def converted(source: Path, out: Path, text: Path, **options: str) -> dict[str, torch.Tensor]:
     absorb.convert(source, out, text=text, steps=0, **options)
     return load_file(out / "model.safetensors")
@@ -38,10 +47,7 @@ def converted(source: Path, out: Path, text: Path, **options: str) -> dict[str, 
 def test_weights_that_stream_become_what_others_do(
     family: str, sink: str, in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, text = tmp_path / "source", tmp_path / "text.txt"
-    tiny(family, torch.float32, max_position_embeddings=512).save_pretrained(source)
-    tiny_tokenizer().save_pretrained(source)
-    text.write_text(letters(26_000))
+    source, text = saved(family, tmp_path)
     resident = converted(source, tmp_path / "resident", text, sink=sink)
     monkeypatch.setattr(loading, "free_memory", lambda device: 0)
     streamed = converted(source, tmp_path / "streamed", text, sink=sink)
@@ -60,10 +66,7 @@ def test_weights_that_stream_become_what_others_do(
 def test_layers_that_stream_learn_one_after_the_other(
     family: str, purpose: Purpose, in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, text = tmp_path / "source", tmp_path / "text.txt"
-    tiny(family, torch.float32, max_position_embeddings=512).save_pretrained(source)
-    tiny_tokenizer().save_pretrained(source)
-    text.write_text(letters(26_000))
+    source, text = saved(family, tmp_path)
     monkeypatch.setattr(loading, "free_memory", lambda device: 0)
     out = tmp_path / "out"
     report = absorb.convert(
@@ -84,10 +87,7 @@ def test_layers_that_come_no_closer_stay_untrained(
     in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without rotation the graft is exact, and nothing is left to learn."""
-    source, text = tmp_path / "source", tmp_path / "text.txt"
-    tiny("gpt2", torch.float32, max_position_embeddings=512).save_pretrained(source)
-    tiny_tokenizer().save_pretrained(source)
-    text.write_text(letters(26_000))
+    source, text = saved("gpt2", tmp_path)
     monkeypatch.setattr(loading, "free_memory", lambda device: 0)
     untrained = converted(source, tmp_path / "untrained", text, sink="logit")
     options = {"sink": "logit", "steps": 4, "train": "all"}
@@ -101,10 +101,7 @@ def test_layers_that_an_earlier_run_has_trained_are_gone_on_from(
     in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends while the second layer is trained; the checkpoint is that of a run that does not."""
-    source, text = tmp_path / "source", tmp_path / "text.txt"
-    tiny("llama", torch.float32, max_position_embeddings=512).save_pretrained(source)
-    tiny_tokenizer().save_pretrained(source)
-    text.write_text(letters(26_000))
+    source, text = saved("llama", tmp_path)
     monkeypatch.setattr(loading, "free_memory", lambda device: 0)
     job = {"text": text, "sink": "logit", "steps": 4, "train": "all"}
     whole = absorb.convert(source, tmp_path / "whole", **job)
