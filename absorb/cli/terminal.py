@@ -33,6 +33,8 @@ class UserErrors:
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         if error is not None and "RANK" in os.environ:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it on top
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            sys.unraisablehook = _unheard
         if isinstance(error, AbsorbError):
             say(f"absorb: {error}")
             sys.exit(2 if isinstance(error, MisuseError) else 1)
@@ -75,6 +77,10 @@ def _terminated(*_: Any) -> NoReturn:
     if "RANK" in os.environ:
         click.echo(_LOST, err=True)
     sys.exit(143)
+
+
+def _unheard(_: Any) -> None:
+    """Objects that a signal left half-made complain as they are thrown away."""
 
 
 def say(sentence: str) -> None:

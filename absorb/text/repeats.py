@@ -1,12 +1,15 @@
-"""Documents without those that were read before, told by their words: white space may differ."""
+"""Documents without those that were read before: white space may differ."""
 
 import hashlib
 import re
+import string
 from collections.abc import Iterable, Iterator
 
 # What is shorter may well be said twice: a heading, an answer. The longest line that WikiText-2
 # repeats has 40 characters.
 _LONG = 80
+_PART = 1 << 20  # characters of a document that are looked at at once
+_SPACE = string.whitespace.encode()
 _BETWEEN = re.compile(r"(\n(?:[ \t]*\n)+)")  # paragraphs
 
 
@@ -38,7 +41,10 @@ def _without_lines(paragraph: str, seen: set[bytes]) -> str:
 
 
 def _is_new(text: str, seen: set[bytes]) -> bool:
-    mark = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, len(text), _PART):
+        digest.update(text[start : start + _PART].encode().translate(None, _SPACE))
+    mark = digest.digest()
     if mark in seen:
         return False
     seen.add(mark)
