@@ -34,7 +34,7 @@ from absorb.models.decoder import Decoder
 from absorb.models.family import Family, UnsupportedFamilyError
 from absorb.models.resting.streaming import Streaming
 from absorb.models.whole import Whole
-from absorb.runtime.precision import free_memory
+from absorb.runtime.precision import ADDED, free_memory
 from absorb.runtime.quiet import quiet_load
 from absorb.schema.proof import Proof
 from absorb.schema.settings import ModelRef, expanded
@@ -236,7 +236,9 @@ def _from_folder(
         tokenizer = read_tokenizer(folder, ref, config)
         expected = forecast(kind, config, held, ref.name)
         stays = most is not None and sum(one.elements for one in held.values()) > most
-        widest = reduce(torch.promote_types, expected.types.values())
+        # Sinks and scales are float32 in any model.
+        stock = (t for key, t in expected.types.items() if key.rpartition(".")[2] not in ADDED)
+        widest = reduce(torch.promote_types, stock)
         # Nothing that is only copied may lose a bit.
         exact = wrapped.has_part(settings) and widest == torch.float64
         model, info = _given(

@@ -1,12 +1,12 @@
 """Evaluation → Comparison: models side by side on one text, as stored and in every format."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from absorb.errors import AbsorbError
 from absorb.load.opening.tokenizer import lead_of
@@ -29,6 +29,9 @@ from absorb.text.corpus import refuse_unreadable
 from absorb.text.gather import WINDOW, Texts, gather_windows, refuse_short_model
 
 _RESAMPLES = 2000
+# What a comparison holds, in bytes a weight: every model in float32, and the weights of one of them
+# as they were before they were rounded.
+_HELD, _HELD_ONCE = 4, 4
 
 
 @torch.no_grad()
@@ -40,18 +43,27 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
     device, tasks = device_of(wish.device), tasks_of(wish.tasks)
     for text in (wish.text, wish.calibration):
         refuse_unreadable(text)
-    sources = [_loaded(name, wish, say) for name in (wish.model, *wish.against)]
+    names = (wish.model, *wish.against)
+    sources = [
+        _loaded(name, wish, device, _HELD * left + _HELD_ONCE, say)
+        for name, left in zip(names, range(len(names), 0, -1), strict=True)
+    ]
+    streams = any(source.streaming for source in sources)
+    if streams:
+        _refuse_slow(tasks)
+        say("the models are larger than the memory, so their layers come one by one; no timing")
     subjects = [_subject(source) for source in sources]
     _refuse_other_tokens(sources)
     for source, subject in zip(sources, subjects, strict=True):
         _refuse_few_positions(source, subject, wish)
         as_stored(source.decoder, getattr(torch, wish.dtype))
-        nn.Module.to(source.model, device)
     texts = gather_windows(sources[0], wish)
     reference = min(1, len(wish.against))
     seen = tallies(subjects, subjects[reference], texts.held_out, inputs=True)
     asked = partial(_asked, tasks=tasks, limit=wish.limit)
-    took = speeds([source.model for source in sources], texts.held_out[:1].to(device))
+    took: Sequence[Speed | None] = [None] * len(sources)
+    if not streams:
+        took = speeds([source.model for source in sources], texts.held_out[:1].to(device))
     return Comparison(
         reference=sources[reference].name,
         models=tuple(
@@ -69,10 +81,21 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
     )
 
 
-def _loaded(name: str, wish: Evaluation, say: Callable[[str], None]) -> Source:
+def _loaded(
+    name: str, wish: Evaluation, device: torch.device, held: int, say: Callable[[str], None]
+) -> Source:
     say(f"loading {name}")
     ref = ModelRef(name=name, trust_remote_code=wish.trust_remote_code)
-    return load(ref, measured=True, prove=proved)
+    return load(ref, measured=True, device=device, held=held, prove=proved)
+
+
+def _refuse_slow(tasks: list[Task]) -> None:
+    """Refuse questions to a model all of whose weights would be read anew for each."""
+    if tasks:
+        raise AbsorbError(
+            "the models are larger than the memory, and every question would read all their "
+            "weights again; drop --tasks, or ask on a machine with more memory"
+        )
 
 
 def _subject(source: Source) -> Subject:
@@ -108,7 +131,7 @@ def _standing(
     source: Source,
     subject: Subject,
     tally: Tally,
-    speed: Speed,
+    speed: Speed | None,
     texts: Texts,
     formats: tuple[FormatName, ...],
     asked: Callable[..., TaskResults],

@@ -51,7 +51,7 @@ class ModelScore(Figures):
     kurtosis: float  # of the stream of a row, mean over rows and layers
     input_kurtosis: dict[str, float]  # of what each matrix reads, mean over rows, by its name
     head_weights: tuple[tuple[float, ...], ...]  # mean weight on the first token: layers, heads
-    speed: Speed
+    speed: Speed | None  # none of models larger than the memory
     formats: dict[FormatName, float | None]  # the perplexity in each; None where it is no number
     tasks: TaskResults  # without the formats in which the perplexity is no number
 

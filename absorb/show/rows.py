@@ -5,7 +5,7 @@ from collections.abc import Callable
 from absorb.quantize.formats import FORMATS
 from absorb.schema.findings import Findings
 from absorb.schema.report import WORSE, Inspection, loss_of
-from absorb.schema.scores import Comparison, ModelScore, Score
+from absorb.schema.scores import Comparison, ModelScore, Score, Speed
 from absorb.show.tables import Row
 
 
@@ -192,7 +192,6 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
         ("massive-activation tokens", lambda m: f"{m.massive_tokens}"),
         ("mean weight on the first token", lambda m: f"{m.first_weight:.3f}"),
         ("  highest of a head", lambda m: f"{max(map(max, m.head_weights)):.3f}"),
-        *_speed_rows(comparison),
     ]
     if len(comparison.models) == 1:
         del figures[2:4]
@@ -203,7 +202,7 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
         for n in names
     ]
     head = ("", *(model.model for model in comparison.models))
-    return [head, *rows, *formats, *_task_rows(comparison)]
+    return [head, *rows, *_speed_rows(comparison), *formats, *_task_rows(comparison)]
 
 
 def _task_rows(comparison: Comparison) -> list[Row]:
@@ -226,16 +225,19 @@ def _answers(model: ModelScore, place: str, task: str, metric: str) -> str:
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
-def _speed_rows(comparison: Comparison) -> list[tuple[str, Callable[[ModelScore], str]]]:
-    rows: list[tuple[str, Callable[[ModelScore], str]]] = [
-        ("prefill, tokens per second", lambda m: f"{m.speed.prefill:,.0f}"),
-        ("decode, tokens per second", lambda m: f"{m.speed.decode:,.1f}"),
-        ("weights, MB", lambda m: f"{m.speed.weights / 1e6:,.1f}"),
-        (f"cache of {comparison.length} tokens, MB", lambda m: f"{m.speed.cache / 1e6:,.1f}"),
-    ]
-    if comparison.models[0].speed.peak is not None:
-        rows.append(("most memory in prefill, MB", lambda m: f"{(m.speed.peak or 0) / 1e6:,.0f}"))
-    return rows
+def _speed_rows(comparison: Comparison) -> list[Row]:
+    speeds = [model.speed for model in comparison.models if model.speed is not None]
+    if len(speeds) < len(comparison.models):  # of models larger than the memory there are none
+        return []
+    shown: dict[str, Callable[[Speed], str]] = {
+        "prefill, tokens per second": lambda s: f"{s.prefill:,.0f}",
+        "decode, tokens per second": lambda s: f"{s.decode:,.1f}",
+        "weights, MB": lambda s: f"{s.weights / 1e6:,.1f}",
+        f"cache of {comparison.length} tokens, MB": lambda s: f"{s.cache / 1e6:,.1f}",
+    }
+    if speeds[0].peak is not None:
+        shown["most memory in prefill, MB"] = lambda s: f"{(s.peak or 0) / 1e6:,.0f}"
+    return [(label, *map(show, speeds)) for label, show in shown.items()]
 
 
 def _mean(values: dict[str, float]) -> float:

@@ -13,7 +13,10 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import absorb
 from absorb.cli.main import main
+from absorb.errors import AbsorbError
+from absorb.load import source as loading
 from absorb.load.source import load
 from absorb.measure import timing
 from absorb.measure.score import in_formats
@@ -26,6 +29,7 @@ from absorb.runtime.hooks import watching
 from absorb.runtime.reading import Subject
 from absorb.schema.settings import ModelRef
 from absorb.schema.training import LENGTH as SAMPLED_LENGTH
+from absorb.show.rows import comparison_rows
 from absorb.text import gather
 from absorb.text.gather import HELD_OUT_ROWS
 from absorb.text.windows import windows
@@ -417,3 +421,22 @@ def test_convert_still_refuses_what_eval_measures(converted: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", str(converted)])
     assert result.exit_code == 1
     assert "is absorbed already" in result.stderr
+
+
+def test_models_larger_than_the_memory_have_the_same_figures(
+    source: Path, converted: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    riddles = tmp_path / "riddles.jsonl"
+    riddles.write_text('{"question": "which", "choices": ["a", "b"], "label": 0}\n')
+    wish: dict[str, Any] = {"against": [source], "text": text, "formats": ["w8a8-static"]}
+    held = absorb.evaluate(converted, **wish)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 0)
+    streamed = absorb.evaluate(converted, **wish)
+    for one, other in zip(streamed.models, held.models, strict=True):
+        assert one.speed is None
+        for name in ("perplexity", "divergence", "stream_ratio", "kurtosis"):
+            assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-4), name
+        assert one.formats == pytest.approx(other.formats, rel=1e-3)
+    assert "prefill" not in str(comparison_rows(streamed))
+    with pytest.raises(AbsorbError, match="drop --tasks"):
+        absorb.evaluate(source, text=text, tasks=[str(riddles)])
