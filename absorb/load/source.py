@@ -6,7 +6,7 @@ downloaded or read.
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,13 +23,19 @@ from transformers import (
 from absorb.errors import AbsorbError
 from absorb.load import checks, download, gguf_file, session, wrapped
 from absorb.load import files as stored
+from absorb.load.architecture.classes import (
+    Prover,
+    class_of,
+    config_class,
+    family_of_folder,
+    settled,
+)
 from absorb.load.forecast import forecast, most_of, refuse_deeper, refuse_mismatch
 from absorb.load.opening.tokenizer import without_bos
-from absorb.load.unlisted import inferred_family
 from absorb.load.vocabulary import read_tokenizer
 from absorb.models import modeling_absorb
 from absorb.models.decoder import Decoder
-from absorb.models.family import Family, UnsupportedFamilyError
+from absorb.models.family import Family
 from absorb.models.resting.streaming import Streaming
 from absorb.models.whole import Whole
 from absorb.runtime.precision import ADDED, free_memory
@@ -47,8 +51,6 @@ _FINGERPRINT_VALUES = 4096  # of each parameter, at most
 # train all of the student it holds gradients, what AdamW remembers, the best step, and copies.
 HELD, HELD_TO_TRAIN = 20, 48
 _SPARE = 4  # weights rest on the device where it has so many times the room
-# The family of the models of a class with a configuration, and what was shown of it.
-Prover = Callable[[Any, Any], tuple[Family, Proof]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,47 +172,6 @@ def _from_hub(ref: ModelRef, measured: bool, most: int | None, prove: Prover | N
     return _from_folder(weights, ref, ref.name, folder.name, measured, most, prove)
 
 
-def family_of_folder(
-    folder: Path, ref: ModelRef, measured: bool, prove: Prover | None
-) -> tuple[Family | None, Proof | None]:
-    """The family of the model in a folder, and its proof where it has no entry.
-
-    Neither where a model is only to be measured of which nothing can be proved.
-    """
-    family = checks.family_in(folder, ref.name, measured, ref.text_only, prove is not None)
-    settings = stored.read_json(folder / "config.json", ref.name)
-    stock = checks.stock_type(settings)
-    if family is not None or prove is None or wrapped.has_part(settings):
-        return family, None
-    settings["model_type"] = stock or settings["model_type"]
-    try:
-        return proved_family(settings, ref, prove)
-    except UnsupportedFamilyError:
-        if measured and stock is None:
-            return None, None
-        raise
-
-
-def proved_family(
-    settings: Mapping[str, Any], ref: ModelRef, prove: Prover
-) -> tuple[Family, Proof]:
-    """The family of a stock model with these settings in its config.json, which has no entry."""
-    plain = {name: value for name, value in settings.items() if name not in ("absorb", "auto_map")}
-    kind, config = stock_of(plain, ref.name)
-    try:
-        return prove(kind, config)
-    except UnsupportedFamilyError as error:
-        raise checks.unproved(plain, ref.name, str(error)) from error
-
-
-def stock_of(settings: Mapping[str, Any], name: str) -> tuple[Any, Any]:
-    """The class of transformers for a config.json, and the configuration that it has there."""
-    with stored.reading(name):
-        plain = session.without_session(dict(settings))
-        config = CONFIG_MAPPING[settings["model_type"]].from_dict(plain)
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
-
-
 def _from_folder(
     folder: Path,
     ref: ModelRef,
@@ -231,24 +192,18 @@ def _from_folder(
         quiet_load(files),
         session.shown(folder, files, ref.name) as shown,
     ):
-        kind = _class_of(settings)
-        config = _config_class(settings, kind).from_pretrained(shown)
+        kind = class_of(settings)
+        config = config_class(settings, kind).from_pretrained(shown)
         tokenizer = read_tokenizer(folder, ref, config)
         expected = forecast(kind, config, held, ref.name)
         stays = most is not None and sum(one.elements for one in held.values()) > most
-        # Sinks and scales are float32 in any model.
-        stock = (t for key, t in expected.types.items() if key.rpartition(".")[2] not in ADDED)
-        widest = reduce(torch.promote_types, stock)
-        # Nothing that is only copied may lose a bit.
-        exact = wrapped.has_part(settings) and widest == torch.float64
-        model, info = _given(
-            kind, config, shown, widest if stays or exact else torch.float32, stays
-        )
+        dtype = _held_in(expected.types, stays, whole=wrapped.has_part(settings))
+        model, info = _given(kind, config, shown, dtype, stays)
     refuse_mismatch(info, model, held, ref.name)
     types: Mapping[str, torch.dtype] = expected.types
     whole = None
     if wrapped.has_part(settings):
-        narrow = exact and not stays
+        narrow = dtype == torch.float64 and not stays
         model, types, whole = wrapped.part_of(model, config, types, folder, ref, measured, narrow)
     if not stays:
         _align(model)
@@ -256,7 +211,7 @@ def _from_folder(
         name=name,
         model=model,
         tokenizer=tokenizer,
-        family=_settled(family, model, settings, ref.name),
+        family=settled(family, model, settings, ref.name),
         dtype=expected.dtype if whole else most_of(model, types),
         types=types,
         license=_license(folder),
@@ -266,18 +221,14 @@ def _from_folder(
     )
 
 
-def _settled(
-    family: Family | None, model: PreTrainedModel, settings: Mapping[str, Any], name: str
-) -> Family:
-    """The family of a model that is loaded, by what it says of itself."""
-    if family is None:
-        with stored.reading(name):
-            return inferred_family(model, name)
-    if not wrapped.has_part(settings):
-        return family
-    # Some wholes change settings of their part unknown to config.json, as PaliGemma does.
-    inside: Any = model.base_model.config
-    return checks.family_of_config(inside.to_dict(), name)
+def _held_in(types: Mapping[str, torch.dtype], stays: bool, whole: bool) -> torch.dtype:
+    """The one type that the weights of a folder are loaded in."""
+    # Sinks and scales are float32 in any model.
+    stock = (held for name, held in types.items() if name.rpartition(".")[2] not in ADDED)
+    widest = reduce(torch.promote_types, stock)
+    # Nothing that is only copied may lose a bit.
+    exact = whole and widest == torch.float64
+    return widest if stays or exact else torch.float32
 
 
 def _given(
@@ -313,24 +264,6 @@ def _align(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.data_ptr() % _ALIGNMENT:
             parameter.data = parameter.data.clone()
-
-
-def _class_of(settings: Mapping[str, Any]) -> Any:
-    """What loads the model of a configuration: a class of transformers, or our own on top of one.
-
-    Never the model's own code, trusted or not: a family describes the stock class.
-    """
-    if wrapped.has_part(settings):
-        return wrapped.whole_class(settings)
-    converted = checks.stock_type(settings)
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[converted or settings["model_type"]]]
-    return modeling_absorb.absorbed(stock) if converted else stock
-
-
-def _config_class(settings: Mapping[str, Any], kind: Any) -> Any:
-    """The class of a configuration, which some architectures have on top of another's model."""
-    known = not wrapped.has_part(settings) and checks.stock_type(settings) is None
-    return CONFIG_MAPPING[settings["model_type"]] if known else kind.config_class
 
 
 def _from_gguf(path: Path, name: str) -> Source:

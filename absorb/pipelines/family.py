@@ -4,8 +4,8 @@ from pathlib import Path
 
 from absorb.errors import AbsorbError, Say
 from absorb.load import checks, download, wrapped
+from absorb.load.architecture.classes import proved_family, stock_of
 from absorb.load.files import read_json
-from absorb.load.source import proved_family, stock_of
 from absorb.models.family import UnsupportedFamilyError
 from absorb.prove.prove import proved, shown
 from absorb.schema.proof import Proof

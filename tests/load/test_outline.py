@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from absorb.cli.main import main
-from absorb.load.unlisted import inferred_family
+from absorb.load.architecture.unlisted import inferred_family
 from absorb.models.families import FAMILIES
 from absorb.models.family import UnsupportedFamilyError
 from tests.helpers.tiny import COMMON, randomise, tiny
