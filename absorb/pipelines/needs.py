@@ -1,6 +1,7 @@
 """What a conversion takes of this machine: told before it begins, refused where it is missing.
 
-Sums of what is held at once; a process takes some hundred megabytes more.
+Sums of what is held at once; a process takes some hundred megabytes more. The time is that of a
+sample times what is read in all.
 """
 
 import shutil
@@ -9,11 +10,12 @@ from pathlib import Path
 
 from absorb.errors import AbsorbError
 from absorb.load.source import HELD, HELD_TO_TRAIN, Source
+from absorb.measure.pace import pace_of
 from absorb.runtime.precision import free_memory
 from absorb.schema.settings import Train
 from absorb.schema.training import LENGTH, Recipe
-from absorb.ship.verify import size_of
-from absorb.text.gather import CALIBRATION_ROWS
+from absorb.show.tables import size_of
+from absorb.text.gather import CALIBRATION_ROWS, HELD_OUT_ROWS, SCALING_ROWS, VALIDATION_ROWS
 
 # Bytes a weight of the layer in hand: float32, and where all is trained its gradient, what AdamW
 # remembers and a bfloat16 copy. Else the gradient stops at a few parameters.
@@ -22,6 +24,12 @@ _UNTRAINED = 6
 _SCORES = 12  # tensors of the size of all attention weights, in a fit
 _LOGITS = 4  # copies of the logits of the tokens that are read at once
 _TOKENS = 512
+# Rows of text that all layers read for a plan, beside text for scales, and where a plan is read;
+# and on how many walks. As counted.
+_ROWS, _WALKS, _ROWS_OF_READ, _WALKS_OF_READ = 65, 25, 20, 10
+_TIMES_HELD_OUT = 8  # two models, in float and in INT8, with a teacher and with ranges
+_TIMES_TRAINED = 4  # the teacher once; the student once, and its gradients twice
+_CHECKED = 10  # validation text, before and at every quarter, by two models
 _SPARE = 0.5e9  # what a GPU keeps for itself, and odds and ends
 
 
@@ -63,6 +71,19 @@ def needs_of(source: Source, fine_tune: Recipe, out: Path) -> Needs:
         disk_free=shutil.disk_usage(_first_there(out)).free,
         streams=source.streaming is not None,
     )
+
+
+def seconds_of(source: Source, fine_tune: Recipe, plan_is_read: bool) -> float:
+    """What the layers take to read all that they read, once there is text."""
+    pace = pace_of(source.decoder)
+    rows = _TIMES_HELD_OUT * HELD_OUT_ROWS[source.decoder.device.type]
+    known = CALIBRATION_ROWS + VALIDATION_ROWS + fine_tune.training_rows
+    rows += _ROWS_OF_READ if plan_is_read else _ROWS + min(SCALING_ROWS, known)
+    trained = _TIMES_TRAINED * (fine_tune.steps or 0) * fine_tune.rows
+    checked = _CHECKED * VALIDATION_ROWS if fine_tune.trains else 0
+    walks = _WALKS_OF_READ if plan_is_read else _WALKS
+    limit = 60 * (fine_tune.minutes or 0)
+    return pace.row * rows + pace.hasty * (trained + checked) + pace.walk * walks + limit
 
 
 def _streamed(source: Source, fine_tune: Recipe) -> int:

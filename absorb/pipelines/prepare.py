@@ -14,7 +14,7 @@ from absorb.load.source import Source, load
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import find_prefix
 from absorb.models.positions.windows import slide
-from absorb.pipelines.needs import held_for, needs_of, refuse_unfit
+from absorb.pipelines.needs import held_for, needs_of, refuse_unfit, seconds_of
 from absorb.pipelines.survey import inspection_from_plan, survey
 from absorb.prove.prove import proved
 from absorb.runtime.precision import bf16_copy, device_of
@@ -26,9 +26,10 @@ from absorb.schema.training import Recipe
 from absorb.ship.export.targets import config_for, route_of
 from absorb.ship.plan_file import read_plan
 from absorb.ship.resume import Progress
+from absorb.show.tables import time_of
 from absorb.text.corpus import encoded, refuse_unreadable
 from absorb.text.gather import Texts, gather
-from absorb.tune.recipe import refuse_minutes
+from absorb.tune.recipe import by_layers, refuse_minutes
 
 _MOST_IS_LEFT_OUT = 0.5  # a share of the effect of the prefix
 
@@ -69,6 +70,7 @@ def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) 
         needs = needs_of(source, fine_tune, job.out)
         say(f"the conversion {needs}")
         refuse_unfit(needs, job.out)
+        say(f"it takes about {_time(job, source, fine_tune)}")
     training_rows = None if fine_tune is None else fine_tune.training_rows
     kept = progress.draft() if progress else None
     if kept is None:
@@ -83,6 +85,12 @@ def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) 
         measurement=None,
         progress=progress,
     )
+
+
+def _time(job: Job, source: Source, fine_tune: Recipe) -> str:
+    work = by_layers(fine_tune, job.distillation) if source.streaming else fine_tune
+    told = time_of(seconds_of(source, work, plan_is_read=job.plan is not None))
+    return told if job.calibration.text else f"{told} once its text is sampled"
 
 
 def planned(

@@ -22,7 +22,8 @@ from huggingface_hub.errors import (
 from absorb.errors import AbsorbError
 from absorb.schema.settings import Destination, ModelRef
 from absorb.ship.staging import REPORT
-from absorb.ship.verify import CODE, read_report, size_of, verify
+from absorb.ship.verify import CODE, read_report, verify
+from absorb.show.tables import size_of
 
 Say = Callable[[str], None]
 # What the Hub puts into a new repository, and what people put there before the first upload.

@@ -26,7 +26,7 @@ from absorb.ship.plan_file import PLAN, plan_in
 from absorb.ship.served.compare import compared
 from absorb.ship.staging import REPORT, digest, digests
 from absorb.ship.stranger import said_in_isolation
-from absorb.show.tables import Row
+from absorb.show.tables import Row, size_of
 
 Say = Callable[[str], None]
 Finding = tuple[str, list[str]]  # what is well, and what is not
@@ -285,14 +285,6 @@ def _checks_of(
     elif isinstance(report, Exported) and report.target == "gguf":
         del looks["logits"]
     return looks
-
-
-def size_of(size: int) -> str:
-    """Bytes for people."""
-    for unit, much in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= much:
-            return f"{size / much:.1f} {unit}"
-    return f"{size} bytes"
 
 
 def check_rows(verification: Verification) -> list[Row]:

@@ -38,3 +38,20 @@ def markdown(rows: list[Row]) -> str:
     head, *body = [tuple(cell.strip().replace("|", r"\|") for cell in row) for row in rows]
     rule = tuple("---" if column == 0 else "---:" for column in range(len(head)))
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
+
+
+def size_of(size: int) -> str:
+    """Bytes for people."""
+    for unit, much in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= much:
+            return f"{size / much:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def time_of(seconds: float) -> str:
+    """Rounded as one says it: 40 seconds, 6 minutes, 3 hours."""
+    if seconds < 90:
+        return f"{max(10, round(seconds, -1)):.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.0f} hours"

@@ -23,7 +23,7 @@ CALIBRATION_ROWS = 12
 VALIDATION_ROWS = 4
 # By device: a table before and after takes two cores as long as all that it reports on.
 HELD_OUT_ROWS = {"cpu": 8, "cuda": 16}
-_SCALING_ROWS = 192
+SCALING_ROWS = 192
 # Unless the user says otherwise: the windows of a file that are measured, and their tokens.
 _WINDOWS, WINDOW = 32, 512
 # Fixed ranges are taken from so many windows of a text of their own: more text has more extremes.
@@ -45,7 +45,7 @@ class Texts:
     def scaling(self) -> Tensor:
         """What smoothing scales are taken from: largest values need more text than averages do."""
         known = torch.cat([self.calibration, self.validation, self.training])
-        return known[:_SCALING_ROWS]
+        return known[:SCALING_ROWS]
 
     def of_first(self) -> "Texts":
         """The same text for all processes that convert together."""

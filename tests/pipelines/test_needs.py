@@ -10,7 +10,10 @@ import torch
 import absorb
 from absorb.errors import AbsorbError
 from absorb.load import source as loading
+from absorb.measure.pace import pace_of
 from absorb.pipelines import needs
+from absorb.schema.settings import ModelRef
+from absorb.schema.training import Recipe
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
@@ -52,3 +55,22 @@ def test_needs_are_told(source: Path, tmp_path: Path, caplog: pytest.LogCaptureF
         absorb.convert(source, tmp_path / "out", text=source / "text.txt", steps=0)
     [told] = [line for line in caplog.messages if line.startswith("the conversion needs")]
     assert "of disk" in told
+    assert any(line.startswith("it takes about ") for line in caplog.messages)
+
+
+@pytest.mark.parametrize("way", ["resident", "streamed"])
+def test_the_time_that_is_told_grows_with_what_is_read(
+    way: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "streamed":
+        monkeypatch.setattr(loading, "free_memory", lambda device: 0)
+    device = torch.device("cpu")
+    loaded = loading.load(ModelRef(name=str(source)), device=device)
+    pace = pace_of(loaded.decoder)
+    monkeypatch.setattr(needs, "pace_of", lambda decoder: pace)
+    times = [
+        needs.seconds_of(loaded, Recipe(steps=steps, train="all", rows=8), plan_is_read)
+        for plan_is_read, steps in ((True, 0), (False, 0), (False, 10), (False, 100))
+    ]
+    assert times[0] > 0
+    assert times == sorted({*times})
