@@ -101,7 +101,7 @@ class Progress:
         """Where layers that are trained one by one are kept."""
         place = self.folder / _LAYERS
         with unwritable_explained(self.folder):
-            place.mkdir(exist_ok=True)
+            place.mkdir(parents=True, exist_ok=True)  # a helper may come first
         return place
 
     def is_due(self) -> bool:

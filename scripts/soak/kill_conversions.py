@@ -1,9 +1,11 @@
 """Kill conversions of a tiny model at random moments, and look at what each of them left.
 
     python -m scripts.soak.kill_conversions --kills 200
+    python -m scripts.soak.kill_conversions --kills 50 --streamed
 
-The output must be absent, or complete: all its files as its report lists them, and a model that
-loads. Exit code 1 where it is neither, or where the next conversion could not clear what was left.
+The output must be absent, or complete: all its files as its report lists them and as a conversion
+writes that nobody killed, and a model that loads. Exit code 1 where it is neither, or where the
+next conversion could not clear what was left.
 Every second one is killed while files are written; every fourth one may resume the one before.
 Linux only.
 """
@@ -19,11 +21,13 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 import torch
 
 import absorb
+from absorb.load import source
 from absorb.load.source import load
 from absorb.schema.codec import from_json
 from absorb.schema.report import Report
@@ -39,18 +43,22 @@ warm.set_forkserver_preload(["absorb.api", "tests.helpers.tiny", "tests.helpers.
 @click.command()
 @click.option("--kills", default=200, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the moments.")
-def main(kills: int, seed: int) -> None:
+@click.option("--streamed", is_flag=True, help="As a model larger than the memory.")
+def main(kills: int, seed: int, streamed: bool) -> None:
     torch.set_num_threads(1)
     draw, found = random.Random(seed), Counter[str]()
     with TemporaryDirectory() as home:
         model, out, text = Path(home, "model"), Path(home, "out"), Path(home, "text.txt")
-        tiny("llama", torch.float32, num_hidden_layers=1).save_pretrained(model)
+        layers = 3 if streamed else 1
+        tiny("llama", torch.float32, num_hidden_layers=layers).save_pretrained(model)
         tiny_tokenizer().save_pretrained(model)
         text.write_text("".join(chr(97 + n * n * 7 % 23 + n % 3) for n in range(13_000)))
-        whole, writing = measured(conversion(model, out, text, resume=False), out)
+        first = conversion(model, out, text, resume=False, streamed=streamed)
+        whole, writing = measured(first, out)
+        meant = digests(out)
         while found.total() - found["over before the kill, complete"] < kills:
             shutil.rmtree(out, ignore_errors=True)
-            process = conversion(model, out, text, resume=draw.random() < 0.25)
+            process = conversion(model, out, text, resume=draw.random() < 0.25, streamed=streamed)
             if draw.random() < 0.5:
                 wait_for_writing(process, out)
                 time.sleep(draw.uniform(0, 1.2 * writing))
@@ -59,9 +67,9 @@ def main(kills: int, seed: int) -> None:
             process.kill()
             process.join()
             was = "killed, " if process.exitcode == -signal.SIGKILL else "over before the kill, "
-            found[was + left(out)] += 1
-        finish(conversion(model, out, text, resume=True))
-        found["the last one, not killed, " + left(out)] += 1
+            found[was + left(out, meant)] += 1
+        finish(conversion(model, out, text, resume=True, streamed=streamed))
+        found["the last one, not killed, " + left(out, meant)] += 1
         others = sorted(path.name for path in out.parent.glob("out?*"))
     for kind, count in sorted(found.items()):
         click.echo(f"{count:5} {kind}")
@@ -69,17 +77,21 @@ def main(kills: int, seed: int) -> None:
     sys.exit(bool(others) or any("PARTIAL" in kind for kind in found))
 
 
-def conversion(model: Path, out: Path, text: Path, resume: bool) -> BaseProcess:
+def conversion(model: Path, out: Path, text: Path, resume: bool, streamed: bool) -> BaseProcess:
     """Start a conversion in a process of its own, which has everything imported."""
-    process = warm.Process(target=convert, args=(model, out, text, resume))
+    process = warm.Process(target=convert, args=(model, out, text, resume, streamed))
     process.start()
     return process
 
 
-def convert(model: Path, out: Path, text: Path, resume: bool) -> None:
+def convert(model: Path, out: Path, text: Path, resume: bool, streamed: bool) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
-    absorb.convert(model, out, text=text, steps=2, force=True, resume=resume, device="cpu")
+    if streamed:
+        source.free_memory = lambda device: 0
+    absorb.convert(
+        model, out, text=text, steps=2, train="all", force=True, resume=resume, device="cpu"
+    )
 
 
 def measured(process: BaseProcess, out: Path) -> tuple[float, float]:
@@ -119,7 +131,7 @@ def finish(process: BaseProcess) -> None:
     assert process.exitcode == 0, process.exitcode
 
 
-def left(out: Path) -> str:
+def left(out: Path, meant: dict[str, str]) -> str:
     """Whether the output is absent, complete or neither."""
     if not out.exists():
         return "absent"
@@ -127,6 +139,7 @@ def left(out: Path) -> str:
         report = from_json(Report, (out / "absorb.json").read_text())
         assert {name: digests(out)[name] for name in report.files} == report.files
         load(ModelRef(name=str(out)), measured=True)
+        assert digests(out) == meant, "other bytes"
     except Exception as error:
         return f"PARTIAL: {error}"
     return "complete"

@@ -82,17 +82,17 @@ def test_two_processes_come_to_what_one_does(way: str, source: Path) -> None:
     )
 
 
-def test_a_process_that_is_killed_ends_all(source: Path) -> None:
-    words = command(source, "out", "streamed", 2)
-    words[words.index("--steps") + 1] = "100000"
-    log = source.parent / "log"
+def test_a_process_that_is_killed_ends_all_and_another_number_goes_on(source: Path) -> None:
+    words = [*command(source, "out", "streamed", 2), "--resume"]
+    words[words.index("--steps") + 1] = "80"
+    log, kept = source.parent / "log", source.parent / "out.progress" / "layers"
     with (
         log.open("w") as said,
         subprocess.Popen(words, stderr=said, stdout=subprocess.DEVNULL) as both,
     ):
         deadline = time.monotonic() + 120
-        while "fine-tuning layer by layer" not in log.read_text() and time.monotonic() < deadline:
-            time.sleep(0.5)
+        while not (kept / "0.safetensors").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
         [helper] = [pid for pid in _children(both.pid) if _environment(pid).get("RANK") == "1"]
         os.kill(helper, signal.SIGKILL)
         both.wait(timeout=60)
@@ -102,6 +102,16 @@ def test_a_process_that_is_killed_ends_all(source: Path) -> None:
     assert "absorb/cli" not in text  # no traceback of ours
     assert not (source.parent / "out").exists()
     assert not list(source.parent.glob("out.partial*"))
+    trained = load_file(kept / "0.safetensors")
+    alone = [*command(source, "out", "streamed", 1), "--resume"]
+    alone[alone.index("--steps") + 1] = "80"
+    done = subprocess.run(alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stderr
+    written = load_file(source.parent / "out" / "model.safetensors")
+    for name, tensor in trained.items():
+        assert torch.equal(written[f"model.layers.0.{name}"], tensor), name
+    assert not kept.exists()
 
 
 def _children(parent: int) -> list[int]:
