@@ -15,6 +15,7 @@ from absorb.load.opening.tokenizer import lead_of, leads_left
 from absorb.measure.score import evaluate, perplexity
 from absorb.models.decoder import Decoder
 from absorb.models.positions.windows import slide
+from absorb.pipelines.needs import experts_fit
 from absorb.pipelines.prepare import Prepared, completed, prepare
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import FORMAT_FOR, fake_quantized
@@ -74,7 +75,8 @@ def fill(folder: Path, job: Job, say: Say, resume: bool) -> Report:
     prepared = prepare(job, say, fine_tune, resume)
     draft = of_first(completed(prepared, fine_tune.purpose), folder)
     if draft.source.streaming:
-        fine_tune = by_layers(fine_tune, job.distillation)
+        fit = experts_fit(draft.source, fine_tune)
+        fine_tune = by_layers(fine_tune, job.distillation, fit)
     if draft.progress is not None:
         draft.progress.keep_draft(draft.texts, draft.plan, draft.inspection)
         say(f"kept in {draft.progress.folder}; the same command goes on from here")

@@ -11,6 +11,7 @@ from pathlib import Path
 from absorb.errors import AbsorbError
 from absorb.load.source import HELD, HELD_TO_TRAIN, Source
 from absorb.measure.pace import pace_of
+from absorb.models.decoder import Decoder
 from absorb.runtime.precision import free_memory
 from absorb.schema.settings import Train
 from absorb.schema.training import LENGTH, Recipe
@@ -90,11 +91,32 @@ def _streamed(source: Source, fine_tune: Recipe) -> int:
     """The most that a layer at work takes, or the head, or a fit: one after the other."""
     config, decoder = source.model.config, source.decoder
     layer = max(sum(p.numel() for p in one.parameters()) for one in decoder.layers)
-    each = _LAYER[fine_tune.train] if fine_tune.trains else _UNTRAINED
     heads = decoder.heads[0]
     fit = _SCORES * CALIBRATION_ROWS * heads * LENGTH**2 * 4 + _UNTRAINED * layer
     ends = config.vocab_size * (4 * config.hidden_size + 4 * _LOGITS * _TOKENS)
-    return int(_SPARE + max(each * layer, fit, ends))
+    work = _work(decoder, fine_tune)
+    if fine_tune.train == "all" and not experts_fit(source, fine_tune):
+        work = _work(decoder, fine_tune, experts=False)
+    return int(_SPARE + max(work, fit, ends))
+
+
+def experts_fit(source: Source, fine_tune: Recipe) -> bool:
+    """Whether a layer is trained whole; else its experts stay as they are."""
+    room = free_memory(source.decoder.device) - _SPARE
+    return not source.decoder.experts or _work(source.decoder, fine_tune) <= room
+
+
+def _work(decoder: Decoder, fine_tune: Recipe, experts: bool = True) -> float:
+    """The most that the weights of a layer take while it is trained, with its experts or not."""
+    each = _LAYER[fine_tune.train] if fine_tune.trains else _UNTRAINED
+    known = {id(module) for module in decoder.experts.values()}
+    most = 0
+    for layer in decoder.layers:
+        inside = [part for part in layer.modules() if id(part) in known and not experts]
+        still = sum(weight.numel() for part in inside for weight in part.parameters())
+        whole = sum(weight.numel() for weight in layer.parameters())
+        most = max(most, each * (whole - still) + _UNTRAINED * still)
+    return most
 
 
 def refuse_unfit(needs: Needs, out: Path) -> None:

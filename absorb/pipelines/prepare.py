@@ -14,7 +14,7 @@ from absorb.load.source import Source, load
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import find_prefix
 from absorb.models.positions.windows import slide
-from absorb.pipelines.needs import held_for, needs_of, refuse_unfit, seconds_of
+from absorb.pipelines.needs import experts_fit, held_for, needs_of, refuse_unfit, seconds_of
 from absorb.pipelines.survey import inspection_from_plan, survey
 from absorb.prove.prove import proved
 from absorb.runtime.precision import bf16_copy, device_of
@@ -88,7 +88,9 @@ def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) 
 
 
 def _time(job: Job, source: Source, fine_tune: Recipe) -> str:
-    work = by_layers(fine_tune, job.distillation) if source.streaming else fine_tune
+    work = fine_tune
+    if source.streaming:
+        work = by_layers(fine_tune, job.distillation, experts_fit(source, fine_tune))
     told = time_of(seconds_of(source, work, plan_is_read=job.plan is not None))
     return told if job.calibration.text else f"{told} once its text is sampled"
 

@@ -22,6 +22,7 @@ class Recipe:
     purpose: Purpose = "none"
     rate: float = WEIGHT_RATES["none"]  # at which weights learn
     by_layers: bool = False  # each layer in so many steps, one after the other
+    experts: bool = True  # trained as well: not where a layer with them needs more memory
     tied: bool = False  # the scales of norms stay what the stream was divided by
 
     @property
@@ -45,7 +46,8 @@ class Recipe:
         rounding = "" if self.purpose == "none" else f", for {self.purpose.upper()}"
         size = f"{self.rows} x {LENGTH} tokens"
         order = ", layer by layer" if self.by_layers else ""
-        return f"{limit}{length}steps of {size}, training {self.train}{rounding}{order}"
+        less = "" if self.experts else " but experts"
+        return f"{limit}{length}steps of {size}, training {self.train}{less}{rounding}{order}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

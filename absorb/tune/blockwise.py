@@ -131,10 +131,16 @@ class _Layers:
             if self.form is not None:
                 stack.enter_context(weights_on_grid(self.student, self.form, layer))
             before = self._error(layer, judges, spread)
-            parameters = choose(module, self.fine_tune)
+            parameters = choose(module, self.fine_tune, self._left_out(module))
             self._steps(layer, parameters, spread)
             module.requires_grad_(False)
             return before, self._error(layer, judges, spread)
+
+    def _left_out(self, module: nn.Module) -> list[nn.Parameter]:
+        """The weights of experts, where there is no room to train them."""
+        experts = () if self.fine_tune.experts else self.student.experts.values()
+        inside = [part for part in module.modules() if any(part is one for one in experts)]
+        return [weight for part in inside for weight in part.parameters()]
 
     def _steps(self, layer: int, parameters: list[nn.Parameter], spread: Tensor) -> None:
         optimizer = optimizer_of(self.student.layers[layer], parameters, self.fine_tune.rate)

@@ -1,6 +1,7 @@
 """What a fine-tune trains, and how fast each parameter learns."""
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -26,14 +27,18 @@ _TRAINED: dict[Train, tuple[str, ...]] = {
 _WARM_UP = 0.1
 
 
-def choose(module: nn.Module, recipe: Recipe) -> list[nn.Parameter]:
+def choose(
+    module: nn.Module, recipe: Recipe, left_out: Collection[nn.Parameter] = ()
+) -> list[nn.Parameter]:
+    """Let the parameters take gradients that a recipe trains, but for those `left_out`."""
     chosen, trained = [], {*_TRAINED[recipe.train]}
     if recipe.tied:
         trained.discard("input_scale")
     for name, parameter in module.named_parameters():
         last = name.rpartition(".")[2]
         stock = recipe.train == "all" and last not in NEUTRAL
-        parameter.requires_grad_(stock or last in trained)
+        skipped = any(parameter is one for one in left_out)
+        parameter.requires_grad_(not skipped and (stock or last in trained))
         if parameter.requires_grad:
             chosen.append(parameter)
     return chosen

@@ -32,8 +32,8 @@ def recipe(wish: Distillation, device: torch.device, tied: bool = False) -> Reci
     )
 
 
-def by_layers(recipe: Recipe, wish: Distillation) -> Recipe:
-    """The same for a model of which the memory holds one layer at a time.
+def by_layers(recipe: Recipe, wish: Distillation, experts: bool) -> Recipe:
+    """The same for a model of which the memory holds one layer at a time, with its experts or not.
 
     At its rate a layer learns in two rounds over the text what it does in six at that of a whole
     model.
@@ -41,7 +41,7 @@ def by_layers(recipe: Recipe, wish: Distillation) -> Recipe:
     steps = (
         recipe.steps if wish.steps is not None else _ROUNDS * recipe.training_rows // recipe.rows
     )
-    return replace(recipe, steps=steps, rate=_LAYER_RATE, by_layers=True)
+    return replace(recipe, steps=steps, rate=_LAYER_RATE, by_layers=True, experts=experts)
 
 
 def refuse_minutes(wish: Distillation) -> None:

@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM
 
 import absorb
 from absorb.load import source as loading
-from absorb.schema.settings import Purpose
+from absorb.pipelines import convert as pipeline
+from absorb.pipelines import needs
+from absorb.schema.settings import ModelRef, Purpose
+from absorb.schema.training import Recipe
 from absorb.ship.isolated import logits_after
 from absorb.tune import blockwise
 from tests.helpers.tiny import tiny
@@ -81,6 +84,32 @@ def test_layers_that_stream_learn_one_after_the_other(
     model = AutoModelForCausalLM.from_pretrained(out)
     again = logits_after(model, report.probe.tokens)
     assert again[0] == pytest.approx(report.probe.logits[0], abs=1e-4)
+
+
+def test_experts_stay_as_they_are_where_a_layer_with_them_is_too_large(
+    in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = saved("mixtral", tmp_path)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 0)
+    untrained = converted(source, tmp_path / "untrained", text, sink="logit")
+    loaded = loading.load(ModelRef(name=str(source)), device=torch.device("cpu"))
+    assert needs.experts_fit(loaded, Recipe(steps=8, train="all", rows=8))
+    monkeypatch.setattr(needs, "free_memory", lambda device: 0.5e9)
+    assert not needs.experts_fit(loaded, Recipe(steps=8, train="all", rows=8))
+    monkeypatch.setattr(needs, "free_memory", lambda device: 1e9)
+    monkeypatch.setattr(pipeline, "experts_fit", lambda source, fine_tune: False)
+    out = tmp_path / "trained"
+    plan = tmp_path / "untrained"
+    report = absorb.convert(source, out, text=text, steps=8, train="all", plan=plan)
+    assert "training all but experts" in str(report.recipe)
+    assert report.losses.kept == 8
+    changed = {
+        name
+        for name, tensor in load_file(out / "model.safetensors").items()
+        if not torch.equal(tensor, untrained[name])
+    }
+    assert any("self_attn.q_proj" in name for name in changed)
+    assert not any("experts" in name for name in changed)
 
 
 def test_layers_that_come_no_closer_stay_untrained(
