@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
 from absorb.errors import AbsorbError, MisuseError
 from absorb.schema.declared import Checked, Range, changed, option
@@ -273,6 +274,14 @@ class Export(Checked):
             raise MisuseError("{0} is of a folder; pass {1} native, or drop it", "mlx", "to")
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port or a bracket
+        return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint(Checked):
     """A running server that should say what a checkpoint says."""
@@ -294,7 +303,7 @@ class Endpoint(Checked):
         if self.url is None:
             if self.served is not None:
                 raise MisuseError("{0} is of {1}; add it, or drop {0}", "served", "url")
-        elif not self.url.startswith(("http://", "https://")):
+        elif not _is_address(self.url):
             raise MisuseError("{0} is an address such as http://localhost:8000", "url")
 
 

@@ -50,7 +50,8 @@ def serving(engine: Engine) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._send(200, {"data": [{"id": engine.name}]})
+            known = self.path == "/v1/models"
+            self._send(200 if known else 404, {"data": [{"id": engine.name}]} if known else {})
 
         def do_POST(self) -> None:
             wish = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

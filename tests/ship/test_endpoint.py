@@ -127,9 +127,10 @@ def test_refusals_are_one_sentence_each(folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         down = f"http://127.0.0.1:{free.getsockname()[1]}"
-        refused(asked(folder, down), "does not answer")
+        refused(asked(folder, down), "does not answer (")
     with serving(engine(folder)) as url:
         refused(asked(folder, url, "--model", "other"), "serves tiny and no other")
+        refused(asked(folder, f"{url}/wrong"), "HTTP status 404")
     with serving(engine(folder, log_probabilities=False)) as url:
         refused(asked(folder, url), "offers no log-probabilities")
 
@@ -145,7 +146,10 @@ def refused(result: Result, sentence: str) -> None:
     ("words", "sentence"),
     [
         (["--model", "tiny"], "--model is of --endpoint"),
-        (["--endpoint", "file:///etc/passwd"], "--endpoint is an address such as http://"),
+        *(
+            (["--endpoint", address], "--endpoint is an address such as http://")
+            for address in ("file:///etc/passwd", "http://", "http://[half", "http://here:99999")
+        ),
     ],
 )
 def test_misuse_is_told_before_anything_is_read(words: list[str], sentence: str) -> None:

@@ -32,17 +32,20 @@ class Server:
         """Log-probabilities of what may follow each beginning of a text, natural logarithms."""
         try:
             answer = self._complete(tokens, echo=True, logprobs=1)
+        except _RefusedError:
+            answer = None  # it may have no echo
+        try:
             echoed = [*answer["choices"][0]["logprobs"]["token_logprobs"]][: len(tokens)]
             if len(echoed) == len(tokens):
                 pairs = zip(tokens[1:], echoed[1:], strict=True)
                 return [{token: float(value)} for token, value in pairs]
-        except (_RefusedError, *_STRANGE):
-            pass  # it may have no echo
+        except _STRANGE:
+            pass
         return [self._following(tokens[:count]) for count in range(1, len(tokens))]
 
     def _following(self, tokens: Sequence[int]) -> dict[int, float]:
+        answer = self._complete(tokens, logprobs=_CHOICES)
         try:
-            answer = self._complete(tokens, logprobs=_CHOICES)
             given = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             return {int(one["id"]): float(one["logprob"]) for one in given}
         except _STRANGE as error:
@@ -54,7 +57,11 @@ class Server:
     def tokens_of(self, text: str) -> int | None:
         """As how many tokens the server reads a text, if it says so."""
         try:
-            return int(self._complete(text)["usage"]["prompt_tokens"])
+            answer = self._complete(text)
+        except _RefusedError:
+            return None
+        try:
+            return int(answer["usage"]["prompt_tokens"])
         except _STRANGE:
             return None
 
@@ -67,8 +74,9 @@ class Server:
 def server_at(wish: Endpoint) -> Server:
     """The model that is meant, of those that a server says it has."""
     url = str(wish.url).rstrip("/").removesuffix("/v1") + "/v1"
+    offered = _asked(f"{url}/models")
     try:
-        names = [str(one["id"]) for one in _asked(f"{url}/models")["data"]]
+        names = [str(one["id"]) for one in offered["data"]]
     except _STRANGE as error:
         raise AbsorbError(
             f"{url} does not answer as OpenAI's servers do; check --endpoint"
@@ -87,11 +95,12 @@ class _RefusedError(AbsorbError):
 
 
 def _asked(url: str, wish: dict[str, Any] | None = None) -> Any:
+    """The JSON that a server answers with, None where it is none."""
     body = None if wish is None else json.dumps(wish).encode()
     try:
         request = Request(url, body, {"Content-Type": "application/json"})
         with urlopen(request, timeout=_PATIENCE) as answer:
-            return json.loads(answer.read())
+            said = answer.read()
     except HTTPError as error:
         reason = " ".join(error.read(300).decode(errors="replace").split())
         raise _RefusedError(
@@ -102,3 +111,7 @@ def _asked(url: str, wish: dict[str, Any] | None = None) -> Any:
         raise AbsorbError(
             f"{url} does not answer ({error}); start the server, or check --endpoint"
         ) from error
+    try:
+        return json.loads(said)
+    except ValueError:
+        return None
