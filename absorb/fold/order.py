@@ -56,7 +56,8 @@ def write_end(student: Decoder, plan: Plan, unit: Any) -> None:
 def has_stream_order(decoder: Decoder) -> bool:
     """Whether all that reads the stream is known: what pictures bring into it is in no layer.
 
-    Nor are readers named of a norm that has no weight.
+    Nor are readers named of a norm that has no weight. An entry that was derived says nothing of
+    the head.
     """
     family = decoder.family
     fed = {norm for norm, _ in family.feeds}
@@ -104,21 +105,31 @@ def _reorder_neurons(student: Decoder, layer: int, down: str, order: Tensor) -> 
 
 def _reorder_values(student: Decoder, layer: int, order: Tensor) -> None:
     """order is (kv_heads * head_dim,), and takes no channel to another head."""
-    family, (heads, kv_heads) = student.family, student.heads
-    value, inside = student.site(layer, family.value), order.view(kv_heads, -1)
-    width = inside.shape[1]
-    inside = inside - width * torch.arange(kv_heads, device=order.device)[:, None]
+    family, inside = student.family, _inside_heads(student, order)
+    value = student.site(layer, family.value)
     rows = student.rows_of(value, inside)
     every = torch.arange(value.weight.shape[-2], device=order.device)
     every[rows] = rows[order]
     reorder_output(value, every)
-    read = student.read_by_heads(inside).view(heads, width)
-    columns = read + width * torch.arange(heads, device=order.device)[:, None]
-    reorder_input(student.site(layer, family.output), columns.flatten())
+    reorder_input(student.site(layer, family.output), columns_of_values(student, order))
     attention = student.site(layer, family.attention).module
     if hasattr(attention, "sink_value"):
         kept = attention.sink_value
         kept.copy_(kept.take_along_dim(inside[:, None].expand_as(kept), -1))
+
+
+def columns_of_values(student: Decoder, order: Tensor) -> Tensor:
+    """In which order `output` reads values that stand in `order`: (heads * head_dim,)."""
+    heads = student.heads[0]
+    read = student.read_by_heads(_inside_heads(student, order)).view(heads, -1)
+    return (read + read.shape[1] * torch.arange(heads, device=order.device)[:, None]).flatten()
+
+
+def _inside_heads(student: Decoder, order: Tensor) -> Tensor:
+    """The same counted from the start of each head: (kv_heads, head_dim)."""
+    inside = order.view(student.heads[1], -1)
+    starts = inside.shape[1] * torch.arange(len(inside), device=order.device)
+    return inside - starts[:, None]
 
 
 def reorder_input(site: Site, order: Tensor) -> None:
@@ -126,7 +137,7 @@ def reorder_input(site: Site, order: Tensor) -> None:
     if site.is_norm:
         _reorder_vectors(site, order)
     else:
-        site.weight.copy_(_taken(site.weight, order, -1))
+        site.weight.copy_(reordered(site.weight, order, -1))
 
 
 def reorder_output(site: Site, order: Tensor) -> None:
@@ -134,16 +145,16 @@ def reorder_output(site: Site, order: Tensor) -> None:
     if site.is_norm:
         _reorder_vectors(site, order)
         return
-    site.weight.copy_(_taken(site.weight, order, -2))
+    site.weight.copy_(reordered(site.weight, order, -2))
     if site.bias is not None:
         site.bias.copy_(site.bias[order])
 
 
-def _taken(weight: Tensor, order: Tensor, dim: int) -> Tensor:
-    """The rows or columns of a matrix in an order, or of the matrix of each expert in its own."""
+def reordered(values: Tensor, order: Tensor, dim: int = -1) -> Tensor:
+    """Rows (-2) or columns (-1) in an order (channels,), or of each expert in its own."""
     if order.ndim == 1:
-        return weight.index_select(dim, order)
-    return weight.take_along_dim(order.unsqueeze(-3 - dim), dim)
+        return values.index_select(dim, order)
+    return values.take_along_dim(order.unsqueeze(-3 - dim), dim)
 
 
 def _reorder_vectors(site: Site, order: Tensor) -> None:

@@ -6,7 +6,13 @@ from absorb.schema.settings import Purpose, Train
 
 LENGTH = 256  # tokens of a row of text, wherever nobody says otherwise
 # Of weights, which have a longer way to go where four bits are left of them.
-WEIGHT_RATES: dict[Purpose, float] = {"none": 5e-5, "int8": 5e-5, "w4a4": 1e-4, "nvfp4": 1e-4}
+WEIGHT_RATES: dict[Purpose, float] = {
+    "none": 5e-5,
+    "int8": 5e-5,
+    "w4a4": 1e-4,
+    "nvfp4": 1e-4,
+    "mxfp4": 1e-4,
+}
 _TRAINING_ROWS: dict[Train, int] = {"sinks": 32, "scales": 32, "all": 1024}
 _LEAST_TRAINING_ROWS = 32  # for the smoothing scales
 

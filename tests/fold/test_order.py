@@ -9,16 +9,18 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from absorb.fold import order
 from absorb.fold.graft import graft
 from absorb.fold.order import has_stream_order
-from absorb.fold.plan import STREAM, Plan
-from absorb.models.decoder import Decoder
+from absorb.fold.plan import STREAM
+from absorb.fold.smoothing import smoothing_scales
+from absorb.models.decoder import Decoder, site_at
 from absorb.models.families import FAMILIES, INSIDE
 from absorb.models.family import Family
-from tests.fold.test_identity import drift, planned, powers_of_two, tolerance
+from absorb.schema.findings import Removal, SpikeNeuron
+from absorb.schema.settings import Sink
+from tests.fold.test_identity import TIED, TOLERANCE, drift, planned, powers_of_two, tolerance
 from tests.helpers.plans import neutral_plan
 from tests.helpers.tiny import HEAD_DIM, HIDDEN, LAYERS, kv_heads, tiny
 
@@ -78,3 +80,54 @@ def test_an_order_of_neurons_changes_nothing(family: Family, tokens: Tensor) -> 
 @UNGATED
 def test_an_order_of_values_changes_nothing(family: Family, tokens: Tensor) -> None:
     assert moved(family, tokens, of_values) < tolerance(family)
+
+
+@TIED
+@torch.no_grad()
+def test_a_head_that_is_the_embedding_is_put_in_order_once(model_type: str, tokens: Tensor) -> None:
+    family = FAMILIES[model_type]
+    decoder = Decoder(tiny(model_type, tie_word_embeddings=True), family)
+    plan = neutral_plan(family, residual=powers_of_two(), orders=of_stream(decoder))
+    after = graft(decoder, plan).model(tokens).logits
+    assert drift(after, decoder.model(tokens).logits) < TOLERANCE
+
+
+@ORDERED
+@torch.no_grad()
+def test_a_forgotten_reader_of_the_ordered_stream_is_noticed(
+    family: Family, tokens: Tensor
+) -> None:
+    wrong = replace(family, reads=family.reads[1:])
+    assert moved(wrong, tokens, of_stream) > 0.01
+
+
+@pytest.mark.parametrize("form", ["key", "logit", "auto"])
+@torch.no_grad()
+def test_sinks_smoothing_and_removed_neurons_go_along(form: Sink, tokens: Tensor) -> None:
+    family = FAMILIES["llama"]
+    decoder = Decoder(tiny("llama"), family)
+    neuron = SpikeNeuron(layer=1, neuron=5, contribution=1.0)
+    plan = replace(
+        planned(decoder.model, family, form, tokens),
+        residual=powers_of_two(),
+        removals=(Removal(spike=neuron, divergence=0.0),),
+        smoothing=smoothing_scales(decoder, tokens),
+    )
+    orders = of_stream(decoder) | of_neurons(decoder) | of_values(decoder)
+    plain, ordered = (graft(decoder, one).model for one in (plan, replace(plan, orders=orders)))
+    assert drift(ordered(tokens).logits, plain(tokens).logits) < TOLERANCE
+    down = site_at(Decoder(ordered, family).layers[1], family.down).weight
+    place = orders[family.down][1].tolist().index(5)
+    assert not down[:, place].any()
+
+
+@pytest.mark.parametrize("model_type", sorted(WEIGHTLESS))
+def test_a_stream_whose_readers_have_no_name_stays_as_it_is(model_type: str) -> None:
+    assert not has_stream_order(Decoder(tiny(model_type), FAMILIES[model_type]))
+
+
+def test_a_stream_that_pictures_enter_stays_as_it_is() -> None:
+    decoder = Decoder(tiny("qwen2_vl_text"), INSIDE["qwen2_vl_text"])
+    assert has_stream_order(decoder)
+    decoder.is_part = True
+    assert not has_stream_order(decoder)
