@@ -53,16 +53,15 @@ def write_end(student: Decoder, plan: Plan, unit: Any) -> None:
         reorder_input(Site(unit), order.to(student.device))
 
 
-def has_stream_order(decoder: Decoder) -> bool:
-    """Whether all that reads the stream is known: what pictures bring into it is in no layer.
-
-    Nor are readers named of a norm that has no weight. An entry that was derived says nothing of
-    the head.
-    """
+def stays_as(decoder: Decoder) -> str | None:
+    """Why the channels of the stream must stay in their order, if they must."""
     family = decoder.family
-    fed = {norm for norm, _ in family.feeds}
     norms = {name for name in family.reads if decoder.sites(name)[0].is_norm}
-    return not decoder.is_part and norms <= fed
+    if decoder.is_part:
+        return "pictures enter it too"
+    if not norms <= {norm for norm, _ in family.feeds}:
+        return "nothing names what reads its norms, which have no weight"
+    return None
 
 
 def downs(family: Family) -> list[str]:

@@ -123,7 +123,8 @@ def completed(draft: Prepared, purpose: Purpose = "none") -> Prepared:
     if draft.plan.smoothing:  # as that of a plan that was read
         return draft
     student = graft(draft.source.decoder, draft.plan)
-    found = found_for(student, draft.texts.scaling, purpose)
+    is_listed = draft.source.proof is None
+    found = found_for(student, draft.texts.scaling, purpose, is_listed)
     plan = replace(draft.plan, smoothing=found.smoothing, orders=found.orders)
     return replace(draft, plan=plan, inspection=replace(draft.inspection, orders=found.reported))
 

@@ -11,6 +11,7 @@ dealt: the largest channels stand in one block each. It serves scales that take 
 The size of a channel is that of its inputs times that of its weights: no smoothing changes it.
 """
 
+import logging
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from absorb.fold.order import has_stream_order
+from absorb.fold.order import stays_as
 from absorb.fold.plan import STREAM
 from absorb.fold.search.align import aligned
 from absorb.fold.search.errors import Link, as_read, watching_links
@@ -68,23 +69,26 @@ class Found:
         return tuple(found)
 
 
-def found_for(student: Decoder, tokens: Tensor, purpose: Purpose) -> Found:
-    """Scales and orders of a student that has none yet, from text (rows, length)."""
+def found_for(student: Decoder, tokens: Tensor, purpose: Purpose, is_listed: bool = True) -> Found:
+    """Scales and orders of a student that has none yet, from text (rows, length).
+
+    Without orders where the family has no entry: what was proved of it says nothing of them.
+    """
     goal = FORMAT_FOR.get(purpose)
     if goal is None or FORMATS[goal].ranges is not None:
         return Found(smoothing=searched_scales(student, tokens))
-    return searched(student, tokens, FORMATS[goal])
+    return searched(student, tokens, FORMATS[goal], is_listed)
 
 
 @torch.no_grad()
-def searched(student: Decoder, tokens: Tensor, form: Format) -> Found:
+def searched(student: Decoder, tokens: Tensor, form: Format, may_order: bool = True) -> Found:
     """The scales, and orders if any, with the least error in a format without fixed ranges."""
     first, second = tokens.tensor_split(2)
     known, both = _sizes_of_halves(student, first, second)
     tried, scales = (
         [scales_by(sizes[order], alpha) for order, alpha in _TRIED] for sizes in (known, both)
     )
-    orders = _orders(student, form, known[2.0])
+    orders = _orders(student, form, known[2.0]) if may_order else {}
     errors = _errors(student, second[:_ROWS], form, tried, orders)
     best = {link: error.amin(1) for link, error in errors.items()}
     choice = _choice(student, best)
@@ -136,7 +140,12 @@ def _orders(student: Decoder, form: Format, sizes: Sizes) -> Orders:
     family = student.family
     keys = {link: (size * weight).clamp_min(1e-12).log() for link, (size, weight) in sizes.items()}
     by_size: Orders = {}
-    if family.feeds and has_stream_order(student):
+    reason = stays_as(student)
+    if reason is not None:
+        logging.getLogger("absorb").warning(
+            "the channels of the stream keep their order, as %s", reason
+        )
+    elif family.feeds:
         layers = [keys[link][i] for link, _ in family.feeds for i in student.having(link)]
         by_size[STREAM] = torch.stack(layers).mean(0).argsort(descending=True)
     for link in family.neurons:
