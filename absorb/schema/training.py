@@ -67,3 +67,6 @@ class Losses:
     # Where layers were trained one by one: the error of each one's stream on validation text, as a
     # share of its variance, before and after.
     layers: tuple[tuple[float, float], ...] = ()
+    # What nudging weights left, on other text, of the squared error of each layer's matrices in the
+    # format that is meant. Empty where it means nothing for that.
+    nudged: tuple[float, ...] = ()
