@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from absorb.fold import neurons, place, residual, smoothing
+from absorb.fold import neurons, order, place, residual, smoothing
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.forms import KeySink, LayerSink
 from absorb.models import modeling_absorb
@@ -23,7 +23,9 @@ from absorb.models.family import Family
 from absorb.models.resting.streaming import Streaming
 from absorb.runtime.quiet import quiet
 
-_FOLDS = (place, neurons, residual, smoothing)
+# All of a plan counts channels as the original does, so what puts them in order comes last.
+_FOLDS = (place, neurons, residual, smoothing, order)
+_END_FOLDS = (residual, order)
 
 
 @torch.no_grad()
@@ -33,7 +35,7 @@ def graft(decoder: Decoder, plan: Plan) -> Decoder:
         gc.collect()  # the student before may hold page-locked memory
     student = twin(decoder, plan.sinks)
     place.shift_positions(student, len(plan.prefix))
-    residual.write_ends(student, plan)
+    write_ends(student, plan)
 
     def write(layer: int) -> None:
         for fold in _FOLDS:
@@ -45,6 +47,23 @@ def graft(decoder: Decoder, plan: Plan) -> Decoder:
         for layer in range(len(student.layers)):
             write(layer)
     return student
+
+
+def write_ends(student: Decoder, plan: Plan) -> None:
+    """Fold what stands before and behind the layers: at once, or whenever it has come."""
+
+    def write(unit: Any) -> None:
+        for fold in _END_FOLDS:
+            fold.write_end(student, plan, unit)
+
+    family, streaming = student.family, student.streaming
+    if streaming is not None:
+        streaming.fold_end = write
+        return
+    for name in filter(None, (family.embedding, family.positions, family.final_norm)):
+        write(student.named(name).module)
+    if not (student.is_part or student.config.tie_word_embeddings):
+        write(student.model.get_output_embeddings())
 
 
 def twin(decoder: Decoder, sinks: Sequence[LayerSink | None] = ()) -> Decoder:

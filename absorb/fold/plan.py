@@ -1,12 +1,14 @@
 """Everything that a conversion changes, decided before anything is changed."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from absorb.fold.sinks.forms import KeySink, LayerSink
 from absorb.schema.findings import Removal
+
+STREAM = "stream"  # the name of its order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +17,9 @@ class Plan:
 
     sinks holds one for each layer, None where it takes none. residual holds λ, one power of two for
     each channel of the stream: (hidden,). smoothing holds, for the name of all that is divided, the
-    divisors: (layers, channels), with experts (layers, experts, channels).
+    divisors: (layers, channels), with experts (layers, experts, channels). orders holds those that
+    channels are to stand in, by the names that fold/order.py has; a place that is missing stays as
+    it is.
     """
 
     prefix: tuple[int, ...]
@@ -23,6 +27,7 @@ class Plan:
     removals: tuple[Removal, ...]
     residual: Tensor
     smoothing: dict[str, Tensor]
+    orders: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def fit_error(self) -> Tensor:

@@ -52,17 +52,6 @@ def has_end_apart(decoder: Decoder) -> bool:
     return decoder.config.tie_word_embeddings and not plain
 
 
-def write_ends(student: Decoder, plan: Plan) -> None:
-    """The same where the stream begins and ends: `write_end` for all that is there."""
-    family, streaming = student.family, student.streaming
-    if streaming is not None:
-        streaming.fold_end = lambda unit: write_end(student, plan, unit)
-        return
-    ends = (family.embedding, family.positions, family.final_norm)
-    for name in filter(None, ends):
-        write_end(student, plan, student.named(name).module)
-
-
 def write_end(student: Decoder, plan: Plan, unit: Any) -> None:
     """Let a module outside of the layers write the stream divided by λ, or read it multiplied.
 

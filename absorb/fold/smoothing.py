@@ -12,26 +12,15 @@ from tqdm import tqdm
 
 from absorb.fold.plan import Plan
 from absorb.models.decoder import Decoder
-from absorb.quantize.formats import FORMATS
 from absorb.quantize.grids import INT8_ROW, INT8_TENSOR, rounded
-from absorb.quantize.training import FORMAT_FOR
 from absorb.runtime.inputs import input_peaks, power_mean, watching_inputs
 from absorb.runtime.precision import autocast_bf16
-from absorb.schema.settings import Purpose
 
 _ALPHA = 0.5  # activations and weights share the range
 # The exponents that are tried. Some text is read best with others, which spoil more of other text.
 _ALPHAS = (0.4, 0.5, 0.6, 0.7)
 # On how many rows of text they are, and on every how-manieth token of these.
 _ROWS, _EVERY = 4, 4
-
-
-def scales_for(student: Decoder, tokens: Tensor, purpose: Purpose) -> dict[str, Tensor]:
-    """The scales of a student that has none yet, for what is to be done to it afterwards."""
-    goal = FORMAT_FOR.get(purpose)
-    if goal is not None and FORMATS[goal].rotates:
-        return smoothing_scales(student, tokens, order=2)
-    return searched_scales(student, tokens)
 
 
 def smoothing_scales(
@@ -49,7 +38,7 @@ def smoothing_scales(
     """
     with autocast_bf16(student.device):
         inputs = input_peaks(student, tokens, order=order)
-    return _scales(_sizes(student, inputs, order), alpha)
+    return scales_by(sizes_of(student, inputs, order), alpha)
 
 
 @torch.no_grad()
@@ -65,8 +54,8 @@ def searched_scales(student: Decoder, tokens: Tensor) -> dict[str, Tensor]:
         known, other = (input_peaks(student, half) for half in (first, second))
     both = {name: peaks.maximum(other[name]) for name, peaks in known.items()}
     tried, scales = (
-        [_scales(sizes, alpha) for alpha in _ALPHAS]
-        for sizes in (_sizes(student, inputs) for inputs in (known, both))
+        [scales_by(sizes, alpha) for alpha in _ALPHAS]
+        for sizes in (sizes_of(student, inputs) for inputs in (known, both))
     )
     errors = _errors(student, second[:_ROWS], other, tried)
     return {
@@ -75,8 +64,8 @@ def searched_scales(student: Decoder, tokens: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _scales(sizes: dict[str, tuple[Tensor, Tensor]], alpha: float) -> dict[str, Tensor]:
-    """Scales for what `_sizes` gives."""
+def scales_by(sizes: dict[str, tuple[Tensor, Tensor]], alpha: float) -> dict[str, Tensor]:
+    """Scales for what `sizes_of` gives."""
     scales = {}
     for name, (size, weight) in sizes.items():
         scale = size.clamp_min(1e-5) ** alpha / weight.clamp_min(1e-5) ** (1 - alpha)
@@ -85,7 +74,7 @@ def _scales(sizes: dict[str, tuple[Tensor, Tensor]], alpha: float) -> dict[str, 
     return scales
 
 
-def _sizes(
+def sizes_of(
     student: Decoder, inputs: dict[str, Tensor], order: float = inf
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """How large inputs, as `input_peaks` gives them, and weights are, by link: (layers, channels).
@@ -95,7 +84,7 @@ def _sizes(
     """
     sizes = {}
     for name, readers in student.family.links.items():
-        known = {layer: _read(student, layer, readers) for layer in student.having(name)}
+        known = {layer: readers_of(student, layer, readers) for layer in student.having(name)}
         present = {layer: names for layer, names in known.items() if names}
         shape = inputs[next(iter(present.values()))[0]].shape
         size, weight = (torch.zeros(len(student.layers), *shape) for _ in range(2))
@@ -111,7 +100,7 @@ def _sizes(
     return sizes
 
 
-def _read(student: Decoder, layer: int, readers: tuple[str, ...]) -> list[str]:
+def readers_of(student: Decoder, layer: int, readers: tuple[str, ...]) -> list[str]:
     """Those of the readers that a layer has, by their names in the model."""
     stem = f"{student.family.layers}.{layer}."
     return [stem + reader for reader in readers if student.has(layer, reader)]
@@ -151,7 +140,7 @@ def _errors(
         name: (link, layer)
         for link, readers in family.links.items()
         for layer in student.having(link)
-        for name in _read(student, layer, readers)
+        for name in readers_of(student, layer, readers)
     }
     layers = len(student.layers)
     errors = {link: torch.zeros(len(tried), layers) for link in family.links}
@@ -163,13 +152,13 @@ def _errors(
             return
         link, layer = places[name]
         read, weight = inputs[::_EVERY].float(), student.named(name).weight.detach().float()
-        exact = _product(read, weight)
+        exact = product(read, weight)
         for error, scales in zip(errors[link], tried, strict=True):
             scale = scales[link][layer].to(read.device)
             if link == family.value:
                 scale = student.read_by_heads(scale)
-            product = _int8_product(read, weight, scale, peaks[name])
-            error[layer] += float((product - exact).square().sum())
+            given = _int8_product(read, weight, scale, peaks[name])
+            error[layer] += float((given - exact).square().sum())
 
     with bar, watching_inputs(student, see):
         student.model.base_model(tokens.to(student.device), use_cache=False)
@@ -179,10 +168,10 @@ def _errors(
 def _int8_product(inputs: Tensor, weight: Tensor, scale: Tensor, peak: Tensor) -> Tensor:
     """For inputs (tokens, ..., channels), a weight (..., outputs, channels), and their scale."""
     read = rounded(inputs / scale, INT8_TENSOR, (peak / scale).max())
-    return _product(read, rounded(weight * scale[..., None, :], INT8_ROW))
+    return product(read, rounded(weight * scale[..., None, :], INT8_ROW))
 
 
-def _product(inputs: Tensor, weight: Tensor) -> Tensor:
+def product(inputs: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("t...c,...oc->t...o", inputs, weight)
 
 
@@ -212,7 +201,7 @@ def smooth_layer(decoder: Decoder, smoothing: dict[str, Tensor], layer: int) -> 
             columns = _smooth_values(decoder, layer, scale)
         else:
             decoder.site(layer, name).divide_output(scale)
-        for reader in _read(decoder, layer, decoder.family.links[name]):
+        for reader in readers_of(decoder, layer, decoder.family.links[name]):
             decoder.named(reader).multiply_input(columns)
 
 

@@ -130,6 +130,7 @@ def _outlier_channels(
             layers=tuple(layers[:, channel].nonzero().flatten().tolist()),
             ratio=float(ratio[:, channel].max()),
             share=float(measurement.channel_share[:, channel].max()),
+            steadiness=float(measurement.channel_steadiness[ratio[:, channel].argmax(), channel]),
         )
         for channel in layers.any(0).nonzero().flatten().tolist()
     )

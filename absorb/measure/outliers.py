@@ -42,6 +42,7 @@ class Measurement:
     tokens: Tensor  # (rows, length): the ids that were read, lead included
     channel_mean: Tensor  # (layers, hidden): mean magnitude of each channel, on ordinary tokens
     channel_share: Tensor  # (layers, hidden): its mean share of the squared norm, likewise
+    channel_steadiness: Tensor  # (layers, hidden): abs(mean) / std of its value, likewise
     channel_peak: Tensor  # (hidden,): largest magnitude of each, wherever it is read or written
     median: Tensor  # (layers,): median magnitude of the stream in a row, the mean over rows
     token_peak: Tensor  # (layers, rows, length): largest magnitude of each token
@@ -58,6 +59,7 @@ class _Tally:
     def __init__(self, decoder: Decoder) -> None:
         # Of each row: sums over its ordinary tokens, and how many these are.
         self.sizes, self.shares, self.ordinary = ByLayer(), ByLayer(), ByLayer()
+        self.values, self.squares = ByLayer(), ByLayer()
         self.median, self.peak, self.channel = ByLayer(), ByLayer(), ByLayer()
         self.first, self.received = ByLayer(), ByLayer()
         self.reach: list[Tensor] = []
@@ -73,16 +75,18 @@ class _Tally:
         self.median.add(layer, row_medians(size))
         self.peak.add(layer, peak)
         self.channel.add(layer, channel)
-        self.ordinary_channels(layer, size, ~outlier_tokens(peak, _USUAL))
+        self.ordinary_channels(layer, stream.float(), ~outlier_tokens(peak, _USUAL))
 
-    def ordinary_channels(self, layer: int, size: Tensor, ordinary: Tensor) -> None:
-        """size is (rows, length, hidden), and ordinary (rows, length) says which tokens count."""
-        size = size.masked_fill(~ordinary[..., None], 0)
-        energy = size.square()
+    def ordinary_channels(self, layer: int, stream: Tensor, ordinary: Tensor) -> None:
+        """stream is (rows, length, hidden), and ordinary (rows, length) says which tokens count."""
+        stream = stream.masked_fill(~ordinary[..., None], 0)
+        size, energy = stream.abs(), stream.square()
         total = energy.sum(-1, keepdim=True).clamp_min(_LEAST)
         self.sizes.add(layer, size.sum(1))
         self.shares.add(layer, (energy / total).sum(1))
         self.ordinary.add(layer, ordinary.sum(1))
+        self.values.add(layer, stream.sum(1))
+        self.squares.add(layer, energy.sum(1))
 
     def channels(self, _: int, part: Tensor) -> None:
         """part is (..., hidden): the stream, or what is added to it."""
@@ -117,6 +121,14 @@ class _Tally:
     def per_ordinary_token(self, sums: ByLayer) -> Tensor:
         """The mean over ordinary tokens, of sums over those of each row: (layers, hidden)."""
         return sums.all().sum(1) / self.ordinary.all().sum(1)[:, None]
+
+    def steadiness(self) -> Tensor:
+        """abs(mean) / std over ordinary tokens: (layers, hidden)."""
+        mean = self.per_ordinary_token(self.values)
+        variance = self.per_ordinary_token(self.squares) - mean.square()
+        # What the difference of two large sums leaves of the digits of float32.
+        least = mean.square() * 2**-20
+        return mean.abs() / variance.clamp_min(least).clamp_min(_LEAST).sqrt()
 
 
 @contextmanager
@@ -174,6 +186,7 @@ def measure(
         tokens=rows.cpu(),
         channel_mean=tally.per_ordinary_token(tally.sizes).cpu(),
         channel_share=tally.per_ordinary_token(tally.shares).cpu(),
+        channel_steadiness=tally.steadiness().cpu(),
         channel_peak=torch.stack(tally.reach).amax(0).cpu(),
         median=tally.median.mean().cpu(),
         token_peak=tally.peak.all().cpu(),

@@ -32,6 +32,7 @@ from absorb.ship.staging import staged
 from absorb.ship.write import write
 from absorb.tune.blockwise import distill_layers
 from absorb.tune.distill import distill
+from absorb.tune.nudge import nudge, nudges
 from absorb.tune.recipe import by_layers, recipe
 
 
@@ -109,6 +110,21 @@ def fine_tuned(
     student: Decoder, draft: Prepared, fine_tune: Recipe, seed: int, folder: Path
 ) -> Losses:
     """Train a student in place: as if quantised, where that is the purpose.
+
+    Then its weights are nudged, where that serves the purpose.
+    """
+    losses = _trained(student, draft, fine_tune, seed, folder)
+    goal = FORMAT_FOR.get(fine_tune.purpose)
+    if goal is None or not nudges(FORMATS[goal]):
+        return losses
+    with _scratch(draft, folder) as place:
+        return replace(losses, nudged=nudge(student, draft.texts.scaling, FORMATS[goal], place))
+
+
+def _trained(
+    student: Decoder, draft: Prepared, fine_tune: Recipe, seed: int, folder: Path
+) -> Losses:
+    """Train a student in place.
 
     Layers that are trained one by one rest in files, in `folder` unless a later run may need them.
     """

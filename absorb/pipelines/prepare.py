@@ -8,7 +8,7 @@ from absorb.errors import Say
 from absorb.fold.decide import judged
 from absorb.fold.graft import graft
 from absorb.fold.plan import Plan
-from absorb.fold.smoothing import scales_for
+from absorb.fold.search.search import found_for
 from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source, load
 from absorb.measure.outliers import Measurement, measure
@@ -126,12 +126,17 @@ def planned(
 
 
 def completed(draft: Prepared, purpose: Purpose = "none") -> Prepared:
-    """The draft with a plan that has its smoothing, which depends on what a student reads."""
+    """The draft with a plan that has its smoothing and orders, made for what is to come after it.
+
+    They depend on what a student reads.
+    """
     if draft.plan.smoothing:  # as that of a plan that was read
         return draft
     student = graft(draft.source.decoder, draft.plan)
-    scales = scales_for(student, draft.texts.scaling, purpose)
-    return replace(draft, plan=replace(draft.plan, smoothing=scales))
+    is_listed = draft.source.proof is None
+    found = found_for(student, draft.texts.scaling, purpose, is_listed)
+    plan = replace(draft.plan, smoothing=found.smoothing, orders=found.orders)
+    return replace(draft, plan=plan, inspection=replace(draft.inspection, orders=found.reported))
 
 
 def _nats(inspection: Inspection) -> str:

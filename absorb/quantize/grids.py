@@ -49,6 +49,16 @@ def rounded(values: Tensor, grid: Grid, peak: Tensor | None = None) -> Tensor:
     return rows[..., : values.shape[-1]].to(values.dtype)
 
 
+def peaks_of(values: Tensor, grid: Grid) -> Tensor:
+    """For each of the values (..., channels) the largest magnitude of those it shares a scale with.
+
+    float32, as `grid.scale` takes it.
+    """
+    spans = _spans(values.float(), grid.span)
+    peaks = spans.abs().amax(-1, True).expand_as(spans)
+    return peaks.reshape(*values.shape[:-1], -1)[..., : values.shape[-1]]
+
+
 def _spans(values: Tensor, span: int | str) -> Tensor:
     """Values in rows (..., width) that share a scale; the end of the last is filled with zeros."""
     if span == "tensor":
@@ -101,9 +111,14 @@ def e4m3(values: Tensor) -> Tensor:
 
 def e2m1(values: Tensor) -> Tensor:
     """The nearest of ±{0, 0.5, 1, 1.5, 2, 3, 4, 6}, for values up to 6."""
-    size = values.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    step = e2m1_step(values)
     return (values / step).round() * step
+
+
+def e2m1_step(values: Tensor) -> Tensor:
+    """How far apart the two of these are that a value is between."""
+    size = values.abs()
+    return torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
 
 
 def as_is(values: Tensor) -> Tensor:

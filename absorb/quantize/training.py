@@ -18,6 +18,7 @@ FORMAT_FOR: dict[Purpose, FormatName] = {
     "int8": "w8a8-clipped",
     "w4a4": "w4a4-hadamard",
     "nvfp4": "nvfp4",
+    "mxfp4": "mxfp4",
 }
 
 

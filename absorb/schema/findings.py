@@ -59,12 +59,18 @@ class SpikeNeuron:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutlierChannel:
-    """A channel that is large on nearly every token: a residual sink."""
+    """A channel that is large on nearly every token: a residual sink.
+
+    steadiness is abs(mean) / std of its value over ordinary tokens, in the layer where it is
+    largest. Well above 1 it is nearly a constant, and below that it tells tokens apart. None in
+    what an earlier version found.
+    """
 
     channel: int
     layers: tuple[int, ...]
     ratio: float
     share: float
+    steadiness: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

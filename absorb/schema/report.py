@@ -27,6 +27,15 @@ class LayerFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """Channels that stand in another order, so that others share a block's scale in a format."""
+
+    channels: str  # "stream", or what reads them: neurons by `down`, values by the output
+    layers: tuple[int, ...]  # that have it
+    share: float  # of the squared error of their outputs that is left, on other text; mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
     """Everything known before the fine-tune."""
 
@@ -53,6 +62,7 @@ class Inspection:
     # Of one with logits in the keyed layers too, if any were fitted there.
     logit_divergence: float | None = None
     proof: Proof | None = None  # of a family that absorb has no entry for
+    orders: tuple[Order, ...] = ()  # that a format with a scale for each block is served by
     versions: dict[str, str]
     job: Job  # what the user asked for, and what a plan that was read had decided
 

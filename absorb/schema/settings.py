@@ -23,7 +23,7 @@ def expanded(name: str | Path) -> Path:
 
 Sink = Literal["logit", "key", "auto"]
 Train = Literal["sinks", "scales", "all"]
-Purpose = Literal["none", "int8", "w4a4", "nvfp4"]
+Purpose = Literal["none", "int8", "w4a4", "nvfp4", "mxfp4"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Architecture = Literal["absorbed", "native", "stock"]
 Target = Literal["native", "gguf"]
@@ -119,7 +119,7 @@ class Distillation(Checked):
     )
     purpose: Purpose = option(
         "none",
-        "Train for W8A8 with fixed ranges, rotated W4A4, or NVFP4.",
+        "Scale and train for W8A8 with fixed ranges, rotated W4A4, NVFP4 or MXFP4.",
         flag="--for",
     )
 

@@ -6,7 +6,13 @@ from absorb.schema.settings import Purpose, Train
 
 LENGTH = 256  # tokens of a row of text, wherever nobody says otherwise
 # Of weights, which have a longer way to go where four bits are left of them.
-WEIGHT_RATES: dict[Purpose, float] = {"none": 5e-5, "int8": 5e-5, "w4a4": 1e-4, "nvfp4": 1e-4}
+WEIGHT_RATES: dict[Purpose, float] = {
+    "none": 5e-5,
+    "int8": 5e-5,
+    "w4a4": 1e-4,
+    "nvfp4": 1e-4,
+    "mxfp4": 1e-4,
+}
 _TRAINING_ROWS: dict[Train, int] = {"sinks": 32, "scales": 32, "all": 1024}
 _LEAST_TRAINING_ROWS = 32  # for the smoothing scales
 
@@ -63,3 +69,6 @@ class Losses:
     # Where layers were trained one by one: the error of each one's stream on validation text, as a
     # share of its variance, before and after.
     layers: tuple[tuple[float, float], ...] = ()
+    # What nudging weights left, on other text, of the squared error of each layer's matrices in the
+    # format that is meant. Empty where it means nothing for that.
+    nudged: tuple[float, ...] = ()

@@ -11,12 +11,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from absorb.errors import AbsorbError
-from absorb.fold.plan import Plan
+from absorb.fold.plan import STREAM, Plan
 from absorb.fold.sinks.forms import KeySink, LayerSink, LogitSink
 from absorb.load.files import reading
 from absorb.load.source import Source
@@ -26,6 +27,7 @@ from absorb.schema.report import Inspection
 
 PLAN = "plan/plan.safetensors"  # in a checkpoint
 _INSPECTION = "absorb_inspection"
+_ORDER = "order."
 _FIT = "fit."  # before the names of what logits make of keys
 
 
@@ -36,6 +38,7 @@ def write_plan(file: Path, plan: Plan, inspection: Inspection) -> None:
         parts = _parts(sink) if sink else {}
         tensors |= {_name(layer, name): tensor for name, tensor in parts.items()}
     tensors |= {f"smoothing.{name}": scales for name, scales in plan.smoothing.items()}
+    tensors |= {f"{_ORDER}{name}": order for name, order in plan.orders.items()}
     file.parent.mkdir(exist_ok=True)
     save_file(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
@@ -64,6 +67,7 @@ def read_plan(path: Path, source: Source) -> tuple[Plan, Inspection]:
         removals=inspection.removals,
         residual=tensors["residual"],
         smoothing={name: tensors[f"smoothing.{name}"] for name in source.family.links},
+        orders={order.channels: tensors[_ORDER + order.channels] for order in inspection.orders},
     )
     return plan, inspection
 
@@ -71,11 +75,12 @@ def read_plan(path: Path, source: Source) -> tuple[Plan, Inspection]:
 def fits_in(folder: Path) -> dict[int, LogitSink]:
     """What logits make of the keys in a checkpoint, for each layer that has a fit.
 
-    Values are smoothed, as those of the checkpoint are.
+    Values are smoothed and in order, as those of the checkpoint are.
     """
     file = plan_in(folder)
     tensors, inspection = _read(file)
-    smoothed = f"smoothing.{family_of(inspection.family).value}"
+    family = family_of(inspection.family)
+    smoothed, ordered = f"smoothing.{family.value}", f"{_ORDER}{family.output}"
     fits: dict[int, LogitSink] = {}
     with reading(str(file)):
         for layer in inspection.keyed_layers:
@@ -83,7 +88,10 @@ def fits_in(folder: Path) -> dict[int, LogitSink]:
             fit = sink.fit if isinstance(sink, KeySink) else None
             if fit is not None:
                 divisors = tensors[smoothed][layer].view_as(fit.value)
-                fits[layer] = replace(fit, value=fit.value / divisors)
+                value = fit.value / divisors
+                if ordered in tensors:
+                    value = value.flatten()[tensors[ordered][layer]].view_as(value)
+                fits[layer] = replace(fit, value=value)
     return fits
 
 
@@ -168,10 +176,18 @@ def _refuse_damage(
             strange.append(f"has NaN or infinity in {name}")
         elif divides and not (tensor > 0).all():
             strange.append(f"has a divisor in {name} that is not above zero")
+        elif name.startswith(_ORDER) and not _is_order(tensor):
+            strange.append(f"has an order in {name} that leaves out a channel")
     if strange:
         raise AbsorbError(
             f"{file} {strange[0]}, so it is damaged; fetch it again or convert without --plan"
         )
+
+
+def _is_order(tensor: Tensor) -> bool:
+    """Whether every row is a permutation."""
+    every = torch.arange(tensor.shape[-1]).expand_as(tensor)
+    return not tensor.is_floating_point() and torch.equal(tensor.sort(-1).values.long(), every)
 
 
 def _out_of_range(inspection: Inspection, source: Source) -> list[str]:
@@ -232,4 +248,7 @@ def _shapes(
         divided[up] = (*experts, neurons)
     for name in family.links:
         shapes[f"smoothing.{name}"] = (len(layers), *divided.get(name, (hidden,)))
+    ordered = {STREAM: (hidden,), family.output: (len(layers), *divided[family.value])}
+    ordered |= {down: (len(layers), *divided[up]) for up, down in family.neurons.items()}
+    shapes |= {_ORDER + o.channels: ordered.get(o.channels, ()) for o in inspection.orders}
     return shapes

@@ -111,6 +111,7 @@ _PURPOSES = {
     "int8": "It was trained for W8A8 with one fixed range for each activation tensor.",
     "w4a4": "It was trained for W4A4 behind a Hadamard rotation of what every matrix reads.",
     "nvfp4": "It was trained for NVFP4, weights and activations.",
+    "mxfp4": "It was trained for MXFP4, weights and activations.",
 }
 
 

@@ -3,7 +3,7 @@
 from absorb.schema.scores import Comparison, ModelScore
 from absorb.show.before_after import BeforeAfter, Snapshot
 from absorb.show.charts import Layers, Maps, Pairs, Panel, Ranks, Section, number
-from absorb.show.rows import comparison_rows
+from absorb.show.rows import comparison_rows, steadiness
 
 
 def sections(exhibit: BeforeAfter) -> list[Section]:
@@ -97,6 +97,7 @@ def _channels(exhibit: BeforeAfter) -> Section:
     threshold = exhibit.inspection.job.thresholds.channel_ratio
     worst = max(ratios, key=lambda channel: ratios[channel])
     scales = exhibit.inspection.residual_scales
+    steady = {c.channel: steadiness(c) for c in exhibit.inspection.findings.outlier_channels}
     words = (
         f"Mean |x| of the stream's {exhibit.hidden} channels on ordinary tokens, as a multiple of "
         "the median channel's"
@@ -111,6 +112,7 @@ def _channels(exhibit: BeforeAfter) -> Section:
             f"{ratios[c]:,.1f} x",
             f"{after.channel_ratios[c]:,.1f} x",
             f"{scales.get(c, 1):g}",
+            steady.get(c, ""),
         )
         for c in ratios
     ]
@@ -127,7 +129,7 @@ def _channels(exhibit: BeforeAfter) -> Section:
             dotted=threshold,
             floor=1,
         ),
-        table=[("channel", "before", "after", "residual scale"), *rows],
+        table=[("channel", "before", "after", "residual scale", "|mean| / std"), *rows],
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from absorb.errors import AbsorbError
-from absorb.fold.plan import Plan
+from absorb.fold.plan import STREAM, Plan
 from absorb.measure.divergence import divergence
 from absorb.models.decoder import Decoder
 from absorb.models.resting.streaming import Streaming
@@ -90,7 +90,9 @@ class _Layers:
     ):
         self.student, self.fine_tune, self.form = student, fine_tune, form
         self.prefix = len(plan.prefix)
-        self.scale = plan.residual.to(student.device)
+        stream = plan.orders.get(STREAM, torch.arange(len(plan.residual)))
+        self.order = stream.to(student.device)
+        self.scale = plan.residual[stream].to(student.device)
         rows = ranks.least(_rows_at_once(student, fine_tune, texts))
         training = texts.training[: len(texts.training) // ranks.count() * ranks.count()]
         parts = [part for part in ranks.share(training).split(rows) if len(part) == rows]
@@ -179,7 +181,7 @@ class _Layers:
         return of_all.sqrt().clamp_min(1e-6)
 
     def _target(self, part: int) -> Tensor:
-        return self.targets.waiting(part)[:, self.prefix :]
+        return self.targets.waiting(part)[:, self.prefix :, self.order]
 
 
 def _rows_at_once(student: Decoder, fine_tune: Recipe, texts: Texts) -> int:

@@ -125,7 +125,8 @@ def early_sink(run: Run) -> list[Row]:
 
 def ablation(runs: dict[str, Run]) -> list[Row]:
     """What each choice of a conversion costs and brings, as multiples of the original."""
-    names = ("perplexity", "w8a8-static", "w8a8-clipped", "w8a8-token", "nvfp4", "w4a4-hadamard")
+    names = ("perplexity", "w8a8-static", "w8a8-clipped", "w8a8-token")
+    names += ("nvfp4", "mxfp4", "w4a4-hadamard")
     rows = [
         (
             name,
@@ -137,7 +138,7 @@ def ablation(runs: dict[str, Run]) -> list[Row]:
         for name, run in runs.items()
     ]
     head = ("", "seconds", "KL", "perplexity", "W8A8 static", "clipped", "per token")
-    return [(*head, "NVFP4", "W4A4 rotated", "prefix"), *rows]
+    return [(*head, "NVFP4", "MXFP4", "W4A4 rotated", "prefix"), *rows]
 
 
 def small_models(models: dict[str, dict[str, Run]]) -> list[Row]:

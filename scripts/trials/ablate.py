@@ -54,6 +54,8 @@ class Choice:
     steps: int = 0
     train: Train = "all"
     purpose: Purpose = "none"
+    scales: Purpose | None = None  # what these and orders are made for, where it is not `purpose`
+    orders: bool = True  # where the purpose brings any
     rate: float | None = None  # of weights, in place of what the purpose has
     sink: Sink = "auto"
     seed: int = 0
@@ -62,7 +64,13 @@ class Choice:
     formats: tuple[FormatName, ...] = USUAL
 
 
-FOUR_BITS: tuple[FormatName, ...] = ("w4a4-hadamard", "nvfp4")
+FOUR_BITS: tuple[FormatName, ...] = ("w4a4-hadamard", "nvfp4", "mxfp4")
+# What each part of the search for a format brings.
+_ARMS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", no orders": {"orders": False},
+    ", scales for INT8": {"scales": "int8"},
+}
 CHOICES = {
     "untrained": Choice(formats=(*USUAL, *FOUR_BITS)),
     "12 steps of sinks": Choice(steps=12, train="sinks"),
@@ -84,8 +92,17 @@ CHOICES = {
     "100 steps of all, for W4A4, rate 3e-4": Choice(
         steps=100, purpose="w4a4", rate=3e-4, formats=("w4a4-hadamard",)
     ),
-    "untrained, given text": Choice(given=0),
+    "100 steps of all, for MXFP4": Choice(steps=100, purpose="mxfp4", formats=("mxfp4",)),
+    "untrained, given text": Choice(given=0, formats=(*USUAL, *FOUR_BITS)),
     "100 steps of all, given text": Choice(steps=100, given=0),
+    **{
+        f"{name}, given text, for {purpose.upper()}{arm}": Choice(
+            steps=steps, given=0, purpose=purpose, formats=(form,), **changes
+        )
+        for purpose, form in (("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("w4a4", "w4a4-hadamard"))
+        for name, steps in (("untrained", 0), ("100 steps of all", 100))
+        for arm, changes in _ARMS.items()
+    },
     "untrained, given a second text": Choice(given=1),
     "untrained, seed 1": Choice(seed=1),
     "untrained, seed 2": Choice(seed=2),
@@ -126,7 +143,9 @@ class Bench:
     def measured(self, choice: Choice) -> dict[str, Any]:
         """Figures of the original and of the converted model, and what the fine-tune took."""
         draft = self.draft(choice.sink, choice.seed, choice.given, bool(choice.steps))
-        draft = completed(draft, choice.purpose)
+        draft = completed(draft, choice.scales or choice.purpose)
+        if not choice.orders:
+            draft = replace(draft, plan=replace(draft.plan, orders={}))
         student = graft(draft.source.decoder, draft.plan)
         start = time.perf_counter()
         kept = trained(draft, student, choice)
@@ -174,7 +193,7 @@ def trained(draft: Prepared, student: Decoder, choice: Choice) -> int:
 
 def line(name: str, run: Any) -> Row:
     ratios, converted = run["ratios"], run["converted"]
-    columns = ("perplexity", *USUAL, "nvfp4", "w4a4-hadamard")
+    columns = ("perplexity", *USUAL, "nvfp4", "mxfp4", "w4a4-hadamard")
     return (
         name,
         f"{run['seconds']:.0f}",
@@ -212,7 +231,17 @@ def main(
         done[name] = made.measured(CHOICES[name])
         bench.write(out, done)
         print(table([line(name, done[name])]), file=sys.stderr)
-    head = ("", "seconds", "KL", "|x| / median", "perplexity x", *USUAL, "nvfp4", "w4a4, rotated")
+    head = (
+        "",
+        "seconds",
+        "KL",
+        "|x| / median",
+        "perplexity x",
+        *USUAL,
+        "nvfp4",
+        "mxfp4",
+        "w4a4, rotated",
+    )
     print(table([head, *(line(name, run) for name, run in done.items())]))
 
 

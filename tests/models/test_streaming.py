@@ -65,7 +65,9 @@ def test_weights_that_stream_become_what_others_do(
     assert second["probe"]["logits"][0] == pytest.approx(first["probe"]["logits"][0], abs=1e-4)
 
 
-@pytest.mark.parametrize(("family", "purpose"), [("llama", "none"), ("mixtral", "int8")])
+@pytest.mark.parametrize(
+    ("family", "purpose"), [("llama", "none"), ("mixtral", "int8"), ("llama", "mxfp4")]
+)
 def test_layers_that_stream_learn_one_after_the_other(
     family: str, purpose: Purpose, in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from transformers import (
 
 from absorb.errors import AbsorbError
 from absorb.fold import residual
-from absorb.fold.graft import graft, twin
+from absorb.fold.graft import graft, twin, write_ends
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.forms import KeySink, LogitSink
 from absorb.fold.smoothing import searched_scales
@@ -129,7 +129,7 @@ def converted(case: Case) -> PreTrainedModel:
     scaled = neutral_plan(family, residual=STREAM[: student.config.hidden_size])
     for layer in range(len(decoder.layers)):
         residual.write(decoder, scaled, layer)
-    residual.write_ends(decoder, scaled)
+    write_ends(decoder, scaled)
     return student
 
 

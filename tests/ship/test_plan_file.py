@@ -17,14 +17,14 @@ from absorb.cli.main import main
 from absorb.errors import AbsorbError
 from absorb.fold import decide
 from absorb.fold.graft import graft
-from absorb.fold.plan import Plan
+from absorb.fold.plan import STREAM, Plan
 from absorb.fold.smoothing import searched_scales
 from absorb.load.source import Source, load
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
 from absorb.schema.findings import Removal, SpikeNeuron
-from absorb.schema.report import Inspection, versions
+from absorb.schema.report import Inspection, Order, versions
 from absorb.schema.settings import Job, ModelRef, Sink
 from absorb.ship.plan_file import PLAN, read_plan, write_plan
 from tests.helpers.plans import plan_of
@@ -392,3 +392,39 @@ def test_what_the_plan_has_decided_cannot_be_asked_for(
     result = absorb("convert", model, "--plan", made, "--out", tmp_path / "out", *option)
     assert result.exit_code == 2
     assert f"--plan has decided what {option[0]} would; drop one of them" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_orders_of_channels_are_reported_and_come_again_by_the_plan(
+    model_type: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = saved(tmp_path / "model", model_type=model_type)
+    text = ["--text", str(text_file), "--for", "mxfp4"]
+    first = converted(model, tmp_path / "first", *text)
+    orders = report(first)["inspection"]["orders"]
+    assert {order["channels"] for order in orders} & {"stream", FAMILIES[model_type].down}
+    assert all(0 < order["share"] < 1 for order in orders)
+    assert "orders of channels" in (first / "README.md").read_text()
+    second = converted(model, tmp_path / "second", *text, "--plan", str(first))
+    monkeypatch.setattr("absorb.load.source.free_memory", lambda device: 0)
+    streamed = converted(model, tmp_path / "streamed", *text, "--plan", str(first))
+    weights = load_file(first / "model.safetensors")
+    for name, tensor in load_file(second / "model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+    for name, tensor in load_file(streamed / "model.safetensors").items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_an_order_that_names_a_channel_twice_is_refused(
+    model: Path, made: Path, tmp_path: Path
+) -> None:
+    plan, inspection = read_plan(made, load(ModelRef(name=str(model))))
+    order = torch.arange(HIDDEN)
+    order[3] = 2
+    named = Order(channels=STREAM, layers=(0,), share=0.9)
+    file = tmp_path / "plan.safetensors"
+    write_plan(file, replace(plan, orders={STREAM: order}), replace(inspection, orders=(named,)))
+    result = absorb("convert", model, "--plan", file, "--out", tmp_path / "out", "--steps", "0")
+    assert result.exit_code == 1
+    assert "leaves out a channel" in result.stderr
