@@ -17,6 +17,7 @@ from absorb.pipelines.compare import compare
 from absorb.pipelines.produce import Produced, produce
 from absorb.schema.declared import Option, filled, options_of
 from absorb.schema.exported import Exported
+from absorb.schema.places import text_named
 from absorb.schema.report import Inspection, Report
 from absorb.schema.scores import Comparison
 from absorb.schema.settings import (
@@ -34,7 +35,6 @@ from absorb.schema.settings import (
     Train,
     Weights,
 )
-from absorb.schema.texts import text_named
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _say = logging.getLogger("absorb").info

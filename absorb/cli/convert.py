@@ -8,7 +8,8 @@ import click
 from absorb.cli.hub import uploaded_sentence, uploading
 from absorb.cli.options import json_option, options_from, settled
 from absorb.cli.terminal import UserErrors, print_result, say
-from absorb.schema.settings import Destination, Job, expanded
+from absorb.schema.places import Destination, expanded
+from absorb.schema.settings import Job
 
 
 @click.command()

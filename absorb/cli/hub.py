@@ -8,7 +8,8 @@ import click
 
 from absorb.cli.options import json_option, options_from, settled
 from absorb.cli.terminal import UserErrors, print_result, say
-from absorb.schema.settings import Destination, Endpoint, ModelRef
+from absorb.schema.places import Destination, Endpoint
+from absorb.schema.settings import ModelRef
 
 
 @click.command()

@@ -9,7 +9,7 @@ import click
 
 from absorb.errors import MisuseError
 from absorb.schema.declared import Option, Settings, filled, options_of, typed
-from absorb.schema.texts import Dataset, is_dataset
+from absorb.schema.places import Dataset, is_dataset
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 

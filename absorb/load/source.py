@@ -40,8 +40,9 @@ from absorb.models.resting.streaming import Streaming
 from absorb.models.whole import Whole
 from absorb.runtime.precision import ADDED, free_memory
 from absorb.runtime.quiet import quiet_load
+from absorb.schema.places import expanded
 from absorb.schema.proof import Proof
-from absorb.schema.settings import ModelRef, expanded
+from absorb.schema.settings import ModelRef
 
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _ALIGNMENT = 64  # bytes, of what torch allocates on a CPU

@@ -20,8 +20,9 @@ from absorb.pipelines.convert import fill, warn_of_loss
 from absorb.runtime.precision import device_of
 from absorb.schema.codec import to_json
 from absorb.schema.exported import Exported
+from absorb.schema.places import expanded
 from absorb.schema.report import Probe, Report, versions
-from absorb.schema.settings import Export, Job, ModelRef, expanded
+from absorb.schema.settings import Export, Job, ModelRef
 from absorb.schema.training import LENGTH
 from absorb.ship.export import gguf, mlx, native
 from absorb.ship.export.card import card, file_name

@@ -8,8 +8,9 @@ from absorb.load.architecture.classes import proved_family, stock_of
 from absorb.load.files import read_json
 from absorb.models.family import UnsupportedFamilyError
 from absorb.prove.prove import proved, shown
+from absorb.schema.places import expanded
 from absorb.schema.proof import Proof
-from absorb.schema.settings import ModelRef, expanded
+from absorb.schema.settings import ModelRef
 
 
 def family_proof(ref: ModelRef, say: Say) -> Proof:

@@ -3,23 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
-from urllib.parse import urlsplit
 
 from absorb.errors import AbsorbError, MisuseError
 from absorb.schema.declared import Checked, Range, changed, option
-from absorb.schema.texts import Dataset
-
-
-def expanded(name: str | Path) -> Path:
-    """The path that a user means, who may begin it with `~` or `~somebody`."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        home = Path(name).parts[0]
-        raise AbsorbError(
-            f"{name}: there is no home folder {home}; write ./{home} for a folder of that name"
-        ) from None
-
+from absorb.schema.places import Dataset
 
 Sink = Literal["logit", "key", "auto"]
 Train = Literal["sinks", "scales", "all"]
@@ -272,54 +259,3 @@ class Export(Checked):
             raise MisuseError("{0} is of a .gguf file; pass {1} gguf, or drop it", "weights", "to")
         if self.mlx and self.to != "native":
             raise MisuseError("{0} is of a folder; pass {1} native, or drop it", "mlx", "to")
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of a port or a bracket
-        return False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint(Checked):
-    """A running server that should say what a checkpoint says."""
-
-    url: str | None = option(
-        None,
-        "Compare a server with it instead: vLLM, llama.cpp or SGLang, which drop a thing or two.",
-        flag="--endpoint",
-        metavar="URL",
-    )
-    served: str | None = option(
-        None,
-        "What the server calls the model.  [default: its first]",
-        flag="--model",
-        metavar="NAME",
-    )
-
-    def refuse_contradictions(self) -> None:
-        if self.url is None:
-            if self.served is not None:
-                raise MisuseError("{0} is of {1}; add it, or drop {0}", "served", "url")
-        elif not _is_address(self.url):
-            raise MisuseError("{0} is an address such as http://localhost:8000", "url")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Destination(Checked):
-    """Where a checkpoint is to go: a branch of a repository, or a pull request to it."""
-
-    repository: str
-    private: bool = option(False, "Make a new repository a private one.")
-    create_pr: bool = option(False, "Open a pull request instead of changing REPO.")
-    revision: str | None = option(
-        None, "Branch to upload to; made if there is none.  [default: main]"
-    )
-
-    def refuse_contradictions(self) -> None:
-        if self.create_pr and self.revision is not None:
-            raise MisuseError(
-                "a pull request is made for main; drop {0} or {1}", "create_pr", "revision"
-            )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from absorb.errors import AbsorbError
-from absorb.schema.settings import expanded
+from absorb.schema.places import expanded
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
 )
 
 from absorb.errors import AbsorbError
-from absorb.schema.settings import Destination, ModelRef
+from absorb.schema.places import Destination
+from absorb.schema.settings import ModelRef
 from absorb.ship.staging import REPORT
 from absorb.ship.verify import CODE, read_report, verify
 from absorb.show.tables import size_of

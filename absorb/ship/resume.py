@@ -23,8 +23,9 @@ from absorb.fold.plan import Plan
 from absorb.load.source import Source
 from absorb.runtime import ranks
 from absorb.schema.codec import decode, parse_json, to_json
+from absorb.schema.places import expanded
 from absorb.schema.report import Inspection, versions
-from absorb.schema.settings import Job, expanded
+from absorb.schema.settings import Job
 from absorb.ship.files import unwritable_explained
 from absorb.ship.plan_file import read_plan, write_plan
 from absorb.text.gather import Texts

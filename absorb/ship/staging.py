@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from absorb.errors import AbsorbError
-from absorb.schema.settings import expanded
+from absorb.schema.places import expanded
 from absorb.ship.files import full_disk_explained, unwritable_explained, with_parents
 
 # Every checkpoint that absorb writes holds this file; a folder without it is never replaced.

@@ -19,8 +19,9 @@ from absorb.load import download, files
 from absorb.runtime.precision import ADDED
 from absorb.schema.codec import from_json, parse_json
 from absorb.schema.exported import Exported, Rescaled
+from absorb.schema.places import Endpoint, expanded
 from absorb.schema.report import Inspection, Report
-from absorb.schema.settings import Endpoint, ModelRef, expanded
+from absorb.schema.settings import ModelRef
 from absorb.ship.export.mlx import MODEL_FILE, OURS
 from absorb.ship.plan_file import PLAN, plan_in
 from absorb.ship.served.compare import compared

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
 from absorb.load.source import Source
-from absorb.schema.texts import Dataset
+from absorb.schema.places import Dataset
 from absorb.schema.training import LENGTH
 from absorb.text.files import PARQUET, opened, signature
 from absorb.text.records import records

@@ -13,8 +13,8 @@ from absorb.errors import AbsorbError
 from absorb.load.source import Source
 from absorb.runtime import ranks
 from absorb.schema.declared import typed
+from absorb.schema.places import Dataset
 from absorb.schema.settings import Calibration, Evaluation
-from absorb.schema.texts import Dataset
 from absorb.schema.training import LENGTH
 from absorb.text.samples import LATEST_START, sampled
 from absorb.text.windows import windows

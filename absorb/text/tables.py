@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from absorb.errors import AbsorbError
-from absorb.schema.texts import Dataset
+from absorb.schema.places import Dataset
 from absorb.text.records import FIELD, field
 
 

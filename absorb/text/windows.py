@@ -7,7 +7,7 @@ from torch import Tensor
 
 from absorb.errors import AbsorbError
 from absorb.load.source import Source
-from absorb.schema.texts import Dataset
+from absorb.schema.places import Dataset
 from absorb.text.corpus import read_ids
 
 

@@ -27,7 +27,8 @@ from transformers import (
 
 from absorb.cli.main import main
 from absorb.errors import AbsorbError
-from absorb.schema.settings import Destination, ModelRef, Weights
+from absorb.schema.places import Destination
+from absorb.schema.settings import ModelRef, Weights
 from absorb.ship.export import gguf
 from absorb.ship.export.targets import ROUTES, config_for
 from absorb.ship.export.vocabulary import _CUTS, vocabulary

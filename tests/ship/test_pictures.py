@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from absorb.cli.main import main
-from absorb.schema.settings import Destination
+from absorb.schema.places import Destination
 from absorb.ship.hub import checked_target, upload
 from scripts.soak.journey import HERE_PICTURE, STRANGER_PICTURE
 from tests.helpers.fake_hub import TOKEN, USER, serving

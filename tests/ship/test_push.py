@@ -14,7 +14,8 @@ from huggingface_hub.utils import _http
 
 from absorb.cli.main import main
 from absorb.errors import AbsorbError
-from absorb.schema.settings import Destination, ModelRef
+from absorb.schema.places import Destination
+from absorb.schema.settings import ModelRef
 from absorb.ship.hub import checked_target, upload
 from absorb.ship.staging import digests
 from absorb.ship.verify import verify

@@ -21,8 +21,8 @@ from absorb.errors import AbsorbError
 from absorb.load.source import Source
 from absorb.schema.codec import decode
 from absorb.schema.declared import typed
+from absorb.schema.places import Dataset, is_dataset, text_named
 from absorb.schema.settings import Calibration, Evaluation
-from absorb.schema.texts import Dataset, is_dataset, text_named
 from absorb.text.corpus import documents, refuse_unreadable
 from absorb.text.gather import Texts, gather_windows
 from absorb.text.repeats import without_repeats

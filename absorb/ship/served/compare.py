@@ -18,8 +18,8 @@ from absorb.errors import AbsorbError
 from absorb.models.families import FAMILIES
 from absorb.models.modeling_absorb import NEUTRAL
 from absorb.schema.exported import Exported
+from absorb.schema.places import Endpoint
 from absorb.schema.report import Report
-from absorb.schema.settings import Endpoint
 from absorb.ship.served.endpoint import Answers, server_at
 
 # Of a mean log-probability, in nats. bfloat16 moves it by some hundredths, a dropped sink by more.

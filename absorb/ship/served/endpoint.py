@@ -13,7 +13,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from absorb.errors import AbsorbError
-from absorb.schema.settings import Endpoint
+from absorb.schema.places import Endpoint
 
 _PATIENCE = 120  # seconds, for one answer
 _CHOICES = 5  # of the next token, where a server tells of no other
