@@ -106,8 +106,9 @@ class Distillation(Checked):
     )
     purpose: Purpose = option(
         "none",
-        "Scale and train for W8A8 with fixed ranges, rotated W4A4, NVFP4 or MXFP4.",
+        "Scale and train for int8, w4a4, nvfp4 or mxfp4.",
         flag="--for",
+        metavar="FORMAT",
     )
 
     def refuse_contradictions(self) -> None:
