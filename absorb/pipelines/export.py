@@ -62,6 +62,11 @@ def export(wish: Export, say: Say) -> Exported:
         gguf.refuse(folder.target)
     if wish.mlx:
         mlx.refuse(folder.target)
+    if folder.path.resolve().is_relative_to(expanded(wish.out).resolve()):
+        raise AbsorbError(
+            f"{wish.out} is or holds the conversion {wish.folder} that is to be exported, and the "
+            "export would take its place; choose another --out"
+        )
     with staged(wish.out, wish.force) as place:
         return _fill(place, folder, wish, say)
 

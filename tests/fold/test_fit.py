@@ -19,16 +19,18 @@ HEADS, KV_HEADS, WIDTH, LENGTH = 4, 2, 6, 24
 GROUPS = HEADS // KV_HEADS
 
 
-def scene(softcap: float | None = None) -> LayerAttention:
+def scene(softcap: float | None = None, apart: bool = False) -> LayerAttention:
+    """Random attention; with `apart` each row has positions, and so rotations, of its own."""
     draw = torch.Generator().manual_seed(0)
 
     def heads(count: int) -> Tensor:
         return torch.randn(3, count, LENGTH, WIDTH, generator=draw, dtype=torch.float64)
 
-    turns = torch.randn(LENGTH, WIDTH, WIDTH, generator=draw, dtype=torch.float64)
+    sizes = (3 if apart else 1, LENGTH, WIDTH, WIDTH)
+    turns = torch.randn(sizes, generator=draw, dtype=torch.float64)
 
     def rotate(key_bias: Tensor) -> Tensor:
-        return torch.einsum("hi,lij->hlj", key_bias, turns)[None]
+        return torch.einsum("hi,rlij->rhlj", key_bias, turns)
 
     blocked = ~torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     kv = heads(KV_HEADS), heads(KV_HEADS)
@@ -40,9 +42,10 @@ def random_parameters(seed: int) -> Tensor:
     return torch.randn(KV_HEADS, GROUPS + 2 * WIDTH, generator=draw, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_the_derivatives_are_those_of_autograd(softcap: float | None) -> None:
-    made, parameters = scene(softcap), random_parameters(1)
+def test_the_derivatives_are_those_of_autograd(softcap: float | None, apart: bool) -> None:
+    made, parameters = scene(softcap, apart), random_parameters(1)
     target = torch.zeros_like(made.query)
     weight = torch.rand(3, LENGTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 

@@ -282,6 +282,16 @@ def test_what_lies_there_is_kept_unless_it_may_be_replaced(
     assert (tmp_path / "out" / "note").read_text() == "mine"
 
 
+def test_an_export_never_takes_the_place_of_its_conversion(folder: Path) -> None:
+    before = digests(folder)
+    shutil.copy(folder / "absorb.json", folder.parent)  # as if that were a checkpoint too
+    for out in (folder, folder.parent):
+        result = export(folder, "--out", out, "--force")
+        assert result.exit_code == 1
+        assert "would take its place; choose another --out" in result.stderr
+    assert digests(folder) == before
+
+
 @pytest.mark.slow
 def test_an_export_that_should_be_exact_and_is_not_is_no_matter_of_tolerance(
     converted: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -109,7 +109,9 @@ def at(parts: Tensor, index: Tensor) -> Tensor:
 
 
 class Rotate:
-    """Turns a key bias (kv_heads, head_dim) as RoPE turns keys: (1, kv_heads, length, head_dim).
+    """Turns a key bias (kv_heads, head_dim) as RoPE turns keys: (rows, kv_heads, length, head_dim).
+
+    There is one row where all have the same positions.
 
     Where a layer has no RoPE there is no `cos_sin`, and nothing turns.
     """
@@ -126,7 +128,8 @@ class Rotate:
         apply = sys.modules[type(self.module).__module__].apply_rotary_pos_emb
         # RoPE may turn the first channels only.
         turned, rest = keys.tensor_split([self.cos_sin[0].shape[-1]], -1)
-        return torch.cat([apply(turned, turned, *self.cos_sin)[1], rest], -1)
+        turned = apply(turned, turned, *self.cos_sin)[1]
+        return torch.cat([turned, rest.expand(len(turned), -1, -1, -1)], -1)
 
 
 Rotations = dict[nn.Module, tuple[Tensor, Tensor] | None]

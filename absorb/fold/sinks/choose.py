@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from absorb.fold.sinks.attention import layer_attention, rotations_of
+from absorb.fold.sinks.distances import spread_positions
 from absorb.fold.sinks.fit import sink_of
 from absorb.fold.sinks.forms import LayerSink
 from absorb.fold.sinks.prefix_cache import Prefix, heads_last
@@ -55,7 +56,13 @@ def fit_sinks(
 
     turned = rotations_of(decoder.rotating)
     with bar, replacing_attention(model, attend), turned as rotations:
-        positions = prefix.positions(tokens.shape[1])
+        read = tokens.to(decoder.device)
         with autocast_bf16(decoder.device):
-            model.base_model(tokens.to(decoder.device), position_ids=positions, use_cache=False)
+            model.base_model(
+                read,
+                # Else positions that are not one after another mean texts of their own.
+                attention_mask=torch.ones_like(read),
+                position_ids=spread_positions(decoder, prefix, tokens),
+                use_cache=False,
+            )
     return sinks
