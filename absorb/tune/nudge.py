@@ -104,7 +104,8 @@ def _inputs(
             return
         last[:] = [(inputs, name)]
         values = inputs.float()
-        found.setdefault(name, kind()).add(values, rounded(values, form.inputs))
+        with torch.autocast(inputs.device.type, enabled=False):  # its digits would not do
+            found.setdefault(name, kind()).add(values, rounded(values, form.inputs))
 
     with watching_inputs(student, see), autocast_bf16(student.device):
         walk.pass_on(layer)
