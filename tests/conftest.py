@@ -4,6 +4,7 @@ The process that hands out the tests reads this too, so that torch is imported i
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,13 +54,34 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def little_text() -> Iterator[None]:
+    """Two rows of text instead of some dozens, for tests of all but the figures found on them.
+
+    A test of figures, or of how much text is read, must not use this.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_texts(patch)
+        yield
+
+
+def shorten_texts(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("absorb.text.gather.CALIBRATION_ROWS", 2)
+    patch.setattr("absorb.pipelines.needs.CALIBRATION_ROWS", 2)
+    patch.setattr("absorb.text.gather.VALIDATION_ROWS", 2)
+    patch.setattr("absorb.text.gather.HELD_OUT_ROWS", {"cpu": 2, "cuda": 2})
+    patch.setattr("absorb.schema.training._LEAST_TRAINING_ROWS", 2)
+
+
 @pytest.fixture(scope="session")
 def converted(original: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of that model, converted. Copy it before changing anything in it."""
     import absorb
 
     out = tmp_path_factory.mktemp("converted") / "model"
-    absorb.convert(original, out, text=text_file, steps=0, sink="logit")
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_texts(patch)
+        absorb.convert(original, out, text=text_file, steps=0, sink="logit")
     return out
 
 
@@ -78,6 +100,14 @@ def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
         return Said(logits=logits_after(model.eval(), tokens), divergence=None)
 
     monkeypatch.setattr("absorb.ship.verify.said_in_isolation", said)
+
+
+@pytest.fixture
+def warm_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify in a process of its own that has imported torch and transformers, and no absorb."""
+    from tests.helpers import warm
+
+    monkeypatch.setattr("absorb.ship.stranger.subprocess", warm)
 
 
 @pytest.fixture

@@ -23,6 +23,9 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+pytestmark = pytest.mark.usefixtures("little_text")
+
+
 def convert(original: Path, out: Path, text: Path, *options: str) -> Result:
     command = ["convert", original, "--out", out, "--text", text, "--steps", "8", *options]
     return CliRunner().invoke(main, [str(word) for word in command])
