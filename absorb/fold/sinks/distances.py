@@ -6,7 +6,6 @@ of 8,192. Longer rows would cost more memory and time. Rows that skip positions 
 2309.10400) cost none: their queries see the prefix and the beginning of the row from afar.
 """
 
-import torch
 from torch import Tensor
 
 from absorb.fold.sinks.prefix_cache import Prefix
