@@ -87,6 +87,7 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "architectures": tables.architectures(found["architectures"]),
         "float16": reach_rows(from_json(Rescaled, (FIGURES / "float16.json").read_text())),
         "windows": tables.windows(found["window"]),
+        "far": tables.far(found["far"]),
         "other_engines": tables.engines(
             {
                 "MLX": found["engine_mlx"],

@@ -235,6 +235,25 @@ def windows(run: Run) -> list[Row]:
     ]
 
 
+def far(run: Run) -> list[Row]:
+    """Perplexity of one long text, by what sinks were fitted to and by how far into the text."""
+    spans = list(run["rows"]["original"]["parts"])
+    spoken = (f"{int(a):,} to {int(b):,}" for a, b in (span.split("-") for span in spans))
+    return [
+        ("", "KL, nats", "all tokens", *spoken, "seconds of the fit"),
+        *(
+            (
+                name,
+                f"{one['kl']:.4f}" if "kl" in one else "",
+                f"{one['perplexity']:.2f}",
+                *(f"{one['parts'][span]:.2f}" for span in spans),
+                f"{one['fit_seconds']:.0f}" if "kl" in one else "",
+            )
+            for name, one in run["rows"].items()
+        ),
+    ]
+
+
 def _perplexity(run: Run, key: str) -> str:
     return f"{run['rows'][key]['perplexity']:.2f}" if key in run["rows"] else "–"
 

@@ -13,7 +13,7 @@ from absorb.models.families import FAMILIES
 from tests.helpers.tiny import tiny
 
 LENGTH = 16
-TEXT = torch.arange(3, 3 + 4 * LENGTH).view(4, LENGTH) % 50
+TEXT = torch.arange(3, 3 + 8 * LENGTH).view(8, LENGTH) % 50
 
 
 def known(family: str, **settings: Any) -> tuple[Decoder, Prefix]:
@@ -25,14 +25,14 @@ def spread(family: str, **settings: Any) -> Tensor:
     return spread_positions(*known(family, **settings), TEXT)
 
 
-def test_half_of_the_rows_skip_up_to_the_longest_text() -> None:
+def test_a_quarter_of_the_rows_skips_up_to_the_longest_text() -> None:
     positions = spread("llama", max_position_embeddings=1024)
     near = torch.arange(1, 1 + LENGTH)
-    assert torch.equal(positions[:2], near.expand(2, -1))
+    assert torch.equal(positions[:6], near.expand(6, -1))
     assert positions[:, 0].eq(1).all()
     skips = positions.diff(dim=1)
-    assert (skips > 1).sum(1).tolist() == [0, 0, 1, 1]
-    assert LENGTH < positions[2, -1] < positions[3, -1] == 1023
+    assert (skips > 1).sum(1).tolist() == [0] * 6 + [1, 1]
+    assert LENGTH < positions[6, -1] < positions[7, -1] == 1023
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from absorb.fold.sinks import constants, key_bias
-from absorb.fold.sinks.attention import LayerAttention
+from absorb.fold.sinks.attention import LayerAttention, Rotate
 from absorb.fold.sinks.choose import fit_sinks
 from absorb.fold.sinks.fit import sink_of
 from absorb.fold.sinks.forms import KeySink, LogitSink
@@ -19,6 +19,24 @@ HEADS, KV_HEADS, WIDTH, LENGTH = 4, 2, 6, 24
 GROUPS = HEADS // KV_HEADS
 
 
+class Turns(Rotate):
+    """Any turns (rows or 1, length, width, width), where RoPE has those by an angle."""
+
+    def __init__(self, turns: Tensor) -> None:
+        super().__init__(nn.Identity(), None, LENGTH)
+        self.turns = turns
+
+    @property
+    def rows(self) -> int:
+        return len(self.turns)
+
+    def of_row(self, row: int) -> Rotate:
+        return Turns(self.turns[[row % self.rows]])
+
+    def __call__(self, key_bias: Tensor) -> Tensor:
+        return torch.einsum("hi,rlij->rhlj", key_bias, self.turns)
+
+
 def scene(softcap: float | None = None, apart: bool = False) -> LayerAttention:
     """Random attention; with `apart` each row has positions, and so rotations, of its own."""
     draw = torch.Generator().manual_seed(0)
@@ -27,10 +45,7 @@ def scene(softcap: float | None = None, apart: bool = False) -> LayerAttention:
         return torch.randn(3, count, LENGTH, WIDTH, generator=draw, dtype=torch.float64)
 
     sizes = (3 if apart else 1, LENGTH, WIDTH, WIDTH)
-    turns = torch.randn(sizes, generator=draw, dtype=torch.float64)
-
-    def rotate(key_bias: Tensor) -> Tensor:
-        return torch.einsum("hi,rlij->rhlj", key_bias, turns)
+    rotate = Turns(torch.randn(sizes, generator=draw, dtype=torch.float64))
 
     blocked = ~torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     kv = heads(KV_HEADS), heads(KV_HEADS)

@@ -121,15 +121,26 @@ class Rotate:
     ) -> None:
         self.module, self.cos_sin, self.length = module, cos_sin, length
 
+    @property
+    def rows(self) -> int:
+        """How many rows have positions of their own."""
+        return 1 if self.cos_sin is None else self.cos_sin[0].shape[-3]
+
+    def of_row(self, row: int) -> "Rotate":
+        """The same for one row of text: all of them are large where there are many key channels."""
+        if self.cos_sin is None or self.rows == 1:
+            return self
+        cos, sin = (part[..., row : row + 1, :, :] for part in self.cos_sin)
+        return Rotate(self.module, (cos, sin), self.length)
+
     def __call__(self, key_bias: Tensor) -> Tensor:
-        keys = key_bias[None, :, None].expand(-1, -1, self.length, -1)
+        keys = key_bias[None, :, None].expand(self.rows, -1, self.length, -1)
         if self.cos_sin is None:
             return keys
         apply = sys.modules[type(self.module).__module__].apply_rotary_pos_emb
         # RoPE may turn the first channels only.
         turned, rest = keys.tensor_split([self.cos_sin[0].shape[-1]], -1)
-        turned = apply(turned, turned, *self.cos_sin)[1]
-        return torch.cat([turned, rest.expand(len(turned), -1, -1, -1)], -1)
+        return torch.cat([apply(turned, turned, *self.cos_sin)[1], rest], -1)
 
 
 Rotations = dict[nn.Module, tuple[Tensor, Tensor] | None]

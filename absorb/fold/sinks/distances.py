@@ -12,21 +12,24 @@ from absorb.fold.sinks.prefix_cache import Prefix
 from absorb.models.decoder import Decoder
 from absorb.models.positions.rope import rope_changes_at
 
-_SHARE = 0.5  # of the rows
+SHARE = 0.25  # of the rows
 # Where a row skips, as shares of its length, in turn.
 _SKIPS_AT = (0.25, 0.5)
 
 
 def spread_positions(decoder: Decoder, prefix: Prefix, tokens: Tensor) -> Tensor:
-    """Positions (rows, length) of text that is read after a prefix; of the first rows as ever.
+    """Positions of text (rows, length) after a prefix; those of the first rows are as ever.
 
-    What the others skip grows by a constant factor from row to row, up to the longest text.
+    What the others skip grows by a constant factor from row to row, up to the longest text. Where
+    none skips, there is one row for all.
     """
     rows, length = tokens.shape
-    positions = prefix.positions(length).repeat(rows, 1)
-    longest = _longest(decoder) - int(positions[0, 0])
-    count = int(rows * _SHARE)
-    for one in range(count if longest > length else 0):
+    near = prefix.positions(length)
+    longest, count = _longest(decoder) - int(near[0, 0]), int(rows * SHARE)
+    if longest <= length or count == 0:
+        return near
+    positions = near.repeat(rows, 1)
+    for one in range(count):
         skipped = int(length * (longest / length) ** ((one + 1) / count)) - length
         start = int(length * _SKIPS_AT[one % len(_SKIPS_AT)])
         positions[rows - count + one, start:] += skipped

@@ -48,7 +48,9 @@ def shifted(
     width = scene.key.shape[-1]
     key = by_key_head(scene, effect.share * (effect.within @ scene.spread(prefix.keys)))
     key = key / by_key_head(scene, effect.share).clamp_min(1e-12)
-    turned = scene.rotate(torch.eye(width).to(key)).diagonal(dim1=1, dim2=3).amin((0, 1))
+    every, rotate = torch.eye(width).to(key), scene.rotate
+    cosines = (rotate.of_row(row)(every)[0].diagonal(dim1=0, dim2=2) for row in range(rotate.rows))
+    turned = torch.stack([one.amin(0) for one in cosines]).amin(0)
     for least in _SLOW:
         bias = -key * (turned >= least)
         scores = scene.text_scores(bias)
@@ -157,9 +159,10 @@ def _jacobians(
     out = scene.mix(weights, scene.value) + sink * scene.spread(value[:, None])
     residual = out - target
     pull = weights * scene.steepness(scores)
-    turned = scene.rotate(torch.eye(key_bias.shape[1]).to(key_bias))  # (rows or 1, ...)
+    every = torch.eye(key_bias.shape[1]).to(key_bias)
     head = torch.eye(groups).to(value).repeat_interleave(asked, 0)
     for row in range(len(target)):
+        turned = scene.rotate.of_row(row)(every)[0]
         for kv_head in range(len(value)):
             mine = slice(kv_head * groups, (kv_head + 1) * groups)
             given, taken = out[row, mine].flatten(0, 1).T, sink[row, mine].flatten()
@@ -169,7 +172,7 @@ def _jacobians(
             jacobian[..., groups : groups + width].diagonal(dim1=0, dim2=2).copy_(taken[:, None])
             query, pulled = scene.query[row, mine].flatten(0, 1), pull[row, mine].flatten(0, 1)
             read = scene.value[row, kv_head]
-            by_key_bias = _by_key_bias(query, pulled, read, given, turned[row % len(turned)])
+            by_key_bias = _by_key_bias(query, pulled, read, given, turned)
             jacobian[..., groups + width :] = by_key_bias
             residuals = residual[row, mine].flatten(0, 1).T.flatten()
             yield row, kv_head, jacobian.flatten(0, 1), residuals
