@@ -28,7 +28,8 @@ from absorb.tune.kept import KeptLayer
 _REACH = 0.2
 _BEYOND = 0.02  # of the boundary, in steps: bfloat16 keeps four times less
 _DAMPING = 0.03  # of the mean square of inputs, for those that text says little of
-_COLUMNS = 128  # at once, before the others are told of their errors
+_MOST = 64  # rows of text
+_COLUMNS = 64  # at once, before the others are told of their errors
 
 
 def nudges(form: Format) -> bool:
@@ -44,7 +45,8 @@ def nudge(student: Decoder, tokens: Tensor, form: Format, scratch: Path) -> tupl
     so. Experts stay. Layers that stream rest in `scratch` afterwards.
     """
     streaming = student.streaming
-    text, other = (Walk(student, part.split(ROWS)) for part in (tokens[ROWS:], tokens[:ROWS]))
+    rows = ranks.share(tokens[ROWS:_MOST]), tokens[:ROWS]
+    text, other = (Walk(student, part.split(ROWS)) for part in rows)
     left = []
     for layer in tqdm(range(len(student.layers)), desc="nudging weights", unit="layer"):
         with student.fetched(layer):
@@ -141,23 +143,27 @@ def nudged(weight: Tensor, squares: Tensor, grid: Grid) -> Tensor:
     """
     peaks = peaks_of(weight, grid)
     scale = grid.scale(peaks, grid.top).clamp_min(torch.finfo(torch.float32).tiny)
-    plain = e2m1((weight / scale).clamp(-grid.top, grid.top)) * scale
     reach = (e2m1_step(weight / scale) * scale * _REACH).masked_fill(weight.abs() >= peaks, 0)
-    upper, rest, chosen = _compensation(squares), weight.clone(), plain.clone()
-    for start in range(0, weight.shape[1], _COLUMNS):
+    # A column of the weight is a row from here on: what lies side by side is read at once.
+    own, scale, reach = (part.T.contiguous() for part in (weight, scale, reach))
+    upper, rest, chosen = _compensation(squares), own.clone(), torch.empty_like(own)
+    for start in range(0, len(own), _COLUMNS):
         block = slice(start, start + _COLUMNS)
-        errors = torch.zeros_like(rest[:, block])
-        for place, column in enumerate(range(weight.shape[1])[block]):
-            wish, own = rest[:, column], weight[:, column]
-            near = wish.clamp(own - reach[:, column], own + reach[:, column])
-            levels = (near / scale[:, column]).clamp(-grid.top, grid.top)
-            chosen[:, column] = e2m1(levels) * scale[:, column]
-            errors[:, place] = (wish - chosen[:, column]) / upper[column, column]
+        errors = torch.zeros_like(rest[block])
+        for place, column in enumerate(range(len(own))[block]):
+            near = rest[column].clamp(own[column] - reach[column], own[column] + reach[column])
+            chosen[column] = _plain(near, scale[column], grid)
+            errors[place] = (rest[column] - chosen[column]) / upper[column, column]
             later = slice(column, block.stop)
-            rest[:, later] -= errors[:, place, None] * upper[column, later]
-        rest[:, block.stop :] -= errors @ upper[block, block.stop :]
+            rest[later] -= upper[column, later, None] * errors[place]
+        rest[block.stop :] -= upper[block, block.stop :].T @ errors
+    plain = _plain(own, scale, grid)
     beyond = (chosen + plain) / 2 + (chosen - plain) * _BEYOND
-    return torch.where(chosen == plain, weight, beyond)
+    return torch.where(chosen == plain, own, beyond).T
+
+
+def _plain(values: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    return e2m1((values / scale).clamp(-grid.top, grid.top)) * scale
 
 
 def _compensation(squares: Tensor) -> Tensor:

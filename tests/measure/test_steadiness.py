@@ -39,11 +39,11 @@ def test_the_figure_is_the_mean_by_the_standard_deviation() -> None:
     rows = torch.cat([torch.ones(4, 1, dtype=torch.long), text], 1)
     stream = model(rows, output_hidden_states=True).hidden_states[1].double()
     spread = stream.std((0, 1), correction=0)
-    varies = spread > 1e-3  # of the others there is no such figure
-    expected = (stream.mean((0, 1)).abs() / spread)[varies]
-    found = measured(40.0).channel_steadiness[0, varies]
-    assert varies.sum() > HIDDEN / 2
-    torch.testing.assert_close(found, expected.float(), rtol=1e-2, atol=1e-3)
+    expected = stream.mean((0, 1)).abs() / spread
+    told = (spread > 1e-3) & (expected < 100)  # float32 has no digits for the others
+    assert told.sum() > HIDDEN / 2
+    found = measured(40.0).channel_steadiness[0]
+    torch.testing.assert_close(found[told], expected[told].float(), rtol=1e-2, atol=1e-3)
 
 
 def test_what_an_earlier_version_found_says_nothing_of_it() -> None:

@@ -18,6 +18,7 @@ from absorb.errors import AbsorbError
 from absorb.fold import decide
 from absorb.fold.graft import graft
 from absorb.fold.plan import STREAM, Plan
+from absorb.fold.sinks.forms import KeySink, LogitSink
 from absorb.fold.smoothing import searched_scales
 from absorb.load.source import Source, load
 from absorb.models.decoder import Decoder
@@ -26,7 +27,7 @@ from absorb.models.family import Family
 from absorb.schema.findings import Removal, SpikeNeuron
 from absorb.schema.report import Inspection, Order, versions
 from absorb.schema.settings import Job, ModelRef, Sink
-from absorb.ship.plan_file import PLAN, read_plan, write_plan
+from absorb.ship.plan_file import PLAN, fits_in, read_plan, write_plan
 from tests.helpers.plans import plan_of
 from tests.helpers.tiny import HIDDEN, LAYERS, NOTHING, tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
@@ -430,3 +431,26 @@ def test_an_order_that_names_a_channel_twice_is_refused(
     result = absorb("convert", model, "--plan", file, "--out", tmp_path / "out", "--steps", "0")
     assert result.exit_code == 1
     assert "leaves out a channel" in result.stderr
+
+
+def test_the_values_of_a_fit_come_in_the_order_of_the_checkpoint(
+    model: Path, made: Path, tmp_path: Path
+) -> None:
+    plan, inspection = read_plan(made, load(ModelRef(name=str(model))))
+    fit = plan.sinks[0]
+    assert isinstance(fit, LogitSink)
+    heads, width = fit.value.shape
+    keys = torch.zeros(heads, len(plan.prefix), width)
+    sink = KeySink(keys=keys, values=keys.clone(), error=torch.zeros(()), fit=fit)
+    order = torch.arange(heads * width).view(heads, width).flip(1).flatten().expand(LAYERS, -1)
+    name = FAMILIES["llama"].output
+    plain = replace(plan, sinks=(sink, *plan.sinks[1:]))
+    ordered = replace(plain, orders={name: order})
+    keyed = replace(inspection, keyed_layers=(0,))
+    named = replace(keyed, orders=(Order(channels=name, layers=(0,), share=0.9),))
+    for folder, one, found in (("plain", plain, keyed), ("ordered", ordered, named)):
+        (tmp_path / folder).mkdir()
+        write_plan(tmp_path / folder / PLAN, one, found)
+    values = [fits_in(tmp_path / folder)[0].value for folder in ("plain", "ordered")]
+    assert torch.equal(values[1], values[0].flip(1))
+    assert not torch.equal(*values)
