@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("llama_cpp") and not os.environ.get("ABSORB_LLAMA_CPP"):
+        pytest.skip("run by scripts/test_llama_cpp")
+
+
 @pytest.fixture
 def tokens() -> "Tensor":
     """Two random texts without special tokens: (2, 16)."""

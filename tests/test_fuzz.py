@@ -1,4 +1,4 @@
-"""Some two hundred damaged inputs; `scripts.soak.fuzz` tries as many as one likes."""
+"""A hundred and fifty damaged inputs; `scripts.soak.fuzz` tries as many as one likes."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 from tests.helpers import fuzzing
 from tests.helpers.fuzzing import Bench, bench_in, empty_folder
 from tests.helpers.fuzzing_text import TEXT_TARGETS
+
+pytestmark = pytest.mark.usefixtures("little_text")
+
 
 TARGETS = fuzzing.TARGETS | TEXT_TARGETS
 
@@ -23,7 +26,7 @@ def test_damaged_input_ends_in_one_sentence(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     @settings(
-        max_examples=25, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck]
+        max_examples=10, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck]
     )
     @given(st.data())
     def attempt(data: st.DataObject) -> None:

@@ -15,10 +15,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
+from typing import Any
 
+from tests.helpers import warm
 from tests.helpers.fake_hub import TOKEN, USER, running
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,19 +136,22 @@ def main(model: str | None, *options: str) -> None:
         place = Path(name)
         out = place / "converted"
         scripts = (HERE_PICTURE, STRANGER_PICTURE) if model == "pictures" else (HERE, STRANGER)
-        plain = ("--steps", "0", "--sink", "logit")
-        if model in (None, "pictures"):
-            source, options = tiny_model(place, model is not None), plain
-        else:
-            source = str(model)
         user = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(place / "user")}
-        run("convert", [*ABSORB, "convert", source, "--out", str(out), *options], {})
+        source, tiny = model or "tiny", model in (None, "pictures")
+        if not tiny:  # it may come from the real Hub
+            fresh("convert", [*ABSORB, "convert", source, "--out", str(out), *options], {})
+        os.environ.update(user)  # read once, by the process that all others are forked from
+        if tiny:
+            source = str(place / "tiny")
+            warm.call(tiny_model, place, model is not None)
+            plain = ("--steps", "0", "--sink", "logit", "--text", str(place / "text.txt"))
+            run("convert", [*ABSORB, "convert", source, "--out", str(out), *plain], {})
         push = [*ABSORB, "push", str(out), REPOSITORY, "--json"]
         pushed = json.loads(run("push", push, {**user, "HF_TOKEN": TOKEN}))
         here = run("load here", [sys.executable, "-c", scripts[0], str(out)], {}).strip()
         stranger = {**user, "HF_HOME": str(place / "stranger")}
         command = [sys.executable, "-I", "-c", scripts[1], REPOSITORY, pushed["commit"]]
-        there, text = json.loads(run("load as a stranger", command, stranger).splitlines()[-1])
+        there, text = json.loads(fresh("load as a stranger", command, stranger).splitlines()[-1])
         verify = [*ABSORB, "verify", REPOSITORY, "--revision", pushed["commit"]]
         print(run("verify", verify, {**user, "HF_HOME": str(place / "verifier")}), end="")
         assert here == there, f"the logits differ: {here} here, {there} there"
@@ -171,28 +178,35 @@ def go_on_to_llama_cpp(converted: Path, place: Path, user: dict[str, str]) -> No
     print(f"llama.cpp says the same to {apart:.1e} nats")
 
 
-def tiny_model(place: Path, pictures: bool) -> str:
+def tiny_model(place: Path, pictures: bool) -> None:
     import torch
     from transformers.utils import logging
 
     from tests.helpers.tiny import tiny
-    from tests.helpers.tiny_tokenizer import tiny_tokenizer
+    from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
     from tests.helpers.wrappers import saved_with_processor
 
     logging.disable_progress_bar()
     folder = place / "tiny"
+    (place / "text.txt").write_text(letters(9_000))
     if pictures:
-        return str(saved_with_processor(folder))
+        saved_with_processor(folder)
+        return
     tiny("llama", torch.float32).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
-def run(name: str, command: list[str], environment: dict[str, str]) -> str:
+def fresh(name: str, command: list[str], environment: dict[str, str]) -> str:
+    """What a command prints in a Python that starts with nothing."""
+    return run(name, command, environment, partial(subprocess.run, capture_output=True, text=True))
+
+
+def run(
+    name: str, command: list[str], environment: dict[str, str], ran: Callable[..., Any] = warm.run
+) -> str:
     """What a command prints. Its progress is shown where it fails."""
     started = monotonic()
-    known = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(command, env=known, capture_output=True, text=True, check=False)
+    done = ran(command, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
     if done.returncode:
         sys.exit(f"{name} ended with {done.returncode}:\n{done.stderr}")
     print(f"{name}: {monotonic() - started:.1f} s")

@@ -43,14 +43,17 @@ def main(*families: str) -> None:
 
 def convert_all(place: Path, families: tuple[str, ...]) -> None:
     """Tiny models with an outlier channel, as all real ones have, converted."""
+    import pytest
     import torch
     from transformers.utils import logging
 
     import absorb
+    from tests.conftest import shorten_texts
     from tests.helpers.tiny import tiny
     from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
     logging.disable_progress_bar()
+    shorten_texts(pytest.MonkeyPatch())
     (place / "text.txt").write_text(letters(9_000))
     for family, form in product(families, FORMS):
         # Where the head is the embedding, what is done to one is done to the other.

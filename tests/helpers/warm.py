@@ -3,7 +3,8 @@
 A new Python imports these for ten seconds. Where not that is tested, but what a process does that
 shares no state with the tests, one of these is as good: it never saw absorb, nor the tests' models.
 What is read once, as Python starts or a library is imported, is not new in it: the locale, the
-settings of threads, and those HF_ variables that `_settle` does not name.
+settings of threads, and those HF_ variables that `_settle` does not name: it has them as they were
+when the first of these processes was asked for.
 """
 
 import multiprocessing
@@ -69,15 +70,14 @@ def _inside(
 
 def _settle(known: Mapping[str, str]) -> None:
     """What huggingface_hub and transformers read of the environment when they are imported."""
-    import torch
     from huggingface_hub import constants
     from transformers import dynamic_module_utils
     from transformers.utils import hub
 
-    torch.set_num_threads(1)
     constants.HF_HUB_OFFLINE = known.get("HF_HUB_OFFLINE") == "1"
     if "HF_HOME" in known:
         modules = str(Path(known["HF_HOME"], "modules"))
+        constants.HF_HUB_CACHE = str(Path(known["HF_HOME"], "hub"))
         dynamic_module_utils.HF_MODULES_CACHE = hub.HF_MODULES_CACHE = modules
 
 

@@ -1,7 +1,6 @@
 """Whatever goes wrong, a conversion ends in one sentence and leaves nothing half-written."""
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -27,6 +26,7 @@ from absorb.ship.staging import staged
 from absorb.text.corpus import read_ids
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.helpers.warm import warm
 
 # What a conversion says on stderr as it enters each of its stages.
 STAGES = (
@@ -42,8 +42,7 @@ STAGES = (
 )
 ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 
-warm = multiprocessing.get_context("forkserver")
-warm.set_forkserver_preload(["absorb.pipelines.convert", "absorb.ship.hub"])
+pytestmark = pytest.mark.usefixtures("little_text")
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +237,9 @@ def test_an_index_that_leads_elsewhere_is_refused(copy: Path, shard: str) -> Non
 def test_a_damaged_configuration_is_refused_at_once(copy: Path, key: str, value: object) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, key: value}))
-    started = time.monotonic()
+    started = time.process_time()  # of this process alone: others may have the cores
     result = convert(copy, copy.parent / "out")
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
     if result.exit_code == 0:
         assert key == "architectures"  # absorb does not need it
         return
@@ -264,9 +263,9 @@ def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path, model: 
 def test_a_hundred_megabytes_on_one_line_are_not_all_tokenised(model: Path, tmp_path: Path) -> None:
     path, source = tmp_path / "text.txt", load(ModelRef(name=str(model)))
     path.write_text("ab cd " * 17_000_000)
-    started = time.monotonic()
+    started = time.process_time()
     ids = read_ids(path, source, 10_000)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     few = source.tokenizer("ab cd " * 10_000, add_special_tokens=False)["input_ids"]
     assert ids[:10_000] == few[:10_000]
 

@@ -257,6 +257,7 @@ def run(*arguments: object) -> Result:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("little_text", "at_home")
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen2_vl"])
 @torch.no_grad()
 def test_by_the_command_it_is_converted_verified_and_measured(

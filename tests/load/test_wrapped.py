@@ -45,6 +45,7 @@ def test_alone_it_says_of_text_what_the_whole_says(
     assert (embedding.weight is head.weight) == tied
 
 
+@pytest.mark.usefixtures("little_text", "at_home")
 def test_it_is_converted_and_verified(text_file: Path, tmp_path: Path) -> None:
     folder, out = saved("gemma3", tmp_path / "whole", tied=True), tmp_path / "out"
     options = ("--text-only", "--steps", "0", "--text", text_file)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.schema.findings import Removal, SpikeNeuron
 from absorb.schema.training import LENGTH
+from tests.helpers import warm
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -58,6 +58,9 @@ for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         assert torch.equal(cached, model.generate(tokens, use_cache=False, **settings)), folder.name
 save_file(logits, root / "logits.safetensors")
 """
+
+
+pytestmark = pytest.mark.usefixtures("little_text")
 
 
 def test_a_model_with_learned_positions_converts_exactly(text_file: Path, tmp_path: Path) -> None:
@@ -109,9 +112,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, T
     }
     environment = {**os.environ, "HF_HOME": str(folder.with_name("hub")), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", LOAD, str(folder)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=folder, check=False
-    )
+    done = warm.run(command, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
     after = load_file(folder / "logits.safetensors")
     return {name: (before[name], after[name]) for name in before}

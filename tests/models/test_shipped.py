@@ -19,17 +19,11 @@ from absorb.models import modeling_absorb
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES, family_of
 from absorb.models.modeling_absorb import NEUTRAL, stock_classes
+from tests.helpers import warm
 from tests.helpers.tiny import HEAD_DIM, LAYERS, kv_heads, tiny
 from tests.models.test_attention import draw, drift, sinked, texts
 
 CODE = Path(str(modeling_absorb.__file__))
-
-
-def ran(script: str, *arguments: Path, folder: Path | None = None) -> str:
-    """What a new process prints, or the end of what it says went wrong."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    return done.stdout or done.stderr
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
@@ -52,7 +46,8 @@ def test_another_process_may_unpickle_a_model(tmp_path: Path) -> None:
     script = """import pickle, sys
 model, texts = pickle.loads(open(sys.argv[1], "rb").read())
 print(float(model(texts).logits.sum()))"""
-    assert float(ran(script, file)) == pytest.approx(float(model(texts()).logits.sum()), abs=1e-3)
+    said = warm.run([sys.executable, "-c", script, file]).stdout
+    assert float(said) == pytest.approx(float(model(texts()).logits.sum()), abs=1e-3)
 
 
 @torch.no_grad()
@@ -108,9 +103,10 @@ def test_a_head_learns_with_the_sinks(tmp_path: Path) -> None:
 def test_an_older_transformers_is_told_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "transformers.py").write_text("__version__ = '4.57.1'")
     (tmp_path / CODE.name).write_bytes(CODE.read_bytes())
-    said = ran(f"import {CODE.stem}", folder=tmp_path).strip().splitlines()[-1]
+    command = [sys.executable, "-c", f"import {CODE.stem}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     sentence = "this checkpoint needs transformers 5.16 or newer; you have 4.57.1"
-    assert said == f"ImportError: {sentence}"
+    assert done.stderr.splitlines()[-1] == f"ImportError: {sentence}"
 
 
 class Plain(nn.Module):

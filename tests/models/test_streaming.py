@@ -19,6 +19,8 @@ from absorb.tune import blockwise
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("little_text")
+
 
 def saved(family: str, place: Path) -> tuple[Path, Path]:
     """A tiny model, and a text to convert it on."""

@@ -9,7 +9,7 @@ from torch import distributed, multiprocessing
 from transformers.distributed import DistributedConfig
 
 from absorb.models.modeling_absorb import AbsorbLlamaForCausalLM
-from tests.load.test_faults import warm
+from tests.helpers.warm import warm
 from tests.models.test_attention import EVERY, drift, sinked, stock, subject, texts
 
 RANKS = 2

@@ -11,6 +11,8 @@ from absorb.cli.main import main
 from tests.helpers.tiny import LAYERS, tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("little_text")
+
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -23,6 +25,7 @@ def saved(model_type: str, folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("at_home")
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "granitemoehybrid"])
 def test_layers_that_hand_on_a_state_are_named_and_all_others_are_converted(
     model_type: str, text_file: Path, tmp_path: Path

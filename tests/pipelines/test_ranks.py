@@ -1,4 +1,7 @@
-"""Two processes that torchrun starts convert to what one does. Here they share a CPU (gloo)."""
+"""Two processes convert to what one does, and end together. Here they share a CPU (gloo).
+
+Those of the last test are started by torchrun, the others as it does.
+"""
 
 import json
 import os
@@ -6,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from socket import socket
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers import warm
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
@@ -27,6 +33,11 @@ if sys.argv.pop(1) == "streamed":
 from absorb.cli.main import main
 main()
 """
+SHORT = """
+import pytest
+from tests.conftest import shorten_texts
+shorten_texts(pytest.MonkeyPatch())
+"""
 
 
 @pytest.fixture
@@ -39,33 +50,38 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def command(source: Path, out: str, way: str, processes: int) -> list[str]:
+def arguments(source: Path, out: str, way: str) -> list[str]:
     home = source.parent
-    alone = [sys.executable, str(home / "program.py")]
-    several = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(processes), str(home / "program.py")),
-    ]
     return [
-        *(alone if processes == 1 else several),
         *(way, "convert", str(source), "--out", str(home / out), "--text", str(home / "text.txt")),
-        *("--steps", "6", "--train", "all", "--device", "cpu", "--json"),
+        *("--steps", "3", "--train", "all", "--device", "cpu", "--json"),
     ]
 
 
 def converted(source: Path, way: str, processes: int) -> tuple[dict[str, torch.Tensor], dict]:
     out = f"{way}-{processes}"
-    done = subprocess.run(
-        command(source, out, way, processes), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return load_file(source.parent / out / "model.safetensors"), json.loads(done.stdout)
+    command = [sys.executable, "-c", SHORT + PROGRAM, *arguments(source, out, way)]
+    with ThreadPoolExecutor() as pool:
+        places = told(processes)
+        ranks = [*pool.map(lambda place: warm.run(command, env=os.environ | place), places)]
+    for done in ranks:
+        assert done.returncode == 0, done.stderr
+    return load_file(source.parent / out / "model.safetensors"), json.loads(ranks[0].stdout)
+
+
+def told(processes: int) -> list[dict[str, str]]:
+    """What torchrun tells each process."""
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    meeting |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [meeting | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(processes)]
 
 
 @pytest.mark.parametrize("way", ["resident", "streamed"])
 def test_two_processes_come_to_what_one_does(way: str, source: Path) -> None:
     """Sums of gradients in another order: AdamW turns differences of gradients near zero into
-    steps, of which there are six of at most 2e-4."""
+    steps, of which there are three of at most 2e-4."""
     (alone, first), (together, second) = (converted(source, way, n) for n in (1, 2))
     assert together.keys() == alone.keys()
     for name, tensor in alone.items():
@@ -83,12 +99,16 @@ def test_two_processes_come_to_what_one_does(way: str, source: Path) -> None:
 
 
 def test_a_process_that_is_killed_ends_all_and_another_number_goes_on(source: Path) -> None:
-    words = [*command(source, "out", "streamed", 2), "--resume"]
+    words = [*arguments(source, "out", "streamed"), "--resume"]
     words[words.index("--steps") + 1] = "80"
+    both_words = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(str(source.parent / "program.py"), *words),
+    ]
     log, kept = source.parent / "log", source.parent / "out.progress" / "layers"
     with (
         log.open("w") as said,
-        subprocess.Popen(words, stderr=said, stdout=subprocess.DEVNULL) as both,
+        subprocess.Popen(both_words, stderr=said, stdout=subprocess.DEVNULL) as both,
     ):
         deadline = time.monotonic() + 120
         while not (kept / "0.safetensors").exists() and time.monotonic() < deadline:
@@ -103,9 +123,7 @@ def test_a_process_that_is_killed_ends_all_and_another_number_goes_on(source: Pa
     assert not (source.parent / "out").exists()
     assert not list(source.parent.glob("out.partial*"))
     trained = load_file(kept / "0.safetensors")
-    alone = [*command(source, "out", "streamed", 1), "--resume"]
-    alone[alone.index("--steps") + 1] = "80"
-    done = subprocess.run(alone, capture_output=True, text=True, check=False)
+    done = warm.run([sys.executable, "-c", PROGRAM, *words])
     assert done.returncode == 0, done.stderr
     assert "resumed" in done.stderr
     written = load_file(source.parent / "out" / "model.safetensors")

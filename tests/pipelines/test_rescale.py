@@ -22,6 +22,9 @@ from absorb.ship.verify import verify
 from tests.helpers.tiny import HEAD_DIM, INTERMEDIATE, KV_HEADS, LAYERS, tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("little_text")
+
+
 LARGE = 2.0**-18
 
 

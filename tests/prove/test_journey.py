@@ -13,6 +13,9 @@ from absorb.models.families import FAMILIES
 from absorb.prove.shrink import shrunk, tiny_model
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("little_text")
+
+
 UNLISTED, UNPROVABLE = "helium", "nanochat"
 
 

@@ -2,7 +2,6 @@
 
 import platform
 import resource
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from absorb.measure.timing import growth
 from absorb.runtime.memory import start_peak
+from tests.helpers import warm
 
 MEGABYTE = 2**20
 
@@ -49,9 +49,7 @@ del tensors[::2]
 {after}
 print(int(Path("/proc/self/statm").read_text().split()[1]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
+    done = warm.run([sys.executable, "-c", code])
     return int(done.stdout) * resource.getpagesize()
 
 
@@ -68,7 +66,5 @@ seen = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 use()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - seen)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
+    done = warm.run([sys.executable, "-c", code])
     return int(done.stdout)

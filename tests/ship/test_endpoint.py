@@ -1,6 +1,5 @@
 """A server that drops something of a checkpoint is found, and what it drops is named."""
 
-import os
 import shutil
 import socket
 import subprocess
@@ -26,10 +25,6 @@ from tests.helpers.openai_server import Engine, serving
 from tests.ship.test_export import Case
 from tests.ship.test_export import converted as make_converted
 from tests.ship.test_verify import relist
-
-llama_cpp = pytest.mark.skipif(
-    not os.environ.get("ABSORB_LLAMA_CPP"), reason="run by scripts/test_llama_cpp"
-)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +167,7 @@ def llama_server(file: Path) -> Iterator[str]:
         server.kill()
 
 
-@llama_cpp
+@pytest.mark.llama_cpp
 def test_llama_cpp_is_verified_and_a_file_without_biases_is_not(
     folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

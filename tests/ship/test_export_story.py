@@ -24,6 +24,8 @@ from absorb.ship.verify import verify
 from tests.helpers.fake_hub import TOKEN, USER, serving
 from tests.helpers.tiny import LAYERS
 
+pytestmark = pytest.mark.usefixtures("little_text")
+
 
 def export(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["export", *map(str, arguments)])

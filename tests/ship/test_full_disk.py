@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import warm
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
@@ -22,11 +23,14 @@ ALONE = ["unshare", "--map-root-user", "--mount"]
 INSIDE = """
 import json, subprocess, sys
 from pathlib import Path
+import pytest
 import torch
 from click.testing import CliRunner
 from absorb.cli.main import main
+from tests.conftest import shorten_texts
 
 torch.set_num_threads(1)
+shorten_texts(pytest.MonkeyPatch())
 disk = Path(sys.argv[1])
 for size, words in json.loads(sys.argv[2]):
     subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", disk], check=True)
@@ -107,17 +111,17 @@ def test_what_a_conversion_goes_on_from_is_kept_where_a_later_file_is_too_large(
     assert ending.left == whole
 
 
+PRINT = """
+import os
+from absorb.cli.main import main
+os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+main()
+"""
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_output_that_cannot_be_printed_is_one_sentence(converted: Path) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "from absorb.cli.main import main; main()",
-        "verify",
-        converted,
-    ]
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    done = warm.run([sys.executable, "-c", PRINT, "verify", converted])
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1] == (
         "absorb: the result could not be printed (No space left on device); "

@@ -4,7 +4,6 @@ scripts/test_llama_cpp installs it: without the package llama_cpp_py_sync all of
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,9 +39,6 @@ from tests.helpers.tiny_tokenizer import tiny_tokenizer
 from tests.ship.test_export import CASES, ROPES, Case, export
 from tests.ship.test_export import converted as made_of
 
-llama_cpp = pytest.mark.skipif(
-    not os.environ.get("ABSORB_LLAMA_CPP"), reason="run by scripts/test_llama_cpp"
-)
 # Of log-probabilities: sums in float32, in another order.
 SAME = 1e-3
 RUNS = {
@@ -77,7 +73,7 @@ def written(case: Case, place: Path, weights: Weights = "f32") -> tuple[Path, An
     return place / "model.gguf", AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-@llama_cpp
+@pytest.mark.llama_cpp
 @pytest.mark.parametrize("name", RUNS)
 @torch.no_grad()
 def test_llama_cpp_says_what_transformers_says(name: str, tokens: Tensor, tmp_path: Path) -> None:
@@ -86,7 +82,7 @@ def test_llama_cpp_says_what_transformers_says(name: str, tokens: Tensor, tmp_pa
     assert (said(file, tokens) - expected).abs().max() < SAME
 
 
-@llama_cpp
+@pytest.mark.llama_cpp
 @pytest.mark.parametrize("weights", ["f16", "bf16"])
 @torch.no_grad()
 def test_short_types_hold_matrices_rounded_and_all_else_as_it_was(
@@ -103,7 +99,7 @@ def test_short_types_hold_matrices_rounded_and_all_else_as_it_was(
     assert found < far
 
 
-@llama_cpp
+@pytest.mark.llama_cpp
 @torch.no_grad()
 def test_llama_cpp_quantises_an_export(tokens: Tensor, tmp_path: Path) -> None:
     # Q4_K wants rows of 256.
@@ -187,7 +183,7 @@ MADE = {name: lambda cut=cut: byte_level(cut) for cut, name in _CUTS.items()}
 MADE |= {"Metaspace": lambda: pieces(True), "Prepend": lambda: pieces(False)}
 
 
-@llama_cpp
+@pytest.mark.llama_cpp
 @pytest.mark.parametrize("name", MADE)
 def test_llama_cpp_cuts_texts_into_the_same_tokens(name: str, tmp_path: Path) -> None:
     made = PreTrainedTokenizerFast(

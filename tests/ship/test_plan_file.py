@@ -32,6 +32,9 @@ from tests.helpers.plans import plan_of
 from tests.helpers.tiny import HIDDEN, LAYERS, NOTHING, tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("little_text")
+
+
 # Low enough that neurons of a tiny model are removed and channels of its stream are rescaled.
 LOW = ["--threshold", "channel_ratio=1.3", "--threshold", "massive_value=1"]
 LOW += ["--threshold", "massive_ratio=1", "--threshold", "divergence=1"]

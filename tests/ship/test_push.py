@@ -21,6 +21,9 @@ from absorb.ship.staging import digests
 from absorb.ship.verify import verify
 from tests.helpers.fake_hub import TOKEN, USER, FakeHub, Trouble, serving
 
+pytestmark = pytest.mark.usefixtures("little_text")
+
+
 REPOSITORY = f"{USER}/model"
 BATCH = f"POST /{REPOSITORY}.git/info/lfs/objects/batch"
 COMMIT = f"POST /api/models/{REPOSITORY}/commit/main"

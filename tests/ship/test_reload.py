@@ -15,8 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from absorb.cli.main import main
 from absorb.load.opening.tokenizer import without_bos
 from absorb.models import modeling_absorb
+from tests.helpers import warm
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("little_text")
+
 
 LOAD = """
 import sys
@@ -121,10 +125,8 @@ def test_the_report_is_about_this_checkpoint(converted: Path) -> None:
 
 def test_it_reloads_where_absorb_is_not_installed(converted: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-c", LOAD, str(converted), str(tmp_path / "again")]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    command = [sys.executable, "-c", LOAD, str(converted), str(tmp_path / "again")]
+    done = warm.run(command, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     code = Path(str(modeling_absorb.__file__))
     assert (tmp_path / "again" / code.name).read_bytes() == code.read_bytes()

@@ -22,6 +22,9 @@ from absorb.ship.verify import read_report, verify
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("little_text")
+
+
 PACKAGE = Path(absorb.__file__).parent
 
 
@@ -182,6 +185,7 @@ def no_model(folder: Path) -> None:
         (no_model, "the model does not load without absorb"),
     ],
 )
+@pytest.mark.usefixtures("warm_stranger")
 def test_a_change_is_named(folder: Path, tamper: Callable[[Path], None], sentence: str) -> None:
     tamper(folder)
     assert any(sentence in reason for reason in wrong(folder)), wrong(folder)

@@ -30,10 +30,11 @@ CHAT = "{{ 'zzz' }}"
 def planted(share: float) -> Source:
     """A tiny model that goes into a loop in so large a share of its texts.
 
-    Its layers write nothing, so what comes next depends on the last token alone. The embedding is
-    the unit matrix, which its norm makes eight times as large.
+    Its one layer writes nothing, so what comes next depends on the last token alone. The
+    embedding is the unit matrix, which its norm makes eight times as large.
     """
-    model = tiny("llama", torch.float32, hidden_size=VOCABULARY, max_position_embeddings=512)
+    settings = {"num_hidden_layers": 1, "hidden_size": VOCABULARY, "max_position_embeddings": 512}
+    model = tiny("llama", torch.float32, **settings)
     base: PreTrainedModel = model.model
     noise = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(0))
     logits = 0.1 * noise  # (next, last); no two are the same, so that their order is known
