@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from absorb.fold.sinks.choose import fit_sinks
 from absorb.fold.sinks.distances import spread_positions
 from absorb.fold.sinks.prefix_cache import Prefix, prefix_of
 from absorb.models.decoder import Decoder
@@ -46,3 +47,13 @@ def test_a_quarter_of_the_rows_skips_up_to_the_longest_text() -> None:
 def test_no_row_skips_where_a_text_cannot_be_longer(family: str, settings: dict[str, Any]) -> None:
     positions = spread(family, **settings)
     assert positions.diff(dim=1).eq(1).all()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_sinks_of_every_family_are_fitted_to_rows_that_skip(family: str) -> None:
+    decoder, prefix = known(family)
+    fits = [fit for fit in fit_sinks(decoder, prefix, TEXT[:4, :8]) if fit]
+    assert fits
+    assert all(0 <= fit.error <= 1 for fit in fits)
+    skips = spread_positions(decoder, prefix, TEXT[:4, :8]).diff(dim=1).amax() > 1
+    assert skips == bool(decoder.rotating)
