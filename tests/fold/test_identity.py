@@ -297,7 +297,11 @@ def test_watching_attention_leaves_no_trace(tokens: Tensor) -> None:
 
 
 @ATTEND
-@pytest.mark.parametrize("prefix", [(1,), (1, 9)], ids=["one token", "two tokens"])
+@pytest.mark.parametrize(
+    "prefix",
+    [pytest.param((1,), marks=pytest.mark.slow), (1, 9)],
+    ids=["one token", "two tokens"],
+)
 @torch.no_grad()
 def test_the_key_form_is_the_teacher(
     family: Family, prefix: tuple[int, ...], tokens: Tensor

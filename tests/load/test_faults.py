@@ -24,6 +24,7 @@ from absorb.schema.settings import ModelRef
 from absorb.ship.plan_file import PLAN, read_plan
 from absorb.ship.staging import staged
 from absorb.text.corpus import read_ids
+from tests.conftest import shorten_texts
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 from tests.helpers.warm import warm
@@ -80,7 +81,7 @@ def refused(model: Path, sentence: str) -> None:
 def run(log: Path, words: list[str], largest: int | None = None) -> None:
     """In another process: the command line, with its stderr in a file."""
     os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
-    torch.set_num_threads(1)
+    shorten_texts(pytest.MonkeyPatch())
     if largest is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))

@@ -490,7 +490,7 @@ def test_checkpointed_layers_give_the_same_gradients(form: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "form"),
     [
-        ("aot_eager", "logit"),
+        pytest.param("aot_eager", "logit", marks=pytest.mark.slow),
         ("aot_eager", "key"),
         pytest.param("inductor", "logit", marks=pytest.mark.slow),
     ],

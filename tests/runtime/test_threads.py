@@ -25,6 +25,7 @@ print(process_time() - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core is waited for by nobody")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere threads are not libgomp's")
 def test_threads_of_a_command_that_wait_leave_their_cores() -> None:

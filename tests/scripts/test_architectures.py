@@ -11,12 +11,16 @@ from absorb.models.families import FAMILIES
 from scripts.release.render import FIGURES
 from scripts.release.tables import architectures, count_of
 from scripts.trials.architectures import main
+from tests.helpers import warm
 
 KEPT = json.loads((FIGURES / "architectures.json").read_text())["classes"]
 
 
 @pytest.mark.slow
-def test_each_class_is_listed_derived_or_refused_with_a_reason(tmp_path: Path) -> None:
+def test_each_class_is_listed_derived_or_refused_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scripts.trials.architectures.subprocess", warm)
     out = tmp_path / "architectures.json"
     done = CliRunner().invoke(main, ["--json", str(out), "llama", "helium", "bloom", "gemma3"])
     assert done.exit_code == 0, done.output

@@ -16,6 +16,7 @@ from absorb.models.families import FAMILIES
 from absorb.schema.settings import ModelRef
 from scripts.trials import train_small
 
+pytestmark = pytest.mark.slow
 LONG = 120  # different words of a text
 train_small.LENGTH = 128  # of a row, for more steps in the same time
 TINY = replace(

@@ -47,8 +47,8 @@ INSPECT = ["inspect", "MODEL", "--text", "TEXT", "--png", "DISK/pictures"]
 CASES = [
     *(("convert", f"size={size}k", CONVERT) for size in (4, 16, 64, 112)),
     *(("convert", f"size=1m,nr_inodes={files}", CONVERT) for files in (1, 3, 9)),
-    ("text", "size=96k", [*CONVERT, "--resume"]),
-    ("state", "size=128k", [*CONVERT, "--train", "all", "--resume"]),
+    ("text", "size=32k", [*CONVERT, "--resume"]),
+    ("state", "size=72k", [*CONVERT, "--train", "all", "--resume"]),
     ("eval", "size=12k", EVALUATE),
     ("inspect", "size=64k", INSPECT),
 ]

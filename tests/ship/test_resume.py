@@ -49,7 +49,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
 
 @pytest.mark.parametrize(
     ("options", "stops"),
-    [(["--train", "sinks"], (1,)), (["--train", "all", "--for", "int8"], (0, 1, 2))],
+    [
+        (["--train", "sinks"], (1,)),
+        pytest.param(["--train", "all", "--for", "int8"], (0, 1, 2), marks=pytest.mark.slow),
+    ],
 )
 def test_the_result_is_that_of_an_uninterrupted_run(
     options: list[str], stops: tuple[int, ...], original: Path, text: Path, tmp_path: Path

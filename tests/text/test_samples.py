@@ -116,6 +116,7 @@ def test_a_model_without_loops_is_sampled_once() -> None:
     assert torch.equal(made.rows, walked(source, 20, seed=0))
 
 
+@pytest.mark.slow
 def test_more_rows_begin_with_the_fewer() -> None:
     source = planted(share=0.2)
     few, many = (sampled(source, count, LENGTH, seed=0) for count in (12, 70))

@@ -115,6 +115,7 @@ def test_what_is_fitted_to_does_not_depend_on_what_else_is_sampled(
     assert len(alone.held_out) == len(alone.training) == 0
 
 
+@pytest.mark.slow
 def test_the_seed_decides_what_is_sampled(source: Source, sampled: Callable[..., Texts]) -> None:
     first, other = sampled(None), sampled(None, seed=1)
     again = gather(source, Calibration(seed=0), None)
