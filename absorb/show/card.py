@@ -293,10 +293,6 @@ def command(job: Job) -> str:
     """The `absorb convert` that does this job again, in a new folder DIR."""
     asked = [(option, value) for option, value in changed(job) if option.name != "force"]
     decided = {name for option, _ in asked for name in option.decides}
-    words = [
-        word
-        for option, value in asked
-        if option.name not in decided
-        for word in option.words(value)
-    ]
+    kept = [(option, value) for option, value in asked if option.name not in decided]
+    words = [word for option, value in kept for word in option.words(value)]
     return shlex.join(["absorb", "convert", job.model.name, "--out", "DIR", *words])
