@@ -107,12 +107,14 @@ def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("absorb.ship.verify.said_in_isolation", said)
 
 
-@pytest.fixture
-def warm_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def warm_stranger() -> Iterator[None]:
     """Verify in a process of its own that has imported torch and transformers, and no absorb."""
     from tests.helpers import warm
 
-    monkeypatch.setattr("absorb.ship.stranger.subprocess", warm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("absorb.ship.stranger.subprocess", warm)
+        yield
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from absorb.ship.verify import verify
 from tests.helpers.tiny import HEAD_DIM, INTERMEDIATE, KV_HEADS, LAYERS, tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
-pytestmark = pytest.mark.usefixtures("little_text")
+pytestmark = pytest.mark.usefixtures("little_text", "warm_stranger")
 
 
 LARGE = 2.0**-18

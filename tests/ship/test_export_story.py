@@ -24,7 +24,7 @@ from absorb.ship.verify import verify
 from tests.helpers.fake_hub import TOKEN, USER, serving
 from tests.helpers.tiny import LAYERS
 
-pytestmark = pytest.mark.usefixtures("little_text")
+pytestmark = pytest.mark.usefixtures("little_text", "warm_stranger")
 
 
 def export(*arguments: object) -> Result:

@@ -20,6 +20,7 @@ from tests.ship.test_export import KNOWN, conversion, loaded
 from tests.ship.test_export import converted as student_of
 from tests.ship.test_export_story import relist
 
+pytestmark = pytest.mark.usefixtures("little_text", "warm_stranger")
 FAMILIES = sorted({case.family for case in KNOWN.values()})
 
 

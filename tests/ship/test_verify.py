@@ -19,6 +19,7 @@ from absorb.errors import AbsorbError
 from absorb.schema.settings import ModelRef, Sink
 from absorb.ship.staging import digests
 from absorb.ship.verify import read_report, verify
+from tests.helpers import warm
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
@@ -185,8 +186,10 @@ def no_model(folder: Path) -> None:
         (no_model, "the model does not load without absorb"),
     ],
 )
-@pytest.mark.usefixtures("warm_stranger")
-def test_a_change_is_named(folder: Path, tamper: Callable[[Path], None], sentence: str) -> None:
+def test_a_change_is_named(
+    folder: Path, tamper: Callable[[Path], None], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("absorb.ship.stranger.subprocess", warm)
     tamper(folder)
     assert any(sentence in reason for reason in wrong(folder)), wrong(folder)
 

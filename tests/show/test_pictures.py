@@ -36,9 +36,6 @@ from tests.fold.test_planted import MASSIVE, NEURON, OUTLIER, planted
 from tests.helpers.tiny import HEADS, HIDDEN, LAYERS, tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
-pytestmark = pytest.mark.usefixtures("little_text")
-
-
 NAMES = ["sinks", "channels", "tokens", "neurons", "inputs"]
 HOSTILE = "<script>alert(1)</script>$\\frac$\n😀"
 
