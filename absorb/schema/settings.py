@@ -118,7 +118,7 @@ class Distillation(Checked):
     )
     purpose: Purpose = option(
         "none",
-        "Scale and train for W8A8 with fixed ranges, rotated W4A4, NVFP4 or MXFP4.",
+        "The format to train for.",
         flag="--for",
     )
 
