@@ -5,10 +5,6 @@ error. Where it goes to the other side of a weight than plain rounding does, and
 both is near, the weight is moved just beyond that boundary: whoever rounds the weights plainly
 afterwards then gets what GPTQ would, and in float the model is hardly another. The largest weight
 of each block stays, and so do the scales.
-
-What GPTQ comes near to is the weight, or the matrix that makes of rounded inputs what the weight
-makes of exact ones (least squares). That also makes up for what rounding does to inputs on every
-token alike, as it does to outlier channels that are nearly constant.
 """
 
 from pathlib import Path
@@ -70,24 +66,14 @@ def nudge(student: Decoder, tokens: Tensor, form: Format, scratch: Path) -> tupl
 
 
 class _Squares:
-    """Products of rounded inputs with these, and with exact ones, summed over tokens.
-
-    Both are (channels, channels).
-    """
+    """The squares and products of rounded inputs, summed over tokens: (channels, channels)."""
 
     def __init__(self) -> None:
-        self.rounded: Tensor | float = 0.0
-        self.exact: Tensor | float = 0.0
+        self.sum: Tensor | None = None
 
     def add(self, inputs: Tensor, on_grid: Tensor) -> None:
-        self.rounded = self.rounded + on_grid.T @ on_grid
-        self.exact = self.exact + on_grid.T @ inputs
-
-    def summed(self) -> tuple[Tensor, Tensor]:
-        """Those of all processes."""
-        assert torch.is_tensor(self.rounded)
-        assert torch.is_tensor(self.exact)
-        return ranks.summed(self.rounded), ranks.summed(self.exact)
+        products = on_grid.T @ on_grid
+        self.sum = products if self.sum is None else self.sum.add_(products)
 
 
 class _Both:
@@ -134,48 +120,33 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 def _nudge(weight: Tensor, known: _Squares, judge: _Both, form: Format) -> tuple[float, float]:
     """Nudge a weight (outputs, channels), if that helps: the error before and after."""
-    squares, crossed = known.summed()
+    assert known.sum is not None
+    squares = ranks.summed(known.sum)
     inputs, on_grid = torch.cat(judge.inputs), torch.cat(judge.on_grid)
     exact = inputs @ weight.float().T
 
     def error(matrix: Tensor) -> float:
         return float((on_grid @ rounded(matrix, form.weights).float().T - exact).square().sum())
 
-    own = weight.float()
-    wishes = own, least_squares(own, squares, crossed)
-    tried = [nudged(own, squares, form.weights, wish).to(weight) for wish in wishes]
-    before, after = error(weight), [error(moved) for moved in tried]
-    best = after.index(min(after))
-    if not after[best] < before:
+    moved = nudged(weight.float(), squares, form.weights).to(weight)
+    before, after = error(weight), error(moved)
+    if not after < before:
         return before, before
-    weight.copy_(tried[best])
-    return before, after[best]
+    weight.copy_(moved)
+    return before, after
 
 
-def least_squares(weight: Tensor, squares: Tensor, crossed: Tensor) -> Tensor:
-    """What makes of rounded inputs what a weight (outputs, channels) makes of exact ones.
-
-    squares are products of rounded inputs, and crossed those of rounded and exact ones. Where text
-    says little, it is the weight.
-    """
-    damping = _damping(squares)
-    found: Tensor = torch.linalg.solve(squares.double() + damping, crossed.double() + damping)
-    return weight @ found.T.float()
-
-
-def nudged(weight: Tensor, squares: Tensor, grid: Grid, wish: Tensor | None = None) -> Tensor:
+def nudged(weight: Tensor, squares: Tensor, grid: Grid) -> Tensor:
     """A weight (outputs, channels), float32, whose plain rounding to E2M1 is nearly that of GPTQ.
 
-    squares are those of inputs, summed over tokens: (channels, channels). It comes near to `wish`,
-    or to the weight, on such inputs.
+    squares are those of inputs, summed over tokens: (channels, channels).
     """
     peaks = peaks_of(weight, grid)
     scale = grid.scale(peaks, grid.top).clamp_min(torch.finfo(torch.float32).tiny)
     reach = (e2m1_step(weight / scale) * scale * _REACH).masked_fill(weight.abs() >= peaks, 0)
     # A column of the weight is a row from here on: what lies side by side is read at once.
     own, scale, reach = (part.T.contiguous() for part in (weight, scale, reach))
-    rest = (weight if wish is None else wish).T.clone(memory_format=torch.contiguous_format)
-    upper, chosen = _compensation(squares), torch.empty_like(own)
+    upper, rest, chosen = _compensation(squares), own.clone(), torch.empty_like(own)
     for start in range(0, len(own), _COLUMNS):
         block = slice(start, start + _COLUMNS)
         errors = torch.zeros_like(rest[block])
@@ -197,13 +168,9 @@ def _plain(values: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 def _compensation(squares: Tensor) -> Tensor:
     """How later columns make up for the error of each: the upper root of the damped inverse."""
-    # In float64: squares of outliers leave float32 no digits for the others.
-    whole = squares.double() + _damping(squares)
+    whole = squares.double()  # squares of outliers leave float32 no digits for the others
+    damping = _DAMPING * whole.diagonal().mean().clamp_min(1e-12)
+    whole = whole + damping * torch.eye(len(whole), dtype=whole.dtype, device=whole.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(whole))
     upper: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
     return upper
-
-
-def _damping(squares: Tensor) -> Tensor:
-    size = _DAMPING * squares.diagonal().double().mean().clamp_min(1e-12)
-    return size * torch.eye(len(squares), dtype=torch.float64, device=squares.device)

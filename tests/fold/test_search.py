@@ -146,7 +146,7 @@ def test_int8_is_searched_for_as_ever(purpose: Purpose, text: Tensor) -> None:
     assert all(torch.equal(found.smoothing[link], scales) for link, scales in before.items())
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "w4a4-hadamard"])
+@pytest.mark.parametrize("name", BLOCKS)
 @torch.no_grad()
 def test_on_other_text_matrices_err_less_than_by_the_scales_for_int8(name: FormatName) -> None:
     draw = torch.Generator().manual_seed(6)

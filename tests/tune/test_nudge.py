@@ -10,7 +10,7 @@ from absorb.models.families import FAMILIES
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.grids import MXFP4, NVFP4, Grid, e2m1_step, peaks_of, rounded
 from absorb.runtime.inputs import watching_inputs
-from absorb.tune.nudge import _REACH, least_squares, nudge, nudged, nudges
+from absorb.tune.nudge import _REACH, nudge, nudged, nudges
 from tests.helpers.tiny import VOCABULARY, tiny
 
 GRIDS = pytest.mark.parametrize("grid", [NVFP4, MXFP4], ids=["nvfp4", "mxfp4"])
@@ -65,27 +65,6 @@ def test_storage_in_bfloat16_keeps_what_was_gained(grid: Grid, draw: torch.Gener
     weight = torch.randn(48, 64, generator=draw).bfloat16().float()
     moved = nudged(weight, text.T @ text, grid)
     assert torch.equal(rounded(moved.bfloat16().float(), grid), rounded(moved, grid))
-
-
-def test_what_rounding_does_to_all_inputs_alike_is_made_up_for(draw: torch.Generator) -> None:
-    grid = MXFP4  # in NVFP4 the largest of a block is exact
-    inputs = of_few_directions(draw, 2048)
-    inputs[:, ::9] += 30 * torch.rand(8, generator=draw)  # constants, some of them between levels
-    (text, other), weight = inputs.chunk(2), torch.randn(48, 64, generator=draw)
-    seen, judged = rounded(text, grid), rounded(other, grid)
-    squares = seen.T @ seen
-
-    def error(moved: Tensor) -> float:
-        return float((judged @ rounded(moved, grid).T - other @ weight.T).square().sum())
-
-    wish = least_squares(weight, squares, seen.T @ text)
-    assert error(nudged(weight, squares, grid, wish)) < 0.95 * error(nudged(weight, squares, grid))
-
-
-def test_least_squares_of_exact_inputs_are_the_weight(draw: torch.Generator) -> None:
-    text, weight = of_few_directions(draw), torch.randn(48, 64, generator=draw)
-    squares = text.T @ text
-    torch.testing.assert_close(least_squares(weight, squares, squares), weight)
 
 
 @torch.no_grad()
