@@ -25,6 +25,7 @@ HEAD_DIM = 8
 EXPERTS = 4
 VOCABULARY = 64
 POSITIONS = 64
+_SEED = 4
 # What is found in a model without outliers.
 NOTHING = Findings(
     sink_heads=(),
@@ -238,7 +239,9 @@ def tiny(model_type: str, dtype: torch.dtype = torch.float64, **overrides: Any) 
     """
     settings = {**COMMON, **SPECIAL.get(model_type, {}), **overrides}
     config = AutoConfig.for_model(model_type, **settings)
-    model = causal_class(config)._from_config(config, dtype=dtype).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(_SEED)  # for what a class draws itself, and `randomise` leaves
+        model = causal_class(config)._from_config(config, dtype=dtype).eval()
     if getattr(config, "attn_logit_softcapping", None) is not None:
         # transformers 5.17 lets SDPA leave out the softcap, and says nothing.
         model.set_attn_implementation("eager")
