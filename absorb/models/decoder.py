@@ -203,6 +203,12 @@ class Decoder:
         names = zip(self.names(up), self.names(down), strict=True)
         return dict(zip(names, (site.module for site in self.sites(down)), strict=True))
 
+    def expert_weights(self, layer: int) -> list[nn.Parameter]:
+        """The weights of the experts of a layer; none where it has no experts."""
+        known = {id(module) for module in self.experts.values()}
+        inside = [part for part in self.layers[layer].modules() if id(part) in known]
+        return [weight for part in inside for weight in part.parameters()]
+
     def fetched(self, layer: int) -> AbstractContextManager[None]:
         """The weights of a layer at hand, to be looked at."""
         streaming = self.streaming

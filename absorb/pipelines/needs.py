@@ -109,11 +109,10 @@ def experts_fit(source: Source, fine_tune: Recipe) -> bool:
 def _work(decoder: Decoder, fine_tune: Recipe, experts: bool = True) -> float:
     """The most that the weights of a layer take while it is trained, with its experts or not."""
     each = _LAYER[fine_tune.train] if fine_tune.trains else _UNTRAINED
-    known = {id(module) for module in decoder.experts.values()}
     most = 0
-    for layer in decoder.layers:
-        inside = [part for part in layer.modules() if id(part) in known and not experts]
-        still = sum(weight.numel() for part in inside for weight in part.parameters())
+    for index, layer in enumerate(decoder.layers):
+        left_out = [] if experts else decoder.expert_weights(index)
+        still = sum(weight.numel() for weight in left_out)
         whole = sum(weight.numel() for weight in layer.parameters())
         most = max(most, each * (whole - still) + _UNTRAINED * still)
     return most

@@ -90,9 +90,9 @@ class _Layers:
     ):
         self.student, self.fine_tune, self.form = student, fine_tune, form
         self.prefix = len(plan.prefix)
-        stream = plan.orders.get(STREAM, torch.arange(len(plan.residual)))
-        self.order = stream.to(student.device)
-        self.scale = plan.residual[stream].to(student.device)
+        order = plan.orders.get(STREAM)
+        self.order = slice(None) if order is None else order.to(student.device)
+        self.scale = plan.residual.to(student.device)[self.order]
         rows = ranks.least(_rows_at_once(student, fine_tune, texts))
         training = texts.training[: len(texts.training) // ranks.count() * ranks.count()]
         parts = [part for part in ranks.share(training).split(rows) if len(part) == rows]
@@ -133,16 +133,11 @@ class _Layers:
             if self.form is not None:
                 stack.enter_context(weights_on_grid(self.student, self.form, layer))
             before = self._error(layer, judges, spread)
-            parameters = choose(module, self.fine_tune, self._left_out(module))
+            left_out = [] if self.fine_tune.experts else self.student.expert_weights(layer)
+            parameters = choose(module, self.fine_tune, left_out)
             self._steps(layer, parameters, spread)
             module.requires_grad_(False)
             return before, self._error(layer, judges, spread)
-
-    def _left_out(self, module: nn.Module) -> list[nn.Parameter]:
-        """The weights of experts, where there is no room to train them."""
-        experts = () if self.fine_tune.experts else self.student.experts.values()
-        inside = [part for part in module.modules() if any(part is one for one in experts)]
-        return [weight for part in inside for weight in part.parameters()]
 
     def _steps(self, layer: int, parameters: list[nn.Parameter], spread: Tensor) -> None:
         optimizer = optimizer_of(self.student.layers[layer], parameters, self.fine_tune.rate)
