@@ -102,13 +102,13 @@ def interleaved(runs: Mapping[str, Run], device: str, repeats: int) -> dict[str,
     turns: list[dict[str, float]] = []
     start = time.perf_counter()
     while len(turns) < repeats + 2 or time.perf_counter() - start < LEAST:
-        turns.append({name: _seconds(run, device, counts[name]) for name, run in runs.items()})
+        turns.append({name: seconds(run, device, counts[name]) for name, run in runs.items()})
         if device == "cuda":
             counts = {n: max(1, min(BURST, int(SHORT / t))) for n, t in turns[-1].items()}
     return {name: median(turn[name] for turn in turns[2:]) for name in runs}
 
 
-def _seconds(run: Run, device: str, count: int = 1) -> float:
+def seconds(run: Run, device: str, count: int = 1) -> float:
     """Wall clock of one run, the mean of `count` in a row, until the device is done."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -42,8 +42,8 @@ def weights_on_grid(decoder: Decoder, form: Format, layer: int) -> Iterator[None
     """The weights of one layer likewise."""
     weights = [_owner(decoder, name) for name in multiplied(decoder, layer)]
     for module, name in weights:
-        on_grid = _OnGrid(form, transposed=isinstance(module, Conv1D))
-        parametrize.register_parametrization(module, name, on_grid, unsafe=True)
+        rounding = _OnGrid(form, transposed=isinstance(module, Conv1D))
+        parametrize.register_parametrization(module, name, rounding, unsafe=True)
     try:
         yield
     finally:
@@ -65,8 +65,12 @@ class _OnGrid(nn.Module):
         self.form, self.transposed = form, transposed
 
     def forward(self, weight: Tensor) -> Tensor:
-        rows = weight.mT if self.transposed else weight
-        matrices = rows.reshape(-1, *rows.shape[-2:])
-        on_grid = torch.stack([rounded(self.form.rotate(m), self.form.weights) for m in matrices])
-        whole = on_grid.view(rows.shape).to(weight)
+        whole = on_grid(self.form, weight.mT if self.transposed else weight).to(weight)
         return whole.mT if self.transposed else whole
+
+
+def on_grid(form: Format, weight: Tensor) -> Tensor:
+    """What a format leaves of a weight (..., outputs, inputs): each matrix by itself."""
+    matrices = weight.reshape(-1, *weight.shape[-2:])
+    rows = torch.stack([rounded(form.rotate(matrix), form.weights) for matrix in matrices])
+    return rows.view(weight.shape)

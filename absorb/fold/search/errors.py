@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from absorb.fold.order import columns_of_values, reordered
@@ -12,6 +11,7 @@ from absorb.fold.smoothing import product, readers_of
 from absorb.models.decoder import Decoder
 from absorb.quantize.formats import Format
 from absorb.quantize.grids import rounded
+from absorb.quantize.training import on_grid
 from absorb.runtime.inputs import watching_inputs
 
 
@@ -41,12 +41,6 @@ class Link:
                 matrix = reordered(matrix, order)
             total += float((product(read, on_grid(form, matrix)) - exact).square().sum())
         return total
-
-
-def on_grid(form: Format, weight: Tensor) -> Tensor:
-    """What a format leaves of a weight (..., outputs, channels): each matrix by itself."""
-    matrices = weight.reshape(-1, *weight.shape[-2:])
-    return torch.stack([rounded(form.rotate(m), form.weights) for m in matrices]).view_as(weight)
 
 
 @contextmanager
