@@ -198,10 +198,10 @@ def _errors(
     def see(link: Link) -> None:
         place = _place(family, link.name)
         order = orders.get(place)
-        if order is not None and place != STREAM:
-            order = order[link.layer]
+        if order is not None:
+            order = (order if place == STREAM else order[link.layer]).to(student.device)
         for number, scales in enumerate(tried):
-            scale = scales[link.name][link.layer]
+            scale = scales[link.name][link.layer].to(student.device)
             for kind, known in enumerate([None, order][: kinds[link.name]]):
                 error = link.error(form, *as_read(student, link.name, scale, known))
                 errors[link.name][kind, number, link.layer] = error
