@@ -1,6 +1,7 @@
 """Where a fixed INT8 range had best end."""
 
 from collections import defaultdict
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -42,10 +43,13 @@ def clipped_ranges(
     with watching_inputs(decoder, see):
         read(decoder, rows, ROWS, "measuring inputs of Linears")
     found = {}
-    for name, parts in tqdm(tried.items(), desc="choosing INT8 ranges", unit="matrix"):
-        peak = torch.stack(peaks[name]).max()
-        with decoder.fetched(decoder.layer_of(name)):
-            found[name] = _best_range(torch.cat(parts).float(), peak, decoder.named(name).weight)
+    with tqdm(total=len(tried), desc="choosing INT8 ranges", unit="matrix") as bar:
+        for layer, names in groupby(sorted(tried, key=decoder.layer_of), decoder.layer_of):
+            with decoder.fetched(layer):
+                for name in names:
+                    peak, weight = torch.stack(peaks[name]).max(), decoder.named(name).weight
+                    found[name] = _best_range(torch.cat(tried[name]).float(), peak, weight)
+                    bar.update()
     return found
 
 
