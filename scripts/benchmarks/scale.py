@@ -45,7 +45,7 @@ SHAPES = {  # hidden, inner, layers, heads, key and value heads, vocabulary, tie
     "70b": (8192, 28672, 80, 64, 8, 128_256, False),
 }
 _BOS, _DETECTOR, _MASSIVE, _OUTLIER, _NEURON = 1, 3, 5, 7, 11
-_LARGE, _SPIKE, _SHARP, _QUIET = 40.0, 0.02, 0.25, 0.05
+_LARGE, _SPIKE, _SHARP, _QUIET = 40.0, 0.04, 0.25, 0.05
 _OTHER_ROWS = 120  # of text, besides those to train on; more than are needed
 _EVERY = 0.02  # seconds between two looks at the memory
 
