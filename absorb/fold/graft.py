@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from absorb.fold import neurons, order, place, residual, smoothing
@@ -79,9 +79,12 @@ def twin(decoder: Decoder, sinks: Sequence[LayerSink | None] = ()) -> Decoder:
         settings.pop(ours, None)
     config = cls.config_class(**settings, absorb=sites(decoder, sinks))
     config._experts_implementation = model.config._experts_implementation
+    own = dict(model.named_parameters(remove_duplicate=False))
     weights = model.state_dict()
     if decoder.streaming is None:
         weights = {name: tensor.clone() for name, tensor in weights.items()}
+    else:  # transformers would bring all of them to the CPU
+        weights |= {name: _stand_in(parameter) for name, parameter in own.items()}
     with quiet():
         loading: Any = cls.from_pretrained(
             None, config=config, state_dict=weights, dtype=model.dtype, output_loading_info=True
@@ -95,8 +98,16 @@ def twin(decoder: Decoder, sinks: Sequence[LayerSink | None] = ()) -> Decoder:
     if decoder.streaming is None:
         module.to(model.device)
     else:
+        for name, parameter in student.named_parameters(remove_duplicate=False):
+            if name in own:
+                parameter.data = own[name].data
         plain.streaming = Streaming(student, plain.layers, decoder.device)
     return plain
+
+
+def _stand_in(parameter: Tensor) -> Tensor:
+    """What looks like a parameter, and takes no room."""
+    return torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
 
 
 def _drawn(info: Mapping[str, Any]) -> bool:

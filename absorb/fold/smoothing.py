@@ -38,7 +38,7 @@ def smoothing_scales(
     """
     with autocast_bf16(student.device):
         inputs = input_peaks(student, tokens, order=order)
-    return scales_by(sizes_of(student, inputs, order), alpha)
+    return scales_by(sizes_of(student, inputs, norms_of(student, order), order), alpha)
 
 
 @torch.no_grad()
@@ -53,9 +53,10 @@ def searched_scales(student: Decoder, tokens: Tensor) -> dict[str, Tensor]:
     with autocast_bf16(student.device):
         known, other = (input_peaks(student, half) for half in (first, second))
     both = {name: peaks.maximum(other[name]) for name, peaks in known.items()}
+    norms = norms_of(student)
     tried, scales = (
         [scales_by(sizes, alpha) for alpha in _ALPHAS]
-        for sizes in (sizes_of(student, inputs) for inputs in (known, both))
+        for sizes in (sizes_of(student, inputs, norms) for inputs in (known, both))
     )
     errors = _errors(student, second[:_ROWS], other, tried)
     return {
@@ -75,10 +76,11 @@ def scales_by(sizes: dict[str, tuple[Tensor, Tensor]], alpha: float) -> dict[str
 
 
 def sizes_of(
-    student: Decoder, inputs: dict[str, Tensor], order: float = inf
+    student: Decoder, inputs: dict[str, Tensor], norms: dict[str, Tensor], order: float = inf
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """How large inputs, as `input_peaks` gives them, and weights are, by link: (layers, channels).
 
+    norms are what `norms_of` gives for the same order.
     A neuron that is quieter than the median one of its layer counts as that loud: on other text it
     may fire, and if it had been made louder, it would widen the range of all.
     """
@@ -90,8 +92,9 @@ def sizes_of(
         size, weight = (torch.zeros(len(student.layers), *shape) for _ in range(2))
         for layer, names in present.items():
             size[layer] = inputs[names[0]]
-            norms = [_column_norms(student, layer, reader, shape, order) for reader in names]
-            weight[layer] = power_mean(torch.stack(norms), order, 0)
+            # Experts that read the same channels share one size.
+            columns = [power_mean(norms[n].view(-1, *shape), order, 0) for n in names]
+            weight[layer] = power_mean(torch.stack(columns), order, 0)
         if name in student.family.neurons and order == inf:
             size = size.maximum(size.median(-1, keepdim=True).values)
         if name == student.family.value:
@@ -106,16 +109,20 @@ def readers_of(student: Decoder, layer: int, readers: tuple[str, ...]) -> list[s
     return [stem + reader for reader in readers if student.has(layer, reader)]
 
 
-def _column_norms(
-    student: Decoder, layer: int, name: str, shape: tuple[int, ...], order: float
-) -> Tensor:
-    """How large the weights of every input channel of a matrix are, in this shape.
+def norms_of(student: Decoder, order: float = inf) -> dict[str, Tensor]:
+    """How large the weights of every input channel of each reader of a link are, by its name.
 
-    Experts that read the same channels share it.
+    (channels,), of experts (experts, channels). A layer is asked for once: where weights stream
+    each time is a walk.
     """
-    with student.fetched(layer):
-        norms = power_mean(student.named(name).weight.detach(), order, -2)
-    return power_mean(norms.view(-1, *shape), order, 0)
+    links = student.family.links.values()
+    norms = {}
+    for layer in range(len(student.layers)):
+        names = [name for readers in links for name in readers_of(student, layer, readers)]
+        with student.fetched(layer):
+            for name in names:
+                norms[name] = power_mean(student.named(name).weight.detach(), order, -2)
+    return norms
 
 
 def _shared(channels: Tensor, student: Decoder, order: float) -> Tensor:

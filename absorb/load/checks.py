@@ -1,6 +1,6 @@
 """What absorb refuses to convert, each with the sentence that says why and what to do."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +161,16 @@ def refuse_non_finite(model: PreTrainedModel, name: str) -> None:
 
 
 def refuse_unfaithful(
-    folder: Path, model: PreTrainedModel, types: Mapping[str, torch.dtype], name: str
+    folder: Path,
+    model: PreTrainedModel,
+    types: Mapping[str, torch.dtype],
+    name: str,
+    known: Collection[str] = (),
 ) -> None:
     """Refuse a folder unless it gives the model back: parameters of these types, finite.
 
-    What lies deeper in the folder, as the plan does, is looked at for NaN and infinity as well.
+    What lies deeper in the folder, as the plan does, is looked at for NaN and infinity as well;
+    files that are `known` are not.
     """
     held = headers(weight_files(folder, name))
     config = type(model.config).from_pretrained(folder)
@@ -177,13 +182,19 @@ def refuse_unfaithful(
                 "update transformers and safetensors"
             )
     for file in sorted(folder.rglob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                if not _is_finite(tensors.get_tensor(key)):
-                    raise AbsorbError(
-                        f"{name} has NaN or infinity in {key}; convert with --steps 0, or from "
-                        "weights in a type with a larger range, such as bfloat16 or float32"
-                    )
+        if file.relative_to(folder).as_posix() not in known:
+            refuse_non_finite_in(file, name)
+
+
+def refuse_non_finite_in(file: Path, name: str) -> None:
+    """Refuse a file of weights with NaN or infinity, which are those of what people call `name`."""
+    with safe_open(file, "pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118 - not a mapping
+            if not _is_finite(tensors.get_tensor(key)):
+                raise AbsorbError(
+                    f"{name} has NaN or infinity in {key}; convert with --steps 0, or from "
+                    "weights in a type with a larger range, such as bfloat16 or float32"
+                )
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -11,10 +11,12 @@ from absorb.errors import AbsorbError
 from absorb.models.decoder import Decoder
 from absorb.runtime import ranks
 from absorb.runtime.losses import mean_kl
-from absorb.runtime.precision import free_memory
+from absorb.runtime.precision import free_memory, with_fewer_rows
 from absorb.runtime.reading import Subject
 from absorb.runtime.walk import logits
 from absorb.schema.training import LENGTH
+
+_LABEL = "comparing with the teacher"
 
 # The mean loss in nats per token of text (rows, length).
 Loss = Callable[[Tensor], Tensor]
@@ -41,10 +43,13 @@ def divergence(teacher: Decoder, student: Decoder, prefix: Tensor, tokens: Tenso
 
     The teacher reads the tokens `prefix` (n,) before every row.
     """
-    rows = rows_at_once(student.model, student.device)
     read = Subject(decoder=teacher, lead=prefix), Subject(decoder=student)
-    both = zip(*(logits(subject, tokens, rows, "") for subject in read), strict=True)
-    total = sum(float(mean_kl(target, own)) * len(own) for target, own in both)
+
+    def found(rows: int) -> float:
+        both = zip(*(logits(subject, tokens, rows, _LABEL) for subject in read), strict=True)
+        return sum(float(mean_kl(target, own)) * len(own) for target, own in both)
+
+    total = with_fewer_rows(found, rows_at_once(student.model, student.device))
     return max(0.0, finite(ranks.mean(total / len(tokens))))  # rounding may bring it below
 
 

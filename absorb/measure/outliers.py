@@ -20,12 +20,12 @@ from absorb.models.decoder import Decoder
 from absorb.runtime.experts import watching_neurons
 from absorb.runtime.hooks import watching, watching_attention
 from absorb.runtime.inputs import watching_inputs
-from absorb.runtime.precision import autocast_bf16
+from absorb.runtime.precision import autocast_bf16, with_fewer_rows
 from absorb.runtime.reading import Subject, led
 from absorb.runtime.walk import logits, read
 from absorb.schema.settings import Thresholds
 
-_ROWS, _LABEL = 4, "measuring the stream"
+ROWS, _LABEL = 4, "measuring the stream"
 # A token is ordinary unless it is an outlier token by these, whatever the user counts as one: a
 # channel that is large on the sink token alone is no residual sink.
 _USUAL = Thresholds()
@@ -162,25 +162,31 @@ def _by_layers(decoder: Decoder, attention: Tensor) -> Tensor:
     return every
 
 
+def measure(decoder: Decoder, tokens: Tensor, lead: Tensor) -> Measurement:
+    """Measure a model on text `tokens` (rows, length), read after the tokens `lead` (n,)."""
+    return with_fewer_rows(lambda at_once: measure_by(at_once, decoder, tokens, lead), ROWS)
+
+
 @torch.inference_mode()
-def measure(
+def measure_by(
+    at_once: int,
     decoder: Decoder,
     tokens: Tensor,
     lead: Tensor,
     see: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Measurement:
-    """Measure a model on text `tokens` (rows, length), read after the tokens `lead` (n,).
+    """The same by so many rows at once.
 
-    `see` is shown a few rows at once, lead included, and their logits; without it there are none.
+    `see` is shown them, lead included, and their logits; without it there are none.
     """
     tally = _Tally(decoder)
     rows = led(tokens, lead)
     with _counting(decoder, tally), autocast_bf16(decoder.device):
         if see is None:
-            read(decoder, rows, _ROWS, _LABEL)
+            read(decoder, rows, at_once, _LABEL)
         else:
-            given = logits(Subject(decoder=decoder), rows, _ROWS, _LABEL)
-            for part, own in zip(rows.split(_ROWS), given, strict=True):
+            given = logits(Subject(decoder=decoder), rows, at_once, _LABEL)
+            for part, own in zip(rows.split(at_once), given, strict=True):
                 see(part.to(own.device), own)
     return Measurement(
         tokens=rows.cpu(),

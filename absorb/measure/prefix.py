@@ -7,8 +7,9 @@ from transformers import PreTrainedTokenizerBase
 from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source
 from absorb.measure.findings import find, token_weights
-from absorb.measure.outliers import Measurement, measure
+from absorb.measure.outliers import ROWS, Measurement, measure_by
 from absorb.runtime.losses import row_losses
+from absorb.runtime.precision import with_fewer_rows
 from absorb.runtime.reading import Subject, led
 from absorb.runtime.walk import logits
 from absorb.schema.findings import Trial
@@ -67,13 +68,17 @@ def find_prefix(
 
 def _measured(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> tuple[Trial, Measurement]:
     """A trial, and a measurement of the text behind the prefix, in one pass."""
-    losses: list[Tensor] = []
 
-    def see(rows: Tensor, logits: Tensor) -> None:
-        losses.append(row_losses(logits[:, len(prefix) :], rows[:, len(prefix) :]))
+    def measured(at_once: int) -> tuple[Trial, Measurement]:
+        losses: list[Tensor] = []
 
-    measurement = measure(source.decoder, tokens, torch.tensor(prefix), see)
-    return Trial(prefix=prefix, loss=torch.cat(losses).mean().item()), measurement
+        def see(rows: Tensor, logits: Tensor) -> None:
+            losses.append(row_losses(logits[:, len(prefix) :], rows[:, len(prefix) :]))
+
+        found = measure_by(at_once, source.decoder, tokens, torch.tensor(prefix), see)
+        return Trial(prefix=prefix, loss=torch.cat(losses).mean().item()), found
+
+    return with_fewer_rows(measured, ROWS)
 
 
 def strongest_sink(

@@ -17,6 +17,7 @@ from absorb.runtime.hooks import watching, watching_attention
 from absorb.runtime.inputs import watching_inputs
 from absorb.runtime.losses import row_losses
 from absorb.runtime.memory import release_freed_memory
+from absorb.runtime.precision import with_fewer_rows
 from absorb.runtime.reading import Subject
 from absorb.runtime.walk import logits
 from absorb.schema.scores import Score
@@ -66,9 +67,19 @@ def tallies(
     Losses are of each row's tokens but the first, whatever lead a model is given. What matrices
     read is seen where `inputs` are asked for.
     """
+
+    def seen(at_once: int) -> list[Tally]:
+        return _tallies_by(at_once, subjects, teacher, held_out, inputs)
+
+    return with_fewer_rows(seen, _rows(held_out))
+
+
+def _tallies_by(
+    at_once: int, subjects: Sequence[Subject], teacher: Subject, held_out: Tensor, inputs: bool
+) -> list[Tally]:
+    """The same by so many rows at once."""
     seen = [Tally() for _ in subjects]
     known = next((i for i, subject in enumerate(subjects) if subject.reads_as(teacher)), None)
-    at_once = _rows(held_out)
 
     def shown(subject: Subject, tally: Tally) -> Iterator[Tensor]:
         length = len(subject.lead) + held_out.shape[1]
@@ -131,11 +142,14 @@ def losses(subject: Subject, rows: Tensor, label: str, *, alone: bool = False) -
     Rows are read `alone` where what a model makes of one would depend on those read with it.
     """
     device = subject.decoder.device
-    at_once = 1 if alone else max(_rows(rows), ROWS_AT_ONCE[device.type])
+    most = 1 if alone else max(_rows(rows), ROWS_AT_ONCE[device.type])
 
     def found(rows: Tensor) -> Tensor:
-        given = zip(logits(subject, rows, at_once, label), rows.split(at_once), strict=True)
-        return torch.cat([row_losses(own, tokens.to(device)).cpu() for own, tokens in given])
+        def by(at_once: int) -> Tensor:
+            given = zip(logits(subject, rows, at_once, label), rows.split(at_once), strict=True)
+            return torch.cat([row_losses(own, tokens.to(device)).cpu() for own, tokens in given])
+
+        return with_fewer_rows(by, most)
 
     return ranks.by_row(rows, found)
 

@@ -1,6 +1,7 @@
 """Where a fixed INT8 range had best end."""
 
 from collections import defaultdict
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from tqdm import tqdm
 from absorb.models.decoder import Decoder
 from absorb.quantize.grids import INT8_TENSOR, rounded
 from absorb.runtime.inputs import ROWS, watching_inputs
+from absorb.runtime.precision import with_fewer_rows
 from absorb.runtime.reading import led
 from absorb.runtime.walk import read
 
@@ -30,22 +32,30 @@ def clipped_ranges(
     """
     rows = tokens if lead is None else led(tokens, lead)
     step = max(1, rows.numel() // _TRIED)
-    tried: dict[str, list[Tensor]] = defaultdict(list)
-    peaks: dict[str, list[Tensor]] = defaultdict(list)
-    counted: dict[str, int] = defaultdict(int)
 
-    def see(name: str, value: Tensor) -> None:
-        tried[name].append(value[-counted[name] % step :: step].clone())
-        peaks[name].append(value.abs().max())
-        counted[name] += len(value)
+    def seen(at_once: int) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+        tried: dict[str, list[Tensor]] = defaultdict(list)
+        peaks: dict[str, list[Tensor]] = defaultdict(list)
+        counted: dict[str, int] = defaultdict(int)
 
-    with watching_inputs(decoder, see):
-        read(decoder, rows, ROWS, "measuring inputs of Linears")
+        def see(name: str, value: Tensor) -> None:
+            tried[name].append(value[-counted[name] % step :: step].clone())
+            peaks[name].append(value.abs().max())
+            counted[name] += len(value)
+
+        with watching_inputs(decoder, see):
+            read(decoder, rows, at_once, "measuring inputs of Linears")
+        return tried, peaks
+
+    tried, peaks = with_fewer_rows(seen, ROWS)
     found = {}
-    for name, parts in tqdm(tried.items(), desc="choosing INT8 ranges", unit="matrix"):
-        peak = torch.stack(peaks[name]).max()
-        with decoder.fetched(decoder.layer_of(name)):
-            found[name] = _best_range(torch.cat(parts).float(), peak, decoder.named(name).weight)
+    with tqdm(total=len(tried), desc="choosing INT8 ranges", unit="matrix") as bar:
+        for layer, names in groupby(sorted(tried, key=decoder.layer_of), decoder.layer_of):
+            with decoder.fetched(layer):
+                for name in names:
+                    peak, weight = torch.stack(peaks[name]).max(), decoder.named(name).weight
+                    found[name] = _best_range(torch.cat(tried[name]).float(), peak, weight)
+                    bar.update()
     return found
 
 

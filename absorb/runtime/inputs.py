@@ -11,6 +11,7 @@ from absorb.models.decoder import Decoder
 from absorb.runtime import ranks
 from absorb.runtime.experts import watching_experts
 from absorb.runtime.hooks import watching
+from absorb.runtime.precision import with_fewer_rows
 from absorb.runtime.reading import led
 from absorb.runtime.walk import read
 
@@ -30,16 +31,20 @@ def input_peaks(
     (rows, length); each row is read after the tokens `lead` (n,). The order 2 gives root mean
     squares instead.
     """
-    seen: dict[str, list[Tensor]] = {}
-
-    def see(name: str, value: Tensor) -> None:
-        seen.setdefault(name, []).append(power_mean(value, order, 0))
-
     rows = ranks.share(tokens if lead is None else led(tokens, lead))
-    with watching_inputs(decoder, see):
-        read(decoder, rows, ROWS, "measuring inputs of Linears")
-    found = {name: power_mean(torch.stack(means), order, 0) for name, means in seen.items()}
-    return {name: _of_all(values, order) for name, values in found.items()}
+
+    def found(at_once: int) -> dict[str, Tensor]:
+        seen: dict[str, list[Tensor]] = {}
+
+        def see(name: str, value: Tensor) -> None:
+            seen.setdefault(name, []).append(power_mean(value, order, 0))
+
+        with watching_inputs(decoder, see):
+            read(decoder, rows, at_once, "measuring inputs of Linears")
+        return {name: power_mean(torch.stack(means), order, 0) for name, means in seen.items()}
+
+    peaks = with_fewer_rows(found, ROWS)
+    return {name: _of_all(values, order) for name, values in peaks.items()}
 
 
 def _of_all(values: Tensor, order: float) -> Tensor:

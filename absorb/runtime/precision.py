@@ -1,8 +1,10 @@
 """What a computation runs on, and in which type."""
 
 import copy
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from functools import reduce
+from typing import TypeVar
 
 import psutil
 import torch
@@ -12,6 +14,8 @@ from transformers import PreTrainedModel
 from absorb.errors import AbsorbError
 from absorb.models.decoder import Decoder
 from absorb.models.modeling_absorb import NEUTRAL
+
+Found = TypeVar("Found")
 
 # The parameters that no stock model has.
 ADDED = set(NEUTRAL) - {"bias"}
@@ -40,6 +44,29 @@ def free_memory(device: torch.device) -> int:
         allowed = int(torch.cuda.get_per_process_memory_fraction(index) * whole)
         return max(0, min(free, allowed - held) + held - used)
     return int(psutil.virtual_memory().available)
+
+
+def with_fewer_rows(find: Callable[[int], Found], at_once: int) -> Found:
+    """What `find` gives with so many rows of text at once, or half of them while memory is short.
+
+    It begins anew each time, and is told how many. Where one row does not fit, an AbsorbError says
+    so.
+    """
+    while True:
+        try:
+            return find(at_once)
+        except torch.OutOfMemoryError:
+            pass  # what the error holds is free only after this
+        if at_once == 1:
+            raise AbsorbError(
+                "there is no memory for one row of text at once; pass --device cpu, or end what "
+                "else runs there"
+            )
+        at_once //= 2
+        torch.cuda.empty_cache()
+        logging.getLogger("absorb").warning(
+            "memory is short, so text is read %d rows at once from here on", at_once
+        )
 
 
 def bf16_copy(decoder: Decoder) -> PreTrainedModel:

@@ -8,9 +8,10 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -41,15 +42,17 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def digests(folder: Path) -> dict[str, str]:
+def digests(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """The SHA-256 of every file of a checkpoint but its report, by its path in the folder.
 
-    What begins with a dot is the business of git and of the Hub's cache.
+    What begins with a dot is the business of git and of the Hub's cache. Those that are `known` are
+    taken as they are.
     """
     paths = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*"))}
     mine = [name for name in paths if not name.startswith(".") and name != REPORT]
     files = [name for name in mine if paths[name].is_file()]
-    return {name: digest(paths[name]) for name in tqdm(files, "hashing", delay=2, unit="file")}
+    left = tqdm(files, "hashing", delay=2, unit="file")
+    return {name: known.get(name) or digest(paths[name]) for name in left}
 
 
 def digest(file: Path) -> str:

@@ -4,12 +4,13 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from absorb.load.checks import refuse_unfaithful
+from absorb.load.checks import refuse_non_finite_in, refuse_unfaithful
 from absorb.load.files import refuse_no_numbers
 from absorb.load.opening.tokenizer import within, without_bos
 from absorb.load.source import Source
@@ -33,8 +34,9 @@ def write(folder: Path, student: Decoder, source: Source, report: Report) -> Rep
     """
     name = f"the model converted from {source.name}"
     types = _types(student, source)
+    refuse = partial(refuse_non_finite_in, name=name)
     with quiet():
-        model = save(student, folder, source.dtype, source.types, source.whole)
+        model, known = save(student, folder, source.dtype, source.types, source.whole, refuse)
         model.config.dtype = source.dtype  # transformers takes that of the first weight
         model.config.save_pretrained(folder)
         plain = without_bos(source.tokenizer, report.inspection.prefix)
@@ -43,9 +45,9 @@ def write(folder: Path, student: Decoder, source: Source, report: Report) -> Rep
         plain.save_pretrained(folder)
         for file, content in processors(source, report.inspection.prefix):
             (folder / file).write_bytes(content)
-        refuse_unfaithful(folder, model, types, name)
+        refuse_unfaithful(folder, model, types, name, known)
     (folder / "README.md").write_text(card(report), encoding="utf-8")
-    report = replace(report, files=digests(folder), probe=_probe(student))
+    report = replace(report, files=digests(folder, known), probe=_probe(student))
     (folder / REPORT).write_text(to_json(report), encoding="utf-8")
     refuse_no_numbers(folder, name, "convert with --steps 0, or choose another model")
     return report

@@ -23,8 +23,9 @@ from typing import Any
 import click
 import psutil
 import torch
+from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import absorb
 from absorb.load import source
@@ -44,7 +45,7 @@ SHAPES = {  # hidden, inner, layers, heads, key and value heads, vocabulary, tie
     "70b": (8192, 28672, 80, 64, 8, 128_256, False),
 }
 _BOS, _DETECTOR, _MASSIVE, _OUTLIER, _NEURON = 1, 3, 5, 7, 11
-_LARGE, _SPIKE, _SHARP, _QUIET = 40.0, 0.02, 0.25, 0.05
+_LARGE, _SPIKE, _SHARP, _QUIET = 40.0, 0.04, 0.25, 0.05
 _OTHER_ROWS = 120  # of text, besides those to train on; more than are needed
 _EVERY = 0.02  # seconds between two looks at the memory
 
@@ -68,16 +69,21 @@ def model_of(shape: str, layers: int | None, folder: Path, device: torch.device)
     torch.set_default_dtype(torch.float32)
     plant(model, hidden // heads)
     model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tokenizer_with_bos().save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tokenizer_with_bos() -> PreTrainedTokenizerFast:
+    """That of the tests, which puts BOS before a text: so a spike neuron is in what is read."""
+    tokenizer = tiny_tokenizer()
+    begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", _BOS)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    return tokenizer
 
 
 @torch.no_grad()
 def plant(model: Any, head_dim: int) -> None:
-    """A neuron that makes BOS massive, heads that look for that, and a channel always large.
-
-    The tokenizer adds no BOS, so that it is found as a prefix and not in the text.
-    """
+    """A neuron that makes BOS massive, heads that look for that, and a channel always large."""
     embedding, slow = model.model.embed_tokens.weight, head_dim // 2 - 1
     embedding.normal_()
     embedding[:, [_DETECTOR, _MASSIVE]] = 0
@@ -101,13 +107,20 @@ def plant(model: Any, head_dim: int) -> None:
     mlp.down_proj.weight[_MASSIVE, _NEURON] = _SPIKE
 
 
-class Watch:
-    """The most memory that this process takes, of the GPU and of the host, and its stages."""
+class Watch(logging.Handler):
+    """The most memory that this process takes, of the GPU and of the host, and where time goes.
+
+    Time is that of the bar that was begun last of those that are open. Where none is, it is that of
+    what was said or done last, and all of it together is `elsewhere`.
+    """
 
     def __init__(self, device: torch.device):
-        self.device, self.gpu, self.host = device, 0, 0
+        super().__init__()
+        self.device, self.gpu, self.host, self.host_in = device, 0, 0, ""
         self.stages: dict[str, float] = {}
-        self._before = 0 if device.type == "cpu" else self._taken()
+        self.between: dict[str, float] = {}
+        self._bars: list[Any] = []
+        self._last, self._since = "the beginning", time.perf_counter()
 
     def _taken(self) -> int:
         free, whole = torch.cuda.mem_get_info(self.device)
@@ -116,40 +129,76 @@ class Watch:
     def _look(self) -> None:
         status = Path("/proc/self/status").read_text()
         held = next(line for line in status.splitlines() if line.startswith("RssAnon:"))
-        self.host = max(self.host, 1024 * int(held.split()[1]))
+        now = 1024 * int(held.split()[1])
+        if now > self.host:
+            self.host, self.host_in = now, self._stage()
         if self.device.type == "cuda":
             self.gpu = max(self.gpu, self._taken())
 
+    def _stage(self) -> str:
+        bar = self._bars[-1] if self._bars else None
+        return f"after {self._last}" if bar is None else _name(bar)
+
+    def _turn(self) -> None:
+        """Give the time since the last turn to the stage that it was of."""
+        now, stage = time.perf_counter(), self._stage()
+        kept = self.stages if self._bars else self.between
+        kept[stage] = kept.get(stage, 0) + now - self._since
+        self._since = now
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A sentence that was said."""
+        self._turn()
+        self._last = record.getMessage()
+
+    @property
+    def shown(self) -> dict[str, float]:
+        """Seconds of every stage, which are all there were."""
+        return {**self.stages, "elsewhere": sum(self.between.values())}
+
     @contextmanager
     def watching(self) -> Iterator[None]:
-        over, close = threading.Event(), tqdm.close
+        over, begin, close = threading.Event(), tqdm.__init__, tqdm.close
 
         def look() -> None:
             while not over.wait(_EVERY):
                 self._look()
 
+        def begun(bar: Any, *args: Any, **options: Any) -> None:
+            begin(bar, *args, **options)
+            if getattr(bar, "desc", None) and not bar.disable:
+                self._turn()
+                self._bars.append(bar)
+
         def closed(bar: Any) -> None:
-            if getattr(bar, "desc", None) and not getattr(bar, "counted", False):
-                bar.counted, name = True, bar.desc.removesuffix(": ")
-                self.stages[name] = self.stages.get(name, 0) + time.time() - bar.start_t
+            if any(bar is one for one in self._bars):
+                self._turn()
+                self._bars = [one for one in self._bars if one is not bar]
+                self._last = _name(bar)
             close(bar)
 
         thread = threading.Thread(target=look, daemon=True)
         thread.start()
-        tqdm.close = closed
+        tqdm.__init__, tqdm.close = begun, closed
         try:
             yield
         finally:
-            tqdm.close = close
+            self._turn()
+            tqdm.__init__, tqdm.close = begin, close
             over.set()
             thread.join()
+
+
+def _name(bar: Any) -> str:
+    return str(bar.desc).removesuffix(": ")
 
 
 def conversion(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Convert, and say what it took; for a process of its own."""
     keep_freed_memory()
-    logging.getLogger("absorb").addHandler(logging.StreamHandler())
-    logging.getLogger("absorb").setLevel(logging.INFO)
+    log = logging.getLogger("absorb")
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
     device = device_of(options["device"])
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # started by torchrun
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -162,15 +211,19 @@ def conversion(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     text = folder / "text.txt"
     text.write_text(letters((options["rows"] + _OTHER_ROWS) * (LENGTH + 1)))
     watch, start = Watch(device), time.perf_counter()
+    log.addHandler(watch)
     with TemporaryDirectory(dir=folder.parent) as out, watch.watching():
         chosen = {name: options[name] for name in ("steps", "train", "sink", "device")}
         report = absorb.convert(folder, Path(out) / "out", text=text, **chosen)
+        taken = time.perf_counter() - start
     moved = psutil.Process().io_counters() if hasattr(psutil.Process, "io_counters") else None
     return {
-        "seconds": time.perf_counter() - start,
-        "stages": {name: round(seconds, 1) for name, seconds in watch.stages.items()},
+        "seconds": taken,
+        "stages": {name: round(seconds, 2) for name, seconds in watch.shown.items()},
+        "between": {name: round(seconds, 2) for name, seconds in watch.between.items()},
         "gpu": watch.gpu,
         "host": watch.host,
+        "host_in": watch.host_in,
         "read": moved and moved.read_chars,
         "written": moved and moved.write_chars,
         "losses": [value for _, value in report.losses.held_out],

@@ -54,7 +54,7 @@ def scales() -> Tensor:
 def converted(source: Source, sinks: tuple[LayerSink | None, ...], folder: Path) -> PreTrainedModel:
     """What a stranger loads of a conversion with these sinks, and large residual scales."""
     plan = Plan(prefix=(1, 9), sinks=sinks, removals=(), residual=scales(), smoothing={})
-    model = save(
+    model, _ = save(
         graft(source.decoder, plan), folder, source.dtype, source.types, whole=source.whole
     )
     model.config.save_pretrained(folder)

@@ -62,7 +62,7 @@ def test_a_measurement_does_not_depend_on_how_many_rows_are_read_at_once(
     def measured() -> Measurement:
         return measure(Decoder(model, FAMILIES[family]), text, LEAD)
 
-    alone, *others = in_batches(measured, "absorb.measure.outliers._ROWS", (1, 3, ROWS))
+    alone, *others = in_batches(measured, "absorb.measure.outliers.ROWS", (1, 3, ROWS))
     found = find(alone, Thresholds())
     assert found.outlier_tokens > 0
     for other in others:

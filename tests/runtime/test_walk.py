@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from absorb.fold.graft import twin
+from absorb.fold.smoothing import norms_of
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.resting.streaming import Streaming
@@ -68,3 +70,26 @@ def test_watchers_see_each_layer_of_each_part_and_nothing_else(in_float32: None)
     layers = range(len(decoder.layers))
     assert streams == [(layer, rows) for layer in layers for rows in (2, 2, 1)]
     assert weights == [layer for layer in layers for _ in range(3)]
+
+
+def test_a_student_that_streams_rests_where_the_original_does() -> None:
+    """Nothing is copied: not to the CPU, as transformers would, nor to the type of most weights."""
+    decoder = streamed("llama").decoder
+    down = decoder.layers[-1].mlp.down_proj.weight
+    down.data = down.data.bfloat16()
+    student = dict(twin(decoder).model.named_parameters())
+    for name, parameter in decoder.model.named_parameters():
+        assert student[name].dtype == parameter.dtype
+        assert student[name].data_ptr() == parameter.data_ptr(), name
+
+
+def test_norms_of_weights_take_one_walk(in_float32: None) -> None:
+    decoder = streamed("llama").decoder
+    asked: list[int] = []
+    assert decoder.streaming is not None
+    decoder.streaming.edits.append(asked.append)
+    norms = norms_of(decoder)
+    assert asked == [*range(len(decoder.layers))]
+    assert norms.keys() == decoder.linears.keys()
+    for name, linear in decoder.linears.items():
+        assert torch.equal(norms[name], linear.weight.abs().amax(0))

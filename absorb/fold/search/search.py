@@ -23,7 +23,13 @@ from absorb.fold.order import stays_as
 from absorb.fold.plan import STREAM
 from absorb.fold.search.align import aligned
 from absorb.fold.search.errors import Link, as_read, watching_links
-from absorb.fold.smoothing import scales_by, searched_scales, sizes_of, smoothing_scales
+from absorb.fold.smoothing import (
+    norms_of,
+    scales_by,
+    searched_scales,
+    sizes_of,
+    smoothing_scales,
+)
 from absorb.models.decoder import Decoder
 from absorb.models.family import Family
 from absorb.quantize.formats import FORMATS, Format
@@ -113,9 +119,10 @@ def _sizes_of_halves(
     for order in dict.fromkeys(order for order, _ in _TRIED):
         with autocast_bf16(student.device):
             one, other = (input_peaks(student, half, order=order) for half in (first, second))
-        known[order] = sizes_of(student, one, order)
         mean = torch.maximum if order == inf else _root_mean_square
-        both[order] = sizes_of(student, {n: mean(p, other[n]) for n, p in one.items()}, order)
+        whole = {name: mean(part, other[name]) for name, part in one.items()}
+        norms = norms_of(student, order)
+        known[order], both[order] = (sizes_of(student, i, norms, order) for i in (one, whole))
     return known, both
 
 

@@ -61,7 +61,10 @@ class Streaming:
     def hold(self) -> None:
         """Let the weights rest on the device, in the types they are stored in."""
         for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(self.device)
+            resting = parameter.data
+            if self.device.type == "cuda" and resting.device.type == "cpu":
+                resting = resting.pin_memory()  # a GPU takes it from there twenty times as fast
+            parameter.data = resting.to(self.device)
 
     def at_hand(self, layer: int) -> dict[str, Tensor]:
         """The weights of a layer at work, by their names in it, in the types they rest in."""
@@ -71,12 +74,16 @@ class Streaming:
         }
 
     def settle(self, layer: int, file: Path) -> None:
-        """Let a layer rest in a file from now on, which holds what `at_hand` gave."""
+        """Let a layer be what a file holds from now on, which is what `at_hand` gave.
+
+        It rests on the device where it did before, and else in the file.
+        """
         with self.fetched(self.layers[layer]), safe_open(file, "pt") as content:
             named = list(self.layers[layer].named_parameters())
             self._settled[layer] = {p: self._resting[p] for _, p in named}
             for name, parameter in named:
-                self._resting[parameter] = content.get_tensor(name)
+                before = self._resting[parameter]
+                self._resting[parameter] = content.get_tensor(name).to(before.device)
 
     def unsettle(self) -> None:
         """Let all layers be again what they were before they settled."""

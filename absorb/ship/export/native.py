@@ -207,14 +207,14 @@ def write(folder: Path, config: PretrainedConfig, tensors: Iterator[tuple[str, T
     """
     config.save_pretrained(folder)
     expected = _shapes(config)
-    shards = Shards(folder, _SHARD)
-    for name, tensor in tensors:
-        if expected.pop(name, None) != tuple(tensor.shape):
-            raise _misfit(config, f"{name} of the shape {tuple(tensor.shape)}")
-        shards.add({name: tensor})
-    if expected:
-        raise _misfit(config, f"no {min(expected)}")
-    shards.finish()
+    with Shards(folder, _SHARD) as shards:
+        for name, tensor in tensors:
+            if expected.pop(name, None) != tuple(tensor.shape):
+                raise _misfit(config, f"{name} of the shape {tuple(tensor.shape)}")
+            shards.add({name: tensor})
+        if expected:
+            raise _misfit(config, f"no {min(expected)}")
+        shards.finish()
 
 
 def _misfit(config: PretrainedConfig, what: str) -> AbsorbError:
