@@ -7,6 +7,7 @@ is brought together, so that all come to the same. Alone a process does nothing 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -88,6 +89,35 @@ def of_first(tensor: Tensor) -> Tensor:
     return there.to(tensor.device)
 
 
+def path_of_first(path: Path) -> Path:
+    """The place that the first process means."""
+    if count() == 1:
+        return path
+    given = [str(path)]
+    dist.broadcast_object_list(given, 0)
+    return Path(given[0])
+
+
+def meet() -> None:
+    """Go on when all processes have come here."""
+    mean(0.0)
+
+
+def is_shared_out(tensor: Tensor) -> bool:
+    """Whether each process holds a part of a tensor, as FSDP has it."""
+    return hasattr(tensor, "full_tensor")
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if is_shared_out(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, for which all processes have to ask."""
+    return tensor.full_tensor() if is_shared_out(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def _together(tensor: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
     if count() == 1:
         return tensor
@@ -109,4 +139,23 @@ def add_gradients(parameters: list[torch.nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is None:  # of an expert that none of these rows has reached
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+        if is_shared_out(parameter):
+            parameter.grad *= count()  # FSDP takes the mean
+        else:
+            dist.all_reduce(parameter.grad)
+
+
+def clip_gradients(parameters: list[torch.nn.Parameter]) -> float:
+    """Bring the norm of all gradients down to one, if it is larger: what it was."""
+    apart = [p.grad for p in parameters if p.grad is not None and is_shared_out(p)]
+    if not apart:
+        return torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    parts = [part(gradient) for gradient in apart]
+    others = [p.grad for p in parameters if p.grad is not None and not is_shared_out(p)]
+    norm = (summed(_square(parts)) + _square(others)).sqrt()
+    torch._foreach_mul_([*parts, *others], (1 / (norm + 1e-6)).clamp(max=1))
+    return norm.item()
+
+
+def _square(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(one) for one in tensors]).square().sum()
