@@ -136,7 +136,7 @@ def _trained(
             if fine_tune.sharded:
                 from absorb.tune.sharded import distill_sharded  # FSDP takes a second to import
 
-                kept = draft.progress and draft.progress.shards
+                kept = draft.progress.shards if draft.progress else None
                 return distill_sharded(source, student, prefix, texts, fine_tune, seed, kept, place)
             losses = distill_layers(source, student, draft.plan, texts, fine_tune, form, place)
         if not fine_tune.end_steps:
@@ -150,11 +150,14 @@ def _trained(
 
 
 def _joined(first: Losses, more: Losses) -> Losses:
-    """The losses of layers that were trained one by one, and then of all at once."""
+    """The losses of layers that were trained one by one, and then of all at once.
+
+    In between the same student is measured twice, as it is trained in either way.
+    """
     start = first.held_out[-1][0]
 
     def later(values: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
-        return tuple((start + step, value) for step, value in values if step)
+        return tuple((start + step, value) for step, value in values)
 
     return replace(
         first,

@@ -5,9 +5,11 @@ is brought together, so that all come to the same. Alone a process does nothing 
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -30,8 +32,33 @@ def joined(device: str) -> Iterator[None]:
             raise AbsorbError(f"there are {there} GPUs here; pass --nproc-per-node {there}")
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if on_gpus else "gloo")
-    yield  # where it fails the others are waiting, and torchrun ends them
+    with _hearing_the_end() if on_gpus else nullcontext():
+        yield  # where it fails the others are waiting, and torchrun ends them
     dist.destroy_process_group()
+
+
+@contextmanager
+def _hearing_the_end() -> Iterator[None]:
+    """Let SIGTERM, which torchrun sends where a process is lost, end the wait for that one.
+
+    Python hears of a signal between two of its operations, and such a wait is one of them.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    before = signal.set_wakeup_fd(told)
+    Thread(target=_give_up_at, args=(heard,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(told)
+
+
+def _give_up_at(heard: int) -> None:
+    while number := os.read(heard, 1):
+        if number[0] == signal.SIGTERM:
+            dist.distributed_c10d._abort_process_group()
+    os.close(heard)
 
 
 def count() -> int:

@@ -68,7 +68,7 @@ def distill_held(
         targets.at_hand(),
     ):
         own = _Student(student)
-        at_once = ranks.least(rows_in(student, fine_tune, row_bytes(student, LENGTH)))
+        at_once = rows_in(free_memory(student.device), fine_tune, row_bytes(student, LENGTH))
         loss = partial(loss_of, own, targets, rows)
         losses = train(student.model, loss, numbered(texts), fine_tune, seed, keeper, at_once)
         if losses.kept:
@@ -120,12 +120,11 @@ def bytes_with_logits(decoder: Decoder) -> int:
     return row_bytes(decoder, LENGTH) + 8 * int(decoder.config.vocab_size) * LENGTH
 
 
-def rows_in(student: Decoder, fine_tune: Recipe, row: int) -> int:
-    """Rows, of so many bytes each, in a share of the memory: a divisor of those of a step."""
+def rows_in(room: float, fine_tune: Recipe, row: int) -> int:
+    """Rows, of so many bytes each, in a share of the room: a divisor of those of a step."""
     step = max(1, fine_tune.rows // ranks.count())
-    fit = int(_SHARE * free_memory(student.device) // row)
-    most = max(1, min(fit, step))
-    return max(rows for rows in range(1, most + 1) if step % rows == 0)
+    most = max(1, min(int(_SHARE * room // row), step))
+    return ranks.least(max(rows for rows in range(1, most + 1) if step % rows == 0))
 
 
 class Targets:

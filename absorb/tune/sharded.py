@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from absorb.models.decoder import Decoder
 from absorb.runtime import ranks
-from absorb.runtime.precision import product_type
+from absorb.runtime.precision import free_memory, product_type
 from absorb.schema.training import Losses, Recipe
 from absorb.text.gather import Texts
 from absorb.tune.distill import train
@@ -32,6 +32,8 @@ from absorb.tune.end_to_end import (
 )
 from absorb.tune.kept import KeptLayer
 from absorb.tune.sharded_state import ShardedState
+
+_TO_COME = 4  # times the weights: gradients, what AdamW remembers, the best step
 
 
 def distill_sharded(
@@ -55,7 +57,7 @@ def distill_sharded(
     keeper = None if progress is None else ShardedState(progress, twin.model)
     with targets.at_hand():
         loss = partial(loss_of, twin, targets, rows)
-        at_once = ranks.least(rows_in(student, fine_tune, bytes_with_logits(student)))
+        at_once = rows_in(twin.room(), fine_tune, bytes_with_logits(student))
         losses = train(twin.model, loss, numbered(texts), fine_tune, seed, keeper, at_once)
     if losses.kept:
         twin.settle(ranks.path_of_first(scratch))
@@ -80,7 +82,7 @@ class _Twin:
         for layer in student.layers:
             self._fill(layer)
             own: nn.Module = self.model.get_submodule(self._names[layer])
-            own.forward = partial(again, own.forward)  # type: ignore[method-assign]
+            own.forward = partial(again, own.forward)
             self._share_out(own, mesh)
         for unit in self.streaming.ends:
             self._fill(unit)
@@ -88,6 +90,15 @@ class _Twin:
         # The stream is float32 from its beginning on.
         embedding: nn.Module = self.model.get_input_embeddings()
         embedding.register_forward_hook(lambda _, __, found: found.float())
+
+    def room(self) -> float:
+        """Bytes that will be left once there are gradients, what AdamW remembers and a best step.
+
+        On a CPU all processes have one memory.
+        """
+        processes = ranks.count() if self.device.type == "cpu" else 1
+        own = sum(ranks.part(parameter).nbytes for parameter in self.model.parameters())
+        return free_memory(self.device) / processes - _TO_COME * own
 
     def stream(self, tokens: Tensor) -> Tensor:
         """The logits (rows, length, vocabulary) of text: all of them, as FSDP has it."""

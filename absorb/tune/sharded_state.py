@@ -10,8 +10,10 @@ from time import monotonic
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from absorb.runtime import ranks
 from absorb.schema.codec import decode, parse_json, to_json
@@ -35,7 +37,7 @@ class ShardedState:
         if found is None:
             return None
         note = parse_json((found / _NOTE).read_text())
-        names = dcp.FileSystemReader(found).read_metadata().state_dict_metadata
+        names = FileSystemReader(found).read_metadata().state_dict_metadata
         tensors: dict[str, Tensor] = {}
         for place, parameter in enumerate(p for p in self.model.parameters() if p.requires_grad):
             for name in ("now", "best", "exp_avg", "exp_avg_sq"):
@@ -43,7 +45,7 @@ class ShardedState:
                     tensors[f"{place}.{name}"] = torch.zeros_like(parameter.detach())
             if f"{place}.step" in names:
                 tensors[f"{place}.step"] = torch.zeros(())
-        dcp.load(tensors, checkpoint_id=found)
+        load(tensors, checkpoint_id=found)
         for name in [name for name in tensors if name.endswith(".now")]:
             tensors.setdefault(name.replace(".now", ".best"), tensors[name].clone())
         return State(training_state=decode(TrainingState, note), tensors=tensors)
@@ -88,7 +90,7 @@ class ShardedState:
 
 def _save(tensors: dict[str, Tensor], place: Path) -> None:
     try:
-        dcp.save(tensors, checkpoint_id=place)
+        save(tensors, checkpoint_id=place)
     except CheckpointException as error:  # a disk that is full, on any of the processes
         found = [failure[0] for failure in error.failures.values()]
         raise next((one for one in found if isinstance(one, OSError)), error) from None

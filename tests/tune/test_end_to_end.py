@@ -12,8 +12,9 @@ from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import fake_quantized
 from absorb.runtime import precision
 from absorb.schema.training import Losses, Recipe
-from absorb.tune.distill import distill
+from absorb.tune.distill import Keeper, distill
 from absorb.tune.end_to_end import distill_held
+from absorb.tune.state import State
 from tests.helpers.tiny import tiny
 from tests.tune.test_distill import PREFIX, texts
 
@@ -42,11 +43,13 @@ def resident(family: str, goal: str | None) -> tuple[Losses, dict[str, Tensor]]:
     return losses, dict(student.model.named_parameters())
 
 
-def held(family: str, goal: str | None) -> tuple[Losses, dict[str, Tensor]]:
+def held(
+    family: str, goal: str | None, keeper: Keeper | None = None
+) -> tuple[Losses, dict[str, Tensor]]:
     """What comes of a student whose weights stream, as they come from then on."""
     teacher, student = pair(family, streamed=True)
     form = FORMATS[goal] if goal else None
-    losses = distill_held(teacher, student, PREFIX, texts(), FEW, form, seed=0, keeper=None)
+    losses = distill_held(teacher, student, PREFIX, texts(), FEW, form, seed=0, keeper=keeper)
     assert student.streaming is not None
     with student.streaming.held(lambda parameter: parameter.data.clone()):
         return losses, {name: p.detach() for name, p in student.model.named_parameters()}
@@ -82,3 +85,31 @@ def test_the_frozen_copy_is_in_the_type_of_products(monkeypatch: pytest.MonkeyPa
     assert losses.held_out[0][1] == pytest.approx(exact.held_out[0][1], rel=0.05)
     assert losses.held_out != exact.held_out
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+class Ending:
+    """Keeps a state, and ends the run as soon as it has one."""
+
+    def __init__(self) -> None:
+        self.kept: State | None = None
+
+    def state(self) -> State | None:
+        return self.kept
+
+    def is_due(self) -> bool:
+        return False
+
+    def keep_state(self, state: State) -> None:
+        if self.kept is None:
+            tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
+            self.kept = State(training_state=state.training_state, tensors=tensors)
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_has_ended_is_gone_on_from(in_float32: None) -> None:
+    keeper = Ending()
+    with pytest.raises(KeyboardInterrupt):
+        held("llama", None, keeper)
+    (losses, weights), (expected, whole) = held("llama", None, keeper), held("llama", None)
+    assert losses == expected
+    assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
