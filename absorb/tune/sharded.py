@@ -75,18 +75,14 @@ class _Twin:
             self.model: PreTrainedModel = type(student.model)(student.config)
         nn.Module.eval(self.model)
         self._small = set(student.model.parameters()) - matrices(student)
-        self._made: dict[nn.Parameter, nn.Parameter] = {}
         self._names = {module: name for name, module in student.model.named_modules()}
         self._take_buffers()
         mesh = init_device_mesh(self.device.type, (ranks.count(),))
         for layer in student.layers:
-            self._fill(layer)
             own: nn.Module = self.model.get_submodule(self._names[layer])
             own.forward = partial(again, own.forward)
-            self._share_out(own, mesh)
-        for unit in self.streaming.ends:
-            self._fill(unit)
-        self._share_out(self.model, mesh)
+            self._share_out(own, [layer], mesh)
+        self._share_out(self.model, self.streaming.ends, mesh)
         # The stream is float32 from its beginning on.
         embedding: nn.Module = self.model.get_input_embeddings()
         embedding.register_forward_hook(lambda _, __, found: found.float())
@@ -112,23 +108,29 @@ class _Twin:
         for name, module in self.student.model.named_modules():
             self.model.get_submodule(name)._buffers.update(module._buffers)
 
-    def _fill(self, unit: nn.Module) -> None:
-        """Give the model what a unit of the student holds while it is at work."""
-        with self.streaming.fetched(unit):
-            for name, parameter in unit.named_parameters(remove_duplicate=False):
-                if parameter not in self._made:
-                    self._made[parameter] = nn.Parameter(parameter.detach().clone())
-                owner, _, last = f"{self._names[unit]}.{name}".rpartition(".")
-                self.model.get_submodule(owner)._parameters[last] = self._made[parameter]
+    def _share_out(self, module: nn.Module, units: list[nn.Module], mesh: DeviceMesh) -> None:
+        """Give a module what units of the student hold while they are at work, and share it out.
 
-    def _share_out(self, module: nn.Module, mesh: DeviceMesh) -> None:
-        small = {self._made[parameter] for parameter in self._small & self._made.keys()}
+        What is whole is gone when this returns.
+        """
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        for unit in units:
+            self._fill(unit, made)
         policy = MixedPrecisionPolicy(
             param_dtype=product_type(self.device),
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # the stream stays float32
         )
+        small = {made[parameter] for parameter in self._small & made.keys()}
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=small)
+
+    def _fill(self, unit: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> None:
+        with self.streaming.fetched(unit):
+            for name, parameter in unit.named_parameters(remove_duplicate=False):
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(parameter.detach().clone())
+                owner, _, last = f"{self._names[unit]}.{name}".rpartition(".")
+                self.model.get_submodule(owner)._parameters[last] = made[parameter]
 
     def settle(self, scratch: Path) -> None:
         """Let the student have what was learned: its layers rest in `scratch`."""
