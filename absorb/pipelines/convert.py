@@ -15,7 +15,7 @@ from absorb.load.opening.tokenizer import lead_of, leads_left
 from absorb.measure.score import evaluate, perplexity
 from absorb.models.decoder import Decoder
 from absorb.models.positions.windows import slide
-from absorb.pipelines.needs import experts_fit
+from absorb.pipelines.needs import streamed
 from absorb.pipelines.prepare import Prepared, completed, prepare
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import FORMAT_FOR, fake_quantized
@@ -32,8 +32,9 @@ from absorb.ship.staging import staged
 from absorb.ship.write import write
 from absorb.tune.blockwise import distill_layers
 from absorb.tune.distill import distill
+from absorb.tune.end_to_end import distill_held
 from absorb.tune.nudge import nudge, nudges
-from absorb.tune.recipe import by_layers, recipe
+from absorb.tune.recipe import recipe
 
 
 def convert(job: Job, say: Say, resume: bool = False) -> Report:
@@ -76,8 +77,7 @@ def fill(folder: Path, job: Job, say: Say, resume: bool) -> Report:
     prepared = prepare(job, say, fine_tune, resume)
     draft = of_first(completed(prepared, fine_tune.purpose), folder)
     if draft.source.streaming:
-        fit = experts_fit(draft.source, fine_tune)
-        fine_tune = by_layers(fine_tune, job.distillation, fit)
+        fine_tune = streamed(draft.source, fine_tune, job.distillation)
     if draft.progress is not None:
         draft.progress.keep_draft(draft.texts, draft.plan, draft.inspection)
         say(f"kept in {draft.progress.folder}; the same command goes on from here")
@@ -133,10 +133,38 @@ def _trained(
     if student.streaming and fine_tune.trains:
         form, source = FORMATS[goal] if goal else None, draft.source.decoder
         with _scratch(draft, folder) as place:
-            return distill_layers(source, student, draft.plan, texts, fine_tune, form, place)
+            if fine_tune.sharded:
+                from absorb.tune.sharded import distill_sharded  # FSDP takes a second to import
+
+                kept = draft.progress.shards if draft.progress else None
+                return distill_sharded(source, student, prefix, texts, fine_tune, seed, kept, place)
+            losses = distill_layers(source, student, draft.plan, texts, fine_tune, form, place)
+        if not fine_tune.end_steps:
+            return losses
+        few = fine_tune.at_the_end
+        more = distill_held(source, student, prefix, texts, few, form, seed, draft.progress)
+        return _joined(losses, more)
     with fake_quantized(student, FORMATS[goal], texts.scaling) if goal else nullcontext():
         teacher = draft.source.decoder
         return distill(teacher, student, prefix, texts, fine_tune, seed, draft.progress)
+
+
+def _joined(first: Losses, more: Losses) -> Losses:
+    """The losses of layers that were trained one by one, and then of all at once.
+
+    In between the same student is measured twice, as it is trained in either way.
+    """
+    start = first.held_out[-1][0]
+
+    def later(values: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        return tuple((start + step, value) for step, value in values)
+
+    return replace(
+        first,
+        training=later(more.training),
+        held_out=(*first.held_out, *later(more.held_out)),
+        kept=start + more.kept if more.kept else first.kept,
+    )
 
 
 @contextmanager

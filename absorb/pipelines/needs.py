@@ -5,23 +5,29 @@ sample times what is read in all.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from absorb.errors import AbsorbError
 from absorb.load.source import HELD, HELD_TO_TRAIN, Source
 from absorb.measure.pace import pace_of
 from absorb.models.decoder import Decoder
+from absorb.runtime import ranks
 from absorb.runtime.precision import free_memory
-from absorb.schema.settings import Train
+from absorb.schema.settings import Distillation, Train
 from absorb.schema.training import LENGTH, Recipe
 from absorb.show.tables import size_of
 from absorb.text.gather import CALIBRATION_ROWS, HELD_OUT_ROWS, SCALING_ROWS, VALIDATION_ROWS
+from absorb.tune.end_to_end import bytes_with_logits, held_bytes, waiting_bytes
+from absorb.tune.recipe import by_layers
 
 # Bytes a weight of the layer in hand: float32, and where all is trained its gradient, what AdamW
 # remembers and a bfloat16 copy. Else the gradient stops at a few parameters.
 _LAYER: dict[Train, int] = {"sinks": 6, "scales": 6, "all": 18}
 _UNTRAINED = 6
+# Where weights are shared out: float32, the gradient, what AdamW remembers and the best step. And
+# of what is whole for a while: as it has come, its copy in bfloat16 and its gradient.
+_SHARDED, _WHOLE = 20, 10
 _SCORES = 12  # tensors of the size of all attention weights, in a fit
 _LOGITS = 4  # copies of the logits of the tokens that are read at once
 _TOKENS = 512
@@ -80,7 +86,9 @@ def seconds_of(source: Source, fine_tune: Recipe, plan_is_read: bool) -> float:
     rows = _TIMES_HELD_OUT * HELD_OUT_ROWS[source.decoder.device.type]
     known = CALIBRATION_ROWS + VALIDATION_ROWS + fine_tune.training_rows
     rows += _ROWS_OF_READ if plan_is_read else _ROWS + min(SCALING_ROWS, known)
-    trained = _TIMES_TRAINED * (fine_tune.steps or 0) * fine_tune.rows
+    steps = (fine_tune.steps or 0) + (fine_tune.end_steps or 0)
+    trained = _TIMES_TRAINED * steps * fine_tune.rows
+    trained += fine_tune.training_rows if fine_tune.end_steps else 0  # by the teacher once more
     checked = _CHECKED * VALIDATION_ROWS if fine_tune.trains else 0
     walks = _WALKS_OF_READ if plan_is_read else _WALKS
     limit = 60 * (fine_tune.minutes or 0)
@@ -104,6 +112,44 @@ def experts_fit(source: Source, fine_tune: Recipe) -> bool:
     """Whether a layer is trained whole; else its experts stay as they are."""
     room = free_memory(source.decoder.device) - _SPARE
     return not source.decoder.experts or _work(source.decoder, fine_tune) <= room
+
+
+def streamed(source: Source, fine_tune: Recipe, wish: Distillation) -> Recipe:
+    """The recipe of a model whose weights stream: as far as the memory allows."""
+    if _shards(source, fine_tune):
+        return replace(fine_tune, sharded=ranks.count())
+    held = end_needs(source, fine_tune) <= free_memory(source.decoder.device)
+    agreed = bool(ranks.least(int(held)))
+    return by_layers(fine_tune, wish, experts_fit(source, fine_tune), agreed)
+
+
+def end_needs(source: Source, fine_tune: Recipe) -> int:
+    """The bytes of memory that few parameters take to be trained end to end."""
+    decoder = source.decoder
+    return int(_SPARE + held_bytes(decoder, LENGTH, fine_tune.training_rows + VALIDATION_ROWS))
+
+
+def _shards(source: Source, fine_tune: Recipe) -> bool:
+    """Whether all weights are trained at once, each process with its part of them."""
+    processes = ranks.count()
+    if processes == 1 or fine_tune.train != "all" or not fine_tune.trains:
+        return False
+    if fine_tune.purpose != "none" or fine_tune.rows % processes:
+        return False
+    device = source.decoder.device
+    free = free_memory(device) // (processes if device.type == "cpu" else 1)
+    return bool(ranks.least(int(shard_needs(source, fine_tune) <= free)))
+
+
+def shard_needs(source: Source, fine_tune: Recipe) -> int:
+    """The bytes of memory that it takes of each of them."""
+    decoder = source.decoder
+    count = sum(weight.numel() for weight in source.model.parameters())
+    layer = max(sum(p.numel() for p in one.parameters()) for one in decoder.layers)
+    ends = count - sum(p.numel() for one in decoder.layers for p in one.parameters())
+    rows = fine_tune.training_rows + VALIDATION_ROWS
+    mine = _SHARDED * count / ranks.count() + _WHOLE * (layer + ends)
+    return int(_SPARE + mine + waiting_bytes(decoder, LENGTH, rows) + bytes_with_logits(decoder))
 
 
 def _work(decoder: Decoder, fine_tune: Recipe, experts: bool = True) -> float:

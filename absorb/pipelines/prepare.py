@@ -14,7 +14,15 @@ from absorb.load.source import Source, load
 from absorb.measure.outliers import Measurement, measure
 from absorb.measure.prefix import find_prefix
 from absorb.models.positions.windows import slide
-from absorb.pipelines.needs import experts_fit, held_for, needs_of, refuse_unfit, seconds_of
+from absorb.pipelines.needs import (
+    end_needs,
+    held_for,
+    needs_of,
+    refuse_unfit,
+    seconds_of,
+    shard_needs,
+    streamed,
+)
 from absorb.pipelines.survey import inspection_from_plan, survey
 from absorb.prove.prove import proved
 from absorb.runtime.precision import bf16_copy, device_of
@@ -26,10 +34,10 @@ from absorb.schema.training import Recipe
 from absorb.ship.export.targets import config_for, route_of
 from absorb.ship.plan_file import read_plan
 from absorb.ship.resume import Progress
-from absorb.show.tables import time_of
+from absorb.show.tables import size_of, time_of
 from absorb.text.corpus import encoded, refuse_unreadable
 from absorb.text.gather import Texts, gather
-from absorb.tune.recipe import by_layers, refuse_minutes
+from absorb.tune.recipe import refuse_minutes
 
 _MOST_IS_LEFT_OUT = 0.5  # a share of the effect of the prefix
 
@@ -70,7 +78,10 @@ def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) 
         needs = needs_of(source, fine_tune, job.out)
         say(f"the conversion {needs}")
         refuse_unfit(needs, job.out)
-        say(f"it takes about {_time(job, source, fine_tune)}")
+        work = streamed(source, fine_tune, job.distillation) if source.streaming else fine_tune
+        if source.streaming and work.trains:
+            say(f"training {_end(source, work)}")
+        say(f"it takes about {_time(job, source, work)}")
     training_rows = None if fine_tune is None else fine_tune.training_rows
     kept = progress.draft() if progress else None
     if kept is None:
@@ -87,11 +98,16 @@ def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) 
     )
 
 
+def _end(source: Source, fine_tune: Recipe) -> str:
+    if fine_tune.sharded:
+        size = size_of(shard_needs(source, fine_tune))
+        return f"end to end needs about {size} of memory in each of {fine_tune.sharded} processes"
+    needs = f"end to end needs about {size_of(end_needs(source, fine_tune))} of memory"
+    return needs if fine_tune.end_steps else f"{needs}, so layers are only trained one by one"
+
+
 def _time(job: Job, source: Source, fine_tune: Recipe) -> str:
-    work = fine_tune
-    if source.streaming:
-        work = by_layers(fine_tune, job.distillation, experts_fit(source, fine_tune))
-    told = time_of(seconds_of(source, work, plan_is_read=job.plan is not None))
+    told = time_of(seconds_of(source, fine_tune, plan_is_read=job.plan is not None))
     return told if job.calibration.text else f"{told} once its text is sampled"
 
 

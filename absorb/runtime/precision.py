@@ -90,6 +90,11 @@ def autocast_bf16(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=_bfloat16_is_fast(device))
 
 
+def product_type(device: torch.device) -> torch.dtype:
+    """The type that products are taken in within `autocast_bf16`."""
+    return torch.bfloat16 if _bfloat16_is_fast(device) else torch.float32
+
+
 def _bfloat16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         fast: bool = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -5,8 +5,11 @@ is brought together, so that all come to the same. Alone a process does nothing 
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -29,8 +32,33 @@ def joined(device: str) -> Iterator[None]:
             raise AbsorbError(f"there are {there} GPUs here; pass --nproc-per-node {there}")
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if on_gpus else "gloo")
-    yield  # where it fails the others are waiting, and torchrun ends them
+    with _hearing_the_end() if on_gpus else nullcontext():
+        yield  # where it fails the others are waiting, and torchrun ends them
     dist.destroy_process_group()
+
+
+@contextmanager
+def _hearing_the_end() -> Iterator[None]:
+    """Let SIGTERM, which torchrun sends where a process is lost, end the wait for that one.
+
+    Python hears of a signal between two of its operations, and such a wait is one of them.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    before = signal.set_wakeup_fd(told)
+    Thread(target=_give_up_at, args=(heard,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(told)
+
+
+def _give_up_at(heard: int) -> None:
+    while number := os.read(heard, 1):
+        if number[0] == signal.SIGTERM:
+            dist.distributed_c10d._abort_process_group()
+    os.close(heard)
 
 
 def count() -> int:
@@ -88,6 +116,35 @@ def of_first(tensor: Tensor) -> Tensor:
     return there.to(tensor.device)
 
 
+def path_of_first(path: Path) -> Path:
+    """The place that the first process means."""
+    if count() == 1:
+        return path
+    given = [str(path)]
+    dist.broadcast_object_list(given, 0)
+    return Path(given[0])
+
+
+def meet() -> None:
+    """Go on when all processes have come here."""
+    mean(0.0)
+
+
+def is_shared_out(tensor: Tensor) -> bool:
+    """Whether each process holds a part of a tensor, as FSDP has it."""
+    return hasattr(tensor, "full_tensor")
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if is_shared_out(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, for which all processes have to ask."""
+    return tensor.full_tensor() if is_shared_out(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def _together(tensor: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
     if count() == 1:
         return tensor
@@ -109,4 +166,23 @@ def add_gradients(parameters: list[torch.nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is None:  # of an expert that none of these rows has reached
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+        if is_shared_out(parameter):
+            parameter.grad *= count()  # FSDP takes the mean
+        else:
+            dist.all_reduce(parameter.grad)
+
+
+def clip_gradients(parameters: list[torch.nn.Parameter]) -> float:
+    """Bring the norm of all gradients down to one, if it is larger: what it was."""
+    apart = [p.grad for p in parameters if p.grad is not None and is_shared_out(p)]
+    if not apart:
+        return torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    parts = [part(gradient) for gradient in apart]
+    others = [p.grad for p in parameters if p.grad is not None and not is_shared_out(p)]
+    norm = (summed(_square(parts)) + _square(others)).sqrt()
+    torch._foreach_mul_([*parts, *others], (1 / (norm + 1e-6)).clamp(max=1))
+    return norm.item()
+
+
+def _square(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(one) for one in tensors]).square().sum()

@@ -86,10 +86,10 @@ class Walk:
                 beginning.append(stream)
             calls.append(call)
             if layer == len(self.decoder.layers) - 1:
-                raise _Seen
+                raise Seen
             return self._formed(stream)
 
-        with self._layers_as(note), suppress(_Seen):
+        with layers_as(self.decoder, note), suppress(Seen):
             self.decoder.model(part.to(self.decoder.device), use_cache=False)
         self.calls.append(calls)
         self.streams.append(self._room_for(beginning[0]).copy_(beginning[0]))
@@ -115,7 +115,7 @@ class Walk:
 
     def _formed(self, stream: Tensor) -> Any:
         """A stream as a layer gives it."""
-        return stream if self._others is None else (stream, *[None] * self._others)
+        return _formed(stream, self._others)
 
     @torch.no_grad()
     def pass_on(self, layer: int) -> None:
@@ -139,14 +139,11 @@ class Walk:
     @torch.no_grad()
     def logits(self, place: int) -> Tensor:
         """Logits (rows, length, vocabulary) of a part that has gone through all layers."""
-        stream = self.waiting(place)
+        return self.behind(self.waiting(place))
 
-        def end(*_: object) -> Any:
-            return self._formed(stream)
-
-        with self._layers_as(end):
-            found: Tensor = self.decoder.model(inputs_embeds=stream, use_cache=False).logits
-        return found
+    def behind(self, stream: Tensor) -> Tensor:
+        """Logits (rows, few, vocabulary) of a stream (rows, few, hidden) of the last layer."""
+        return behind_layers(self.decoder, stream, self._others)
 
     @contextmanager
     def _at_hand(self, wanted: Callable[[nn.Module], bool]) -> Iterator[None]:
@@ -158,18 +155,33 @@ class Walk:
                     stack.enter_context(streaming.fetched(unit))
             yield
 
-    @contextmanager
-    def _layers_as(self, act: Callable[[int, Tensor, Call], Any]) -> Iterator[None]:
-        """Let `act` take the place of every layer for a while: of its hooks as well."""
-        held = self.decoder.model.get_submodule(self.decoder.family.layers)
-        names = [name for name, _ in held.named_children()]
-        for index, (name, layer) in enumerate(zip(names, self.decoder.layers, strict=True)):
-            held._modules[name] = _InPlaceOf(layer, index, act)
-        try:
-            yield
-        finally:
-            for name, layer in zip(names, self.decoder.layers, strict=True):
-                held._modules[name] = layer
+
+def behind_layers(decoder: Decoder, stream: Tensor, others: int | None) -> Tensor:
+    """Logits (rows, few, vocabulary) of a stream (rows, few, hidden) that has left the layers.
+
+    A layer of this model gives a tuple with so many `others` behind the stream, or no tuple.
+    """
+    with layers_as(decoder, lambda *_: _formed(stream, others)):
+        found: Tensor = decoder.model(inputs_embeds=stream, use_cache=False).logits
+    return found
+
+
+def _formed(stream: Tensor, others: int | None) -> Any:
+    return stream if others is None else (stream, *[None] * others)
+
+
+@contextmanager
+def layers_as(decoder: Decoder, act: Callable[[int, Tensor, Call], Any]) -> Iterator[None]:
+    """Let `act` take the place of every layer for a while: of its hooks as well."""
+    held = decoder.model.get_submodule(decoder.family.layers)
+    names = [name for name, _ in held.named_children()]
+    for index, (name, layer) in enumerate(zip(names, decoder.layers, strict=True)):
+        held._modules[name] = _InPlaceOf(layer, index, act)
+    try:
+        yield
+    finally:
+        for name, layer in zip(names, decoder.layers, strict=True):
+            held._modules[name] = layer
 
 
 class _InPlaceOf(nn.Module):
@@ -187,5 +199,5 @@ class _InPlaceOf(nn.Module):
         return self.act(self.index, hidden_states, (args, options))
 
 
-class _Seen(Exception):  # noqa: N818 - it ends a pass of which no more is needed
-    pass
+class Seen(Exception):  # noqa: N818
+    """Ends a pass of which no more is needed."""

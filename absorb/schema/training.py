@@ -1,6 +1,6 @@
 """What a fine-tune is to do, and what became of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from absorb.schema.settings import Purpose, Train
 
@@ -29,6 +29,11 @@ class Recipe:
     rate: float = WEIGHT_RATES["none"]  # at which weights learn
     by_layers: bool = False  # each layer in so many steps, one after the other
     experts: bool = True  # trained as well: not where a layer with them needs more memory
+    norms: bool = False  # trained beside the scales
+    # Where layers are trained one by one: steps that follow, on few parameters of all layers at
+    # once. None where the memory does not allow it.
+    end_steps: int | None = 0
+    sharded: int = 0  # processes that have a part of every weight each, which none could hold
     tied: bool = False  # the scales of norms stay what the stream was divided by
 
     @property
@@ -46,12 +51,29 @@ class Recipe:
             return enough
         return min(max(self.steps * self.rows, _LEAST_TRAINING_ROWS), enough)
 
+    @property
+    def at_the_end(self) -> "Recipe":
+        """What is trained in all layers at once, after they were trained one by one."""
+        few: Train = "sinks" if self.train == "sinks" else "scales"
+        return replace(
+            self, steps=self.end_steps, train=few, norms=few == "scales", by_layers=False
+        )
+
+    @property
+    def _end(self) -> str:
+        if self.end_steps is None:
+            return ", and not end to end, for which there is too little memory"
+        trained = "sinks and biases" if self.train == "sinks" else "sinks, biases, scales and norms"
+        return f", then {self.end_steps} end to end on {trained}" if self.end_steps else ""
+
     def __str__(self) -> str:
         length = "" if self.steps is None else f"{self.steps} "
         limit = "" if self.minutes is None else f"{self.minutes:g} minutes of "
         rounding = "" if self.purpose == "none" else f", for {self.purpose.upper()}"
         size = f"{self.rows} x {LENGTH} tokens"
-        order = ", layer by layer" if self.by_layers else ""
+        order = f", layer by layer{self._end}" if self.by_layers else ""
+        if self.sharded:
+            order = f", end to end, with the weights shared out among {self.sharded} processes"
         less = "" if self.experts else " but experts"
         return f"{limit}{length}steps of {size}, training {self.train}{less}{rounding}{order}"
 

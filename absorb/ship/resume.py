@@ -33,6 +33,7 @@ from absorb.tune.state import State, TrainingState
 
 _TEXTS, _PLAN, _STATE = "texts.safetensors", "plan.safetensors", "state.safetensors"
 _LAYERS = "layers"  # a folder of those that are trained one by one
+_SHARDS = "shards"  # a folder of states of weights that are shared out
 _PARTS = ("calibration", "validation", "held_out", "training")
 _SECONDS = 60
 _NOTE = "absorb"  # the entry of the metadata
@@ -100,7 +101,15 @@ class Progress:
     @property
     def layers(self) -> Path:
         """Where layers that are trained one by one are kept."""
-        place = self.folder / _LAYERS
+        return self._made(_LAYERS)
+
+    @property
+    def shards(self) -> Path:
+        """Where the states of a fine-tune are kept whose weights are shared out."""
+        return self._made(_SHARDS)
+
+    def _made(self, name: str) -> Path:
+        place = self.folder / name
         with unwritable_explained(self.folder):
             place.mkdir(parents=True, exist_ok=True)  # a helper may come first
         return place
@@ -133,7 +142,8 @@ def _clear(folder: Path) -> None:
         for name in (_TEXTS, _STATE, _PLAN):
             (folder / name).unlink(missing_ok=True)
             _partial(folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / _LAYERS, ignore_errors=True)
+        for name in (_LAYERS, _SHARDS):
+            shutil.rmtree(folder / name, ignore_errors=True)
         with suppress(OSError):
             folder.rmdir()
 

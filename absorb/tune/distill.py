@@ -1,7 +1,7 @@
 """The brief fine-tune: the student learns the teacher's next-token distribution."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from time import monotonic
@@ -60,10 +60,12 @@ def train(
     fine_tune: Recipe,
     seed: int,
     keeper: Keeper | None = None,
+    at_once: int | None = None,
 ) -> Losses:
     """Train the student in place, and keep its best step by the loss on validation text.
 
-    A keeper may have the state of an earlier run, which is then gone on from.
+    A keeper may have the state of an earlier run, which is then gone on from. So many rows are read
+    `at_once`, or as many as the memory allows.
     Limited by minutes, no two runs are the same to the bit: how many steps there are, and the
     learning rate of each, depend on how fast the machine is.
     """
@@ -71,7 +73,8 @@ def train(
     if not fine_tune.trains:
         return _untrained(student)
     parameters = choose(student, fine_tune)
-    check = _Check(loss, rows_at_once(student, student.device), texts.validation, parameters)
+    fitting = partial(rows_at_once, student, student.device)
+    check = _Check(loss, at_once or fitting(), texts.validation, parameters)
     optimizer = optimizer_of(student, parameters, fine_tune.rate)
     pace = _Pace(fine_tune)
     losses: list[tuple[int, float]] = []
@@ -86,7 +89,8 @@ def train(
     schedule = LambdaLR(optimizer, lambda _: rate_at(pace.done, pace.whole))
     with pace.bar:
         while pace.done < pace.whole:
-            value = _step(loss, student, next(batches), optimizer, parameters)
+            parts = ranks.share(next(batches)).split(at_once or fitting())
+            value = _step(loss, parts, fine_tune.rows, optimizer, parameters)
             check_is_due = pace.count()
             losses.append((pace.steps, value))
             schedule.step()
@@ -148,21 +152,22 @@ def _batches(training: Tensor, rows: int, seed: int) -> Iterator[Tensor]:
 
 def _step(
     loss: Loss,
-    student: PreTrainedModel,
-    batch: Tensor,
+    parts: Iterable[Tensor],
+    rows: int,
     optimizer: torch.optim.AdamW,
     parameters: list[nn.Parameter],
 ) -> float:
-    total = 0.0
-    for part in ranks.share(batch).split(rows_at_once(student, student.device)):
-        with autocast_bf16(student.device):
-            share = loss(part) * len(part) / len(batch)
+    """One step on so many `rows` in all, of which this process reads some in `parts`."""
+    total, device = 0.0, parameters[0].device
+    for part in parts:
+        with autocast_bf16(device):
+            share = loss(part) * len(part) / rows
         share.backward()
         total += share.item()
     ranks.add_gradients(parameters)
     total = ranks.mean(total) * ranks.count()
-    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-    if not math.isfinite(total + norm.item()):
+    norm = ranks.clip_gradients(parameters)
+    if not math.isfinite(total + norm):
         raise AbsorbError(
             "the fine-tune diverged (its loss is not a number any more); "
             "convert with --steps 0, or with --train sinks"

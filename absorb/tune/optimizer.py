@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from absorb.models.modeling_absorb import NEUTRAL
+from absorb.runtime import ranks
 from absorb.schema.settings import Train
 from absorb.schema.training import Recipe
 
@@ -37,6 +38,7 @@ def choose(
     for name, parameter in module.named_parameters():
         last = name.rpartition(".")[2]
         stock = recipe.train == "all" and last not in NEUTRAL
+        stock |= recipe.norms and last == "weight" and parameter.ndim == 1
         skipped = any(parameter is one for one in left_out)
         parameter.requires_grad_(not skipped and (stock or last in trained))
         if parameter.requires_grad:
@@ -47,12 +49,13 @@ def choose(
 def optimizer_of(
     module: nn.Module, parameters: list[nn.Parameter], weight_rate: float
 ) -> torch.optim.AdamW:
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             rate = _RATES.get(name.rpartition(".")[2], weight_rate)
-            groups.setdefault(rate, []).append(parameter)
-    settings = [{"params": group, "lr": rate} for rate, group in groups.items()]
+            # No operation takes tensors that are shared out with others.
+            groups.setdefault((rate, ranks.is_shared_out(parameter)), []).append(parameter)
+    settings = [{"params": group, "lr": rate} for (rate, _), group in groups.items()]
     fused = parameters[0].device.type == "cuda"
     return torch.optim.AdamW(settings, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 

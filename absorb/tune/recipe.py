@@ -32,16 +32,23 @@ def recipe(wish: Distillation, device: torch.device, tied: bool = False) -> Reci
     )
 
 
-def by_layers(recipe: Recipe, wish: Distillation, experts: bool) -> Recipe:
+def by_layers(recipe: Recipe, wish: Distillation, experts: bool, held: bool) -> Recipe:
     """The same for a model of which the memory holds one layer at a time, with its experts or not.
 
     At its rate a layer learns in two rounds over the text what it does in six at that of a whole
-    model.
+    model. End to end few parameters are trained afterwards, where a frozen copy can be `held`.
     """
     steps = (
         recipe.steps if wish.steps is not None else _ROUNDS * recipe.training_rows // recipe.rows
     )
-    return replace(recipe, steps=steps, rate=_LAYER_RATE, by_layers=True, experts=experts)
+    return replace(
+        recipe,
+        steps=steps,
+        rate=_LAYER_RATE,
+        by_layers=True,
+        experts=experts,
+        end_steps=recipe.steps if held else None,
+    )
 
 
 def refuse_minutes(wish: Distillation) -> None:

@@ -53,9 +53,10 @@ def restored(
         parameter.copy_(tensors[f"{place}.now"])
         best.append(tensors[f"{place}.best"].to(parameter.device))
         names = [name for name in _MOMENTS if f"{place}.{name}" in tensors]
-        # AdamW counts its steps on the CPU.
+        # AdamW counts its steps on the CPU, unless it does all in one kernel.
+        counting = parameter.device if optimizer.defaults["fused"] else "cpu"
         optimizer.state[parameter] |= {
-            name: tensors[f"{place}.{name}"].to("cpu" if name == "step" else parameter.device)
+            name: tensors[f"{place}.{name}"].to(counting if name == "step" else parameter.device)
             for name in names
         }
     return best

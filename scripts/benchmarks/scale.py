@@ -47,6 +47,7 @@ SHAPES = {  # hidden, inner, layers, heads, key and value heads, vocabulary, tie
 _BOS, _DETECTOR, _MASSIVE, _OUTLIER, _NEURON = 1, 3, 5, 7, 11
 _LARGE, _SPIKE, _SHARP, _QUIET = 40.0, 0.04, 0.25, 0.05
 _OTHER_ROWS = 120  # of text, besides those to train on; more than are needed
+_SAID = "said: "
 _EVERY = 0.02  # seconds between two looks at the memory
 
 
@@ -208,7 +209,7 @@ def conversion(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(options["card"] * 1e9 / whole)
     if options["streamed"]:
         source.free_memory = lambda device: 0
-    text = folder / "text.txt"
+    text = folder / f"text{os.environ.get('RANK', '')}.txt"
     text.write_text(letters((options["rows"] + _OTHER_ROWS) * (LENGTH + 1)))
     watch, start = Watch(device), time.perf_counter()
     log.addHandler(watch)
@@ -221,6 +222,7 @@ def conversion(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         "seconds": taken,
         "stages": {name: round(seconds, 2) for name, seconds in watch.shown.items()},
         "between": {name: round(seconds, 2) for name, seconds in watch.between.items()},
+        "rank": int(os.environ.get("RANK", 0)),
         "gpu": watch.gpu,
         "host": watch.host,
         "host_in": watch.host_in,
@@ -239,6 +241,8 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
     for name in ("gpu", "host", "read", "written"):
         if found[name]:
             rows.append((name, f"{found[name] / 1e9:.2f} GB"))
+    if found["processes"] > 1:
+        rows.append(("each gpu", ", ".join(f"{peak / 1e9:.2f} GB" for peak in found["cards"])))
     rows += [(name, f"{seconds:.1f} s") for name, seconds in found["stages"].items()]
     return [*rows, ("all", f"{found['seconds']:.1f} s")]
 
@@ -251,29 +255,41 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
 @click.option("--steps", type=int, help="Of the fine-tune.  [default: what absorb chooses]")
 @click.option("--train", type=click.Choice(["sinks", "scales", "all"]))
 @click.option("--sink", default="auto", show_default=True)
+@click.option("--processes", default=1, show_default=True, help="Of torchrun, each with a GPU.")
 @click.option("--streamed", is_flag=True, help="Let weights stream that would fit.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the model is put.")
 @bench.device
 @bench.figures
 def main(
-    shape: str, layers: int | None, folder: Path | None, out: Path | None, **options: Any
+    shape: str,
+    layers: int | None,
+    processes: int,
+    folder: Path | None,
+    out: Path | None,
+    **options: Any,
 ) -> None:
     """Time and memory of a conversion."""
     with TemporaryDirectory(dir=folder) as place:
         source = Path(place) / "model"
         made = [sys.executable, "-m", __spec__.name, "model", str(source)]
         words = json.dumps({"shape": shape, "layers": layers, "device": options["device"]})
-        weights = _run([*made, words])
-        convert = [sys.executable, "-m", __spec__.name, "convert", str(source)]
-        found = _run([*convert, json.dumps(options)])
+        [weights] = _run([*made, words])
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        together = [*launch, str(processes)] if processes > 1 else []
+        convert = [sys.executable, *together, "-m", __spec__.name, "convert", str(source)]
+        each = _run([*convert, json.dumps(options)])
+    found = next(one for one in each if one["rank"] == 0)
+    found |= {"cards": [one["gpu"] for one in each], "processes": processes}
     found |= {"shape": shape, "layers": layers or SHAPES[shape][2], "weights": weights, **options}
     click.echo(table([("", shape), *rows_of(found)]))
     bench.write(out, found)
 
 
-def _run(words: list[str]) -> Any:
+def _run(words: list[str]) -> list[Any]:
+    """What each process says in its last line."""
     done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    lines = done.stdout.decode().splitlines()
+    return [json.loads(line.removeprefix(_SAID)) for line in lines if line.startswith(_SAID)]
 
 
 def part(kind: str, folder: Path, options: dict[str, Any]) -> Any:
@@ -285,6 +301,6 @@ def part(kind: str, folder: Path, options: dict[str, Any]) -> Any:
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["model"], ["convert"]):
-        print(json.dumps(part(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))))
+        print(_SAID + json.dumps(part(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))))
     else:
         main()

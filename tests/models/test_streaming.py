@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 import absorb
 from absorb.load import source as loading
-from absorb.pipelines import convert as pipeline
 from absorb.pipelines import needs
 from absorb.schema.settings import ModelRef, Purpose
 from absorb.schema.training import Recipe
@@ -79,9 +78,12 @@ def test_layers_that_stream_learn_one_after_the_other(
     report = absorb.convert(
         source, out, text=text, sink="logit", steps=8, train="all", purpose=purpose
     )
-    (_, before), (_, after) = report.losses.held_out
+    (_, before), (_, after), (again, start), *_, (_, last) = report.losses.held_out
     assert report.recipe.by_layers
-    assert report.losses.kept == 8
+    assert "layer by layer, then 8 end to end on sinks, biases, scales and" in str(report.recipe)
+    assert report.losses.kept > 8
+    assert again == 8
+    assert last < start
     assert after < before
     assert all(left <= first for first, left in report.losses.layers)
     assert {path.name for path in out.iterdir() if path.is_dir()} == {"plan"}
@@ -101,11 +103,13 @@ def test_experts_stay_as_they_are_where_a_layer_with_them_is_too_large(
     monkeypatch.setattr(needs, "free_memory", lambda device: 0.5e9)
     assert not needs.experts_fit(loaded, Recipe(steps=8, train="all", rows=8))
     monkeypatch.setattr(needs, "free_memory", lambda device: 1e9)
-    monkeypatch.setattr(pipeline, "experts_fit", lambda source, fine_tune: False)
+    monkeypatch.setattr(needs, "experts_fit", lambda source, fine_tune: False)
+    monkeypatch.setattr(needs, "end_needs", lambda source, fine_tune: 2e9)
     out = tmp_path / "trained"
     plan = tmp_path / "untrained"
     report = absorb.convert(source, out, text=text, steps=32, train="all", plan=plan)
     assert "training all but experts" in str(report.recipe)
+    assert "and not end to end, for which there is too little memory" in str(report.recipe)
     assert report.losses.kept == 32
     changed = {
         name
@@ -138,6 +142,7 @@ def test_layers_that_an_earlier_run_has_trained_are_gone_on_from(
     """It ends while the second layer is trained; the checkpoint is that of a run that does not."""
     source, text = saved("llama", tmp_path)
     monkeypatch.setattr(loading, "free_memory", lambda device: 0)
+    monkeypatch.setattr(needs, "end_needs", lambda source, fine_tune: 1e15)
     job = {"text": text, "sink": "logit", "steps": 4, "train": "all"}
     whole = absorb.convert(source, tmp_path / "whole", **job)
     trained = blockwise._Layers._trained

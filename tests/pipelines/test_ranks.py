@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from socket import socket
@@ -22,17 +23,19 @@ from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
-# `streamed` says that no model fits. Products are taken in float32 on every processor.
+# Of ways other than `resident` no model fits. Products are taken in float32 on every processor.
 PROGRAM = """
 import sys
 from absorb.load import source
 from absorb.runtime import precision
 precision._bfloat16_is_fast = lambda device: False
-if sys.argv.pop(1) == "streamed":
+if sys.argv.pop(1) != "resident":
     source.free_memory = lambda device: 0
 from absorb.cli.main import main
 main()
 """
+# All weights of a model that does not fit are shared out among processes.
+TRAINED = {"resident": "all", "streamed": "scales", "sharded": "all"}
 SHORT = """
 import pytest
 from tests.conftest import shorten_texts
@@ -54,7 +57,7 @@ def arguments(source: Path, out: str, way: str) -> list[str]:
     home = source.parent
     return [
         *(way, "convert", str(source), "--out", str(home / out), "--text", str(home / "text.txt")),
-        *("--steps", "3", "--train", "all", "--device", "cpu", "--json"),
+        *("--steps", "3", "--train", TRAINED[way], "--device", "cpu", "--json"),
     ]
 
 
@@ -78,11 +81,13 @@ def told(processes: int) -> list[dict[str, str]]:
     return [meeting | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(processes)]
 
 
-@pytest.mark.parametrize("way", ["resident", "streamed"])
-def test_two_processes_come_to_what_one_does(way: str, source: Path) -> None:
+@pytest.mark.parametrize(
+    ("one", "two"), [("resident", "resident"), ("streamed", "streamed"), ("resident", "sharded")]
+)
+def test_two_processes_come_to_what_one_does(one: str, two: str, source: Path) -> None:
     """Sums of gradients in another order: AdamW turns differences of gradients near zero into
     steps, of which there are three of at most 2e-4."""
-    (alone, first), (together, second) = (converted(source, way, n) for n in (1, 2))
+    (alone, first), (together, second) = converted(source, one, 1), converted(source, two, 2)
     assert together.keys() == alone.keys()
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
@@ -101,17 +106,53 @@ def test_two_processes_come_to_what_one_does(way: str, source: Path) -> None:
 def test_a_process_that_is_killed_ends_all_and_another_number_goes_on(source: Path) -> None:
     words = [*arguments(source, "out", "streamed"), "--resume"]
     words[words.index("--steps") + 1] = "80"
-    both_words = [
+    kept = source.parent / "out.progress" / "layers"
+    killed(source, words, lambda: (kept / "0.safetensors").exists())
+    trained = load_file(kept / "0.safetensors")
+    done = warm.run([sys.executable, "-c", PROGRAM, *words])
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stderr
+    written = load_file(source.parent / "out" / "model.safetensors")
+    for name, tensor in trained.items():
+        if "proj.weight" in name:  # what is small is trained again, with all other layers
+            assert torch.equal(written[f"model.layers.0.{name}"], tensor), name
+    assert not kept.exists()
+
+
+def test_weights_that_are_shared_out_are_gone_on_from(source: Path) -> None:
+    words = [*arguments(source, "out", "sharded"), "--resume"]
+    words[words.index("--steps") + 1] = "24"
+    kept = source.parent / "out.progress" / "shards"
+    killed(source, words, lambda: (kept / "6").exists())
+    done = subprocess.run(by_torchrun(source, words), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stderr
+    assert "with the weights shared out among 2 processes" in done.stderr
+    assert "fine-tuning:  25%" in done.stderr
+    assert "fine-tuning:   4%" not in done.stderr  # the first step of a run that begins
+    assert len(json.loads(done.stdout)["losses"]["training"]) == 24
+    assert (source.parent / "out" / "model.safetensors").exists()
+    assert not kept.exists()
+
+
+def by_torchrun(source: Path, words: list[str]) -> list[str]:
+    return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *(str(source.parent / "program.py"), *words),
     ]
-    log, kept = source.parent / "log", source.parent / "out.progress" / "layers"
+
+
+def killed(source: Path, words: list[str], there: Callable[[], bool]) -> None:
+    """A conversion by two processes, of which one is killed when something is `there`."""
+    log = source.parent / "log"
     with (
         log.open("w") as said,
-        subprocess.Popen(both_words, stderr=said, stdout=subprocess.DEVNULL) as both,
+        subprocess.Popen(
+            by_torchrun(source, words), stderr=said, stdout=subprocess.DEVNULL
+        ) as both,
     ):
         deadline = time.monotonic() + 120
-        while not (kept / "0.safetensors").exists() and time.monotonic() < deadline:
+        while not there() and time.monotonic() < deadline:
             time.sleep(0.1)
         [helper] = [pid for pid in _children(both.pid) if _environment(pid).get("RANK") == "1"]
         os.kill(helper, signal.SIGKILL)
@@ -122,14 +163,6 @@ def test_a_process_that_is_killed_ends_all_and_another_number_goes_on(source: Pa
     assert "absorb/cli" not in text  # no traceback of ours
     assert not (source.parent / "out").exists()
     assert not list(source.parent.glob("out.partial*"))
-    trained = load_file(kept / "0.safetensors")
-    done = warm.run([sys.executable, "-c", PROGRAM, *words])
-    assert done.returncode == 0, done.stderr
-    assert "resumed" in done.stderr
-    written = load_file(source.parent / "out" / "model.safetensors")
-    for name, tensor in trained.items():
-        assert torch.equal(written[f"model.layers.0.{name}"], tensor), name
-    assert not kept.exists()
 
 
 def _children(parent: int) -> list[int]:

@@ -9,7 +9,7 @@ device. Every forward pass is then one walk through all weights.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Streaming:
         self.model, self.layers, self.device = model, layers, device
         self.fold: Edit | None = None  # what makes a student's layer of the original's
         self.fold_end: Callable[[Any], None] | None = None  # and its other units likewise
+        self.learned: dict[nn.Parameter, Tensor] = {}  # what takes the place of what has come
         self.edits: list[Edit] = []  # what is done to a layer besides, whenever it has come
         self._settled: dict[int, dict[nn.Parameter, Tensor]] = {}  # and where it rested before
         self._resting: dict[nn.Parameter, Tensor] = {}
@@ -108,6 +109,19 @@ class Streaming:
         finally:
             self._leave(unit)
 
+    @contextmanager
+    def held(self, form: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
+        """All weights on the device for a while, each in the `form` that is made of it there.
+
+        Then a pass may have gradients.
+        """
+        with ExitStack() as stack:
+            for unit in self.units:
+                stack.enter_context(self.fetched(unit))
+                for parameter in unit.parameters():
+                    parameter.data = form(parameter)
+            yield
+
     def _place_buffers(self, device: torch.device) -> None:
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -135,12 +149,23 @@ class Streaming:
             # Types are changed on the device: what is smaller arrives sooner.
             there = staged.get(parameter, resting).to(self.device, non_blocking=bool(staged))
             parameter.data = there.to(torch.float32, copy=there is resting)
-        if layer is not None:
-            if staging is not None:
-                staging.taken(layer)
-            self._edit(layer)
-        elif self.fold_end is not None:
-            self.fold_end(unit)
+        if layer is None:
+            if self.fold_end is not None:
+                self.fold_end(unit)
+            self._learn(unit)
+            return
+        if staging is not None:
+            staging.taken(layer)
+        if self.fold is not None and layer not in self._settled:
+            self.fold(layer)
+        self._learn(unit)
+        for edit in self.edits:
+            edit(layer)
+
+    def _learn(self, unit: nn.Module) -> None:
+        for parameter in self._weights_of(unit):
+            if parameter in self.learned:
+                parameter.copy_(self.learned[parameter])
 
     def _weights_of(self, first: nn.Module) -> list[nn.Parameter]:
         """Those of a unit, and of others that are tied to it."""
@@ -157,12 +182,6 @@ class Streaming:
             with torch.inference_mode(False):  # or nobody else may fill it
                 self._stage = Staging(self.layers)
         return self._stage
-
-    def _edit(self, layer: int) -> None:
-        if self.fold is not None and layer not in self._settled:
-            self.fold(layer)
-        for edit in self.edits:
-            edit(layer)
 
     def _leave(self, unit: nn.Module) -> None:
         unit = self._first[unit]
