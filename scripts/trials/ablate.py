@@ -83,7 +83,6 @@ _GATES: dict[str, dict[str, Any]] = {
     "no gates": {},
     "scalar gates": {"gates": 2, "scalar": True},  # two ranks make a linear one
     "gates of rank 16": {"gates": RANK},
-    "no gates, outliers in float": {"apart": True},  # the most that gates can win
 }
 CHOICES = {
     "untrained": Choice(formats=(*USUAL, *FOUR_BITS)),
@@ -134,6 +133,10 @@ CHOICES = {
         for more, penalty in (("", 0.0), (", peaks penalised", 1e-2))
         for name, changes in _GATES.items()
     },
+    # The most that gates can win.
+    "100 steps of all, given text, outliers in float": Choice(
+        steps=100, given=0, apart=True, formats=("w8a8-static", *FOUR_BITS)
+    ),
 }
 
 
