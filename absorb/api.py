@@ -26,6 +26,7 @@ from absorb.schema.settings import (
     Evaluation,
     Export,
     FormatName,
+    Gates,
     Job,
     Purpose,
     Sink,
@@ -58,6 +59,7 @@ class InspectOptions(TypedDict, total=False):
 class ConvertOptions(InspectOptions, total=False):
     """The same of Job."""
 
+    gates: Gates
     steps: int | None
     minutes: float | None
     train: Train | None

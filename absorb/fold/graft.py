@@ -8,13 +8,14 @@ original's weights and the plan: where weights stream, it is made anew whenever 
 import copy
 import gc
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from absorb.fold import neurons, order, place, residual, smoothing
+from absorb.fold import gates, neurons, order, place, residual, smoothing
 from absorb.fold.plan import Plan
 from absorb.fold.sinks.forms import KeySink, LayerSink
 from absorb.models import modeling_absorb
@@ -24,7 +25,7 @@ from absorb.models.resting.streaming import Streaming
 from absorb.runtime.quiet import quiet
 
 # All of a plan counts channels as the original does, so what puts them in order comes last.
-_FOLDS = (place, neurons, residual, smoothing, order)
+_FOLDS = (place, neurons, residual, gates, smoothing, order)
 _END_FOLDS = (residual, order)
 
 
@@ -33,7 +34,7 @@ def graft(decoder: Decoder, plan: Plan) -> Decoder:
     """A new absorbed model that does without a prefix what the stock one does with the plan's."""
     if decoder.streaming:
         gc.collect()  # the student before may hold page-locked memory
-    student = twin(decoder, plan.sinks)
+    student = twin(decoder, plan.sinks, plan.gates)
     place.shift_positions(student, len(plan.prefix))
     write_ends(student, plan)
 
@@ -66,18 +67,23 @@ def write_ends(student: Decoder, plan: Plan) -> None:
         write(student.model.get_output_embeddings())
 
 
-def twin(decoder: Decoder, sinks: Sequence[LayerSink | None] = ()) -> Decoder:
+def twin(
+    decoder: Decoder,
+    sinks: Sequence[LayerSink | None] = (),
+    gated: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Decoder:
     """The absorbed form of a stock model: its weights, and neutral sinks and scales.
 
-    A layer for which `sinks` holds keys has room for them, all others have logits. The weights are
-    copies, save where they stream: there both models share them.
+    A layer for which `sinks` holds keys has room for them, all others have logits. The norms named
+    in `gated` have gates like those there. The weights are copies, save where they stream: there
+    both models share them.
     """
     model: Any = decoder.model
     cls: Any = modeling_absorb.absorbed(model.__class__)
     settings = model.config.to_dict()
     for ours in ("model_type", "architectures", "auto_map", "transformers_version"):
         settings.pop(ours, None)
-    config = cls.config_class(**settings, absorb=sites(decoder, sinks))
+    config = cls.config_class(**settings, absorb=sites(decoder, sinks, gated))
     config._experts_implementation = model.config._experts_implementation
     own = dict(model.named_parameters(remove_duplicate=False))
     weights = model.state_dict()
@@ -116,7 +122,9 @@ def _drawn(info: Mapping[str, Any]) -> bool:
     return bool(missing - modeling_absorb.NEUTRAL.keys() or info["unexpected_keys"])
 
 
-def sites(decoder: Decoder, sinks: Sequence[LayerSink | None]) -> dict[str, list[str] | list[int]]:
+def sites(
+    decoder: Decoder, sinks: Sequence[LayerSink | None], gated: Mapping[str, Tensor]
+) -> dict[str, list[str] | list[int]]:
     """Which modules carry which parameter, as patterns of names in the model without its head."""
     family = decoder.family
     stem = f"{decoder.model.base_model_prefix}."
@@ -139,7 +147,15 @@ def sites(decoder: Decoder, sinks: Sequence[LayerSink | None]) -> dict[str, list
             *([family.final_norm.removeprefix(stem)] if residual.has_end_apart(decoder) else []),
             *(layers + name for name in outputs if kept_apart(name)),
         ],
+        **_sites_of_gates(layers, gated),
     }
+
+
+def _sites_of_gates(layers: str, gated: Mapping[str, Tensor]) -> dict[str, list[str] | list[int]]:
+    if not gated:
+        return {}
+    shape = next(iter(gated.values())).shape[1:]
+    return {"gate_in": [layers + name for name in gated], "gate_shape": list(shape)}
 
 
 def _sites_of_sinks(

@@ -157,5 +157,5 @@ def reordered(values: Tensor, order: Tensor, dim: int = -1) -> Tensor:
 
 
 def _reorder_vectors(site: Site, order: Tensor) -> None:
-    for vector in site.module.parameters(recurse=False):
-        vector.copy_(vector[order])
+    for vector in site.module.parameters(recurse=False):  # or several, of a gate
+        vector.copy_(vector[..., order])

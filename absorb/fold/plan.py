@@ -19,7 +19,8 @@ class Plan:
     each channel of the stream: (hidden,). smoothing holds, for the name of all that is divided, the
     divisors: (layers, channels), with experts (layers, experts, channels). orders holds those that
     channels are to stand in, by the names that fold/order.py has; a place that is missing stays as
-    it is.
+    it is. gates holds what gates read, by the name of the norm that gets them: (layers, rank,
+    hidden). They multiply by one until they are trained.
     """
 
     prefix: tuple[int, ...]
@@ -28,6 +29,7 @@ class Plan:
     residual: Tensor
     smoothing: dict[str, Tensor]
     orders: dict[str, Tensor] = field(default_factory=dict)
+    gates: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def fit_error(self) -> Tensor:

@@ -67,7 +67,12 @@ class Site:
         return weight.view(-1, *weight.shape[-2:])[expert, :, inside]
 
     def divide_output(self, scale: Tensor, rows: Tensor | slice | None = None) -> None:
-        """Divide what a norm or matrix gives by `scale`: in the rows given, or its last ones."""
+        """Divide what a norm or matrix gives by `scale`: in the rows given, or its last ones.
+
+        The gate of a norm reads what that gives, and stays as wide open as it was.
+        """
+        if hasattr(self.module, "gate_in"):
+            self.module.gate_in *= scale
         if hasattr(self.module, "output_scale"):
             self.module.output_scale /= scale
             return

@@ -12,6 +12,9 @@ model named in config.json, with parameters mixed in at the places that config.a
     output_scale  one factor per channel, on what a module gives, to the stream or to the head
     entry_scale   the same on all that enters the stream, where pictures stand beside words
     bias          a bias for a linear layer that has none in the stock model
+    gate_in       (rank, hidden), of the shape config.absorb["gate_shape"]: what reads the output y
+                  of a norm, after its scales; with gate_out it is a gate on every channel of y,
+    gate_out      (rank, hidden): y * 2 sigmoid(silu(y @ gate_in.T) @ gate_out)
 
 A layer has a `sink`, or a `sink_key` with its `sink_value`. Neither counts as a token: positions,
 caches and masks are those of the text alone, and no sliding window leaves a sink behind.
@@ -65,7 +68,10 @@ NEUTRAL = {
     "output_scale": 1.0,
     "entry_scale": 1.0,
     "bias": 0.0,
+    "gate_in": 0.0,
+    "gate_out": 0.0,
 }
+_BESIDE = {"sink_value": "sink_key", "gate_out": "gate_in"}  # what is where another one is
 _ADDED = NEUTRAL.keys() - {"bias"}  # what no stock module has
 
 
@@ -88,11 +94,12 @@ class Absorbed(PreTrainedModel):
         self.register_forward_pre_hook(_refuse_no_tokens, with_kwargs=True)
         config.auto_map = auto_map(config)
         heads, hidden = (text.num_attention_heads,), (text.hidden_size,)
-        keys = config.absorb.get("sink_shape")
+        keys, gates = config.absorb.get("sink_shape"), config.absorb.get("gate_shape")
         sizes = {"sink": heads, "sink_key": keys, "sink_value": keys}
         sizes |= {"input_scale": hidden, "output_scale": hidden}
+        sizes |= {"gate_in": gates, "gate_out": gates}
         for name, size in sizes.items():
-            for module in self._sites("sink_key" if name == "sink_value" else name):
+            for module in self._sites(_BESIDE.get(name, name)):
                 _add(module, name, size)
         for module in self._sites("entry_scale"):
             _register(module, "entry_scale", hidden)
@@ -185,7 +192,7 @@ def _add(module: Any, name: str, size: Sequence[int]) -> None:
     stock: Any = type(module)
     if not stock.__name__.endswith("Absorbed"):
         scaled = _scaled_embedding if isinstance(module, nn.Embedding) else _scaled_norm
-        module.__class__ = _with_forward(stock, scaled if name.endswith("scale") else _attention)
+        module.__class__ = _with_forward(stock, _attention if name.startswith("sink") else scaled)
 
 
 def stock_classes(config: Any) -> dict[str, Any]:
@@ -338,7 +345,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _scaled_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    """`output_scale * norm(input_scale * hidden_states)`, with the scales that the norm has."""
+    """`output_scale * norm(input_scale * hidden_states)`, with the scales that the norm has.
+
+    And behind its gate, if it has one.
+    """
     dtype = _wide(hidden_states.dtype)
     scaled = hidden_states.to(dtype)
     if hasattr(module, "input_scale"):
@@ -346,7 +356,15 @@ def _scaled_norm(module: Any, hidden_states: Tensor) -> Tensor:
     normed = _normed(module, scaled)
     if hasattr(module, "output_scale"):
         normed = normed * module.output_scale.to(dtype)
+    if hasattr(module, "gate_in"):
+        normed = normed * _gate(module, normed)
     return normed.to(hidden_states.dtype)
+
+
+def _gate(module: Any, normed: Tensor) -> Tensor:
+    """What each channel that a norm gives is multiplied by: from 0 to 2, and 1 by no gate_out."""
+    read, given = module.gate_in.to(normed.dtype), module.gate_out.to(normed.dtype)
+    return 2 * torch.sigmoid(nn.functional.silu(normed @ read.T) @ given)
 
 
 def _scaled_embedding(module: Any, input_ids: Tensor) -> Tensor:

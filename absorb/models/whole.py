@@ -92,7 +92,7 @@ class Whole:
         own = student.family.embedding.removeprefix(f"{student.model.base_model_prefix}.")
         sites: dict[str, Any] = {}
         for kind, patterns in student.config.absorb.items():
-            named = kind != "sink_shape"  # that is no list of patterns
+            named = not kind.endswith("_shape")  # that is no list of patterns
             sites[kind] = [f"{self._inner}.{p}" if named else p for p in patterns if p != own]
         return sites | {"entry_scale": [self._inner]}
 

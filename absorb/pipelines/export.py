@@ -158,6 +158,11 @@ def _read(path: Path, window: int | None) -> _Folder:
     stock = checks.stock_type(settings)
     if stock is None:
         raise AbsorbError(f"{path} holds no converted model; convert one, then export that")
+    if "gate_in" in settings.get("absorb", {}):
+        raise AbsorbError(
+            f"the norms of {path} have gates, and no stock architecture has any; convert without "
+            "--gates, then export that"
+        )
     route = route_of(stock)
     checks.family_in(path, path.name, measured=True)
     for ours in ("absorb", "auto_map", "architectures", "model_type"):

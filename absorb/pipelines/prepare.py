@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from absorb.errors import Say
 from absorb.fold.decide import judged
+from absorb.fold.gates import gates_of, refuse_ungated
 from absorb.fold.graft import graft
 from absorb.fold.plan import Plan
 from absorb.fold.search.search import found_for
@@ -69,6 +70,8 @@ def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) 
         config_for(route_of(source.family.model_type), source.model.config, job.window)
     elif job.window is not None:
         slide(copy.deepcopy(source.model.config), source.family, job.window)
+    if job.gates != "none":
+        refuse_ungated(source.decoder)
     made = None if job.plan is None else read_plan(job.plan, source)
     progress = Progress(job, source) if resume else None
     if source.streaming:
@@ -142,7 +145,7 @@ def planned(
 
 
 def completed(draft: Prepared, purpose: Purpose = "none") -> Prepared:
-    """The draft with a plan that has its smoothing and orders, made for what is to come after it.
+    """The draft with a plan that has its smoothing, orders and gates, for what is to come after it.
 
     They depend on what a student reads.
     """
@@ -152,6 +155,9 @@ def completed(draft: Prepared, purpose: Purpose = "none") -> Prepared:
     is_listed = draft.source.proof is None
     found = found_for(student, draft.texts.scaling, purpose, is_listed)
     plan = replace(draft.plan, smoothing=found.smoothing, orders=found.orders)
+    if draft.inspection.job.gates != "none":
+        outliers = [channel.channel for channel in draft.inspection.findings.outlier_channels]
+        plan = replace(plan, gates=gates_of(student, draft.texts.scaling, outliers))
     return replace(draft, plan=plan, inspection=replace(draft.inspection, orders=found.reported))
 
 

@@ -87,7 +87,8 @@ def inspection_from_plan(
 ) -> Inspection:
     """What was found when a plan was drawn up, in a report on this conversion by it."""
     assert job.plan is not None
-    decided = {n: getattr(made.job, n) for n in ("sink", "residual_target", "thresholds")}
+    names = ("sink", "residual_target", "thresholds", "gates")
+    decided = {name: getattr(made.job, name) for name in names}
     return replace(
         made,
         model=source.name,

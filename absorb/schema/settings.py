@@ -9,6 +9,7 @@ from absorb.schema.declared import Checked, Range, changed, option
 from absorb.schema.places import Dataset
 
 Sink = Literal["logit", "key", "auto"]
+Gates = Literal["none", "norm"]
 Train = Literal["sinks", "scales", "all"]
 Purpose = Literal["none", "int8", "w4a4", "nvfp4", "mxfp4"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -106,7 +107,7 @@ class Distillation(Checked):
     )
     purpose: Purpose = option(
         "none",
-        "Scale and train for int8, w4a4, nvfp4 or mxfp4.",
+        "int8, w4a4, nvfp4 or mxfp4.",
         flag="--for",
         metavar="FORMAT",
     )
@@ -144,11 +145,12 @@ class Job(Survey):
     """One conversion, complete."""
 
     out: Path
+    gates: Gates = option("none", "GatedNorm: experimental.")
     distillation: Distillation = field(default_factory=Distillation)
     plan: Path | None = option(
         None,
         "As this checkpoint or plan.safetensors has it.",
-        decides=("prefix", "sink", "residual_target", "thresholds"),
+        decides=("prefix", "sink", "residual_target", "thresholds", "gates"),
     )
     to: Architecture = option(
         "absorbed",
@@ -162,6 +164,8 @@ class Job(Survey):
             raise MisuseError(
                 "{1} native has no place for keys; pass {0} logit, or drop it", "sink", "to"
             )
+        if self.to == "native" and self.gates != "none":
+            raise MisuseError("{1} native has no place for gates; drop {0}", "gates", "to")
         beside = {one.name for one, _ in changed(self)} - _OF_STOCK
         if self.to == "stock" and beside:
             raise MisuseError(

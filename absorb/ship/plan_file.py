@@ -17,17 +17,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from absorb.errors import AbsorbError
+from absorb.fold.gates import RANK, gated_norms
 from absorb.fold.plan import STREAM, Plan
 from absorb.fold.sinks.forms import KeySink, LayerSink, LogitSink
 from absorb.load.files import reading
 from absorb.load.source import Source
+from absorb.models.decoder import Decoder
 from absorb.models.families import family_of
 from absorb.schema.codec import from_json, to_json
 from absorb.schema.report import Inspection
 
 PLAN = "plan/plan.safetensors"  # in a checkpoint
 _INSPECTION = "absorb_inspection"
-_ORDER = "order."
+_ORDER, _GATE = "order.", "gate."
 _FIT = "fit."  # before the names of what logits make of keys
 
 
@@ -39,6 +41,7 @@ def write_plan(file: Path, plan: Plan, inspection: Inspection) -> None:
         tensors |= {_name(layer, name): tensor for name, tensor in parts.items()}
     tensors |= {f"smoothing.{name}": scales for name, scales in plan.smoothing.items()}
     tensors |= {f"{_ORDER}{name}": order for name, order in plan.orders.items()}
+    tensors |= {f"{_GATE}{name}": rows for name, rows in plan.gates.items()}
     file.parent.mkdir(exist_ok=True)
     save_file(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
@@ -68,6 +71,7 @@ def read_plan(path: Path, source: Source) -> tuple[Plan, Inspection]:
         residual=tensors["residual"],
         smoothing={name: tensors[f"smoothing.{name}"] for name in source.family.links},
         orders={order.channels: tensors[_ORDER + order.channels] for order in inspection.orders},
+        gates={name: tensors[_GATE + name] for name in _gated(inspection, decoder)},
     )
     return plan, inspection
 
@@ -93,6 +97,10 @@ def fits_in(folder: Path) -> dict[int, LogitSink]:
                     value = value.flatten()[tensors[ordered][layer]].view_as(value)
                 fits[layer] = replace(fit, value=value)
     return fits
+
+
+def _gated(inspection: Inspection, decoder: Decoder) -> list[str]:
+    return [] if inspection.job.gates == "none" else gated_norms(decoder)
 
 
 def plan_in(folder: Path) -> Path:
@@ -251,4 +259,6 @@ def _shapes(
     ordered = {STREAM: (hidden,), family.output: (len(layers), *divided[family.value])}
     ordered |= {down: (len(layers), *divided[up]) for up, down in family.neurons.items()}
     shapes |= {_ORDER + o.channels: ordered.get(o.channels, ()) for o in inspection.orders}
+    read = (len(layers), RANK, hidden)
+    shapes |= {_GATE + name: read for name in _gated(inspection, decoder)}
     return shapes

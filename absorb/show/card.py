@@ -269,7 +269,8 @@ def _ours(inspection: Inspection) -> tuple[str, ...]:
     """How the names of the parameters end that no stock model has."""
     keyed = len(inspection.keyed_layers)
     sinks = {"sink": keyed < len(inspection.layers), "sink_key": keyed, "sink_value": keyed}
-    return (*(name for name, there in sinks.items() if there), "input_scale", "output_scale")
+    gates = () if inspection.job.gates == "none" else ("gate_in", "gate_out")
+    return (*(n for n, there in sinks.items() if there), "input_scale", "output_scale", *gates)
 
 
 def _pictures(inspection: Inspection) -> str:

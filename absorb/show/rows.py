@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from absorb.fold.gates import RANK
 from absorb.quantize.formats import FORMATS
 from absorb.schema.findings import Findings, OutlierChannel
 from absorb.schema.report import WORSE, Inspection, loss_of
@@ -56,8 +57,15 @@ def finding_rows(inspection: Inspection) -> list[Row]:
         ("sinks", _forms(inspection)),
         ("residual scales", _scales(inspection)),
         *_orders(inspection),
+        *_gates(inspection),
         ("KL after the graft, nats", _divergence(inspection)),
     ]
+
+
+def _gates(inspection: Inspection) -> list[Row]:
+    if inspection.job.gates == "none":
+        return []
+    return [("gates", f"of rank {RANK} on norms that read the stream (experimental)")]
 
 
 def _divergence(inspection: Inspection) -> str:

@@ -18,8 +18,11 @@ _RATES = {
     "sink_value": 1e-3,
     "bias": 1e-3,
     "input_scale": 1e-3,
+    "gate_in": 1e-4,
+    "gate_out": 3e-3,
 }
-_SINKS = ("sink", "sink_key", "sink_value", "bias")
+# Gates that nobody trains do nothing.
+_SINKS = ("sink", "sink_key", "sink_value", "bias", "gate_in", "gate_out")
 _TRAINED: dict[Train, tuple[str, ...]] = {
     "sinks": _SINKS,
     "scales": (*_SINKS, "input_scale"),

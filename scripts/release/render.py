@@ -96,6 +96,11 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         ),
         "onnx_float16": tables.onnx_float16(found["engine_onnx_float16"]),
     }
+    if "gates" in found:
+        rows["gates"] = tables.ablation(found["gates"])
+    if "gated_attention" in found:
+        kl = found["gated_attention"]["kl"]
+        rows["gated_attention"] = [("", "KL"), *((name, f"{kl[name]:.4f}") for name in kl)]
     return {name: markdown(table) for name, table in rows.items()}
 
 

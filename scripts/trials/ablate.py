@@ -8,6 +8,7 @@ A row that is in the JSON already is not run again, so an interrupted run goes o
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import click
 import torch
 
+from absorb.fold.gates import RANK
 from absorb.fold.graft import graft
 from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import load
@@ -38,9 +40,11 @@ from absorb.schema.settings import (
     Train,
 )
 from absorb.show.tables import Row, table
+from absorb.tune.distill import train
 from absorb.tune.recipe import recipe
 from scripts import bench
 from scripts.bench import SEEN, windows
+from scripts.trials.gates import apart, gates_for, outliers_of, penalised, tie_channels
 
 TRAINING_ROWS = 1024
 _AS_A_GPU = torch.device("cuda")  # text is gathered for the longest fine-tune, wherever it runs
@@ -61,6 +65,10 @@ class Choice:
     seed: int = 0
     given: int | None = None  # which of the texts, in place of the model's own samples
     rows: int = TRAINING_ROWS  # of text to train on
+    gates: int = 0  # their rank
+    scalar: bool = False  # they are one number for all channels
+    penalty: float = 0.0  # on peaks in what Linears read
+    apart: bool = False  # outlier channels stay in float where norms feed Linears
     formats: tuple[FormatName, ...] = USUAL
 
 
@@ -70,6 +78,11 @@ _ARMS: dict[str, dict[str, Any]] = {
     "": {},
     ", no orders": {"orders": False},
     ", scales for INT8": {"scales": "int8"},
+}
+_GATES: dict[str, dict[str, Any]] = {
+    "no gates": {},
+    "scalar gates": {"gates": 2, "scalar": True},  # two ranks make a linear one
+    "gates of rank 16": {"gates": RANK},
 }
 CHOICES = {
     "untrained": Choice(formats=(*USUAL, *FOUR_BITS)),
@@ -113,6 +126,17 @@ CHOICES = {
         sink="logit", steps=100, purpose="int8", given=0
     ),
     "untrained, keys": Choice(sink="key"),
+    **{
+        f"100 steps of all, given text, {name}{more}": Choice(
+            steps=100, given=0, penalty=penalty, formats=("w8a8-static", *FOUR_BITS), **changes
+        )
+        for more, penalty in (("", 0.0), (", peaks penalised", 1e-2))
+        for name, changes in _GATES.items()
+    },
+    # The most that gates can win.
+    "100 steps of all, given text, outliers in float": Choice(
+        steps=100, given=0, apart=True, formats=("w8a8-static", *FOUR_BITS)
+    ),
 }
 
 
@@ -140,18 +164,30 @@ class Bench:
         fine_tune = recipe(Distillation(steps=None if trains else 0), _AS_A_GPU)
         return prepare(job, lambda sentence: click.echo(sentence, err=True), fine_tune)
 
+    @cache  # noqa: B019 - one bench a run
+    def searched(
+        self, sink: Sink, seed: int, given: int | None, trains: bool, scales: Purpose
+    ) -> Prepared:
+        return completed(self.draft(sink, seed, given, trains), scales)
+
+    def planned(self, choice: Choice) -> Prepared:
+        """A conversion before its fine-tune."""
+        scales = choice.scales or choice.purpose
+        found = (choice.sink, choice.seed, choice.given, bool(choice.steps), scales)
+        draft = self.searched(*found)
+        plan = replace(draft.plan, gates=gates_for(draft, choice.gates))
+        return replace(draft, plan=plan if choice.orders else replace(plan, orders={}))
+
     def measured(self, choice: Choice) -> dict[str, Any]:
         """Figures of the original and of the converted model, and what the fine-tune took."""
-        draft = self.draft(choice.sink, choice.seed, choice.given, bool(choice.steps))
-        draft = completed(draft, choice.scales or choice.purpose)
-        if not choice.orders:
-            draft = replace(draft, plan=replace(draft.plan, orders={}))
+        draft = self.planned(choice)
         student = graft(draft.source.decoder, draft.plan)
         start = time.perf_counter()
         kept = trained(draft, student, choice)
         seconds = time.perf_counter() - start
         as_stored(student, draft.source.dtype)
-        converted = self.score(draft, Subject(decoder=student), choice.formats)
+        with apart(student, draft.plan, outliers_of(draft)) if choice.apart else nullcontext():
+            converted = self.score(draft, Subject(decoder=student), choice.formats)
         again = Subject(decoder=student, lead=lead_of(draft.source.tokenizer))
         original = self.original(draft)
         ratios = {
@@ -188,6 +224,13 @@ def trained(draft: Prepared, student: Decoder, choice: Choice) -> int:
     if choice.rate is not None:
         fine_tune = replace(fine_tune, rate=choice.rate)
     texts = replace(draft.texts, training=draft.texts.training[: choice.rows])
+    if choice.scalar:
+        tie_channels(student)
+    if choice.penalty:
+        prefix = torch.tensor(draft.plan.prefix)
+        teacher = Subject(decoder=draft.source.decoder, lead=prefix)
+        loss = penalised(teacher, Subject(decoder=student), choice.penalty)
+        return train(student.model, loss, texts, fine_tune, choice.seed).kept
     return fine_tuned(student, replace(draft, texts=texts), fine_tune, choice.seed, Path()).kept
 
 
