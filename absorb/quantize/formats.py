@@ -64,6 +64,11 @@ class Format:
     def rotates(self) -> bool:
         return self.rotate is rotated
 
+    @property
+    def minds_padding(self) -> bool:
+        """Whether a row of text is rounded otherwise where padding is read with it."""
+        return self.ranges is None and self.inputs.is_of_tensor
+
 
 FORMATS: dict[FormatName, Format] = {
     "w8a8-static": Format(

@@ -24,14 +24,17 @@ class Grid:
     # Of the largest magnitudes of spans (tensors, spans), and `top`.
     scale: Callable[[Tensor, float], Tensor]
 
+    @property
+    def is_of_tensor(self) -> bool:
+        """Whether a value's place depends on the largest of the whole tensor."""
+        return self.span == "tensor" or self.scale is e4m3_scale
+
     def scales(self, peaks: Tensor, tensors: int = 1) -> Tensor:
         """The scale of each span by its largest magnitude; spans of so many tensors in a row."""
         return self.scale(peaks.reshape(tensors, -1), self.top).view(peaks.shape)
 
 
-def rounded(
-    values: Tensor, grid: Grid, peak: Tensor | None = None, tensors: int = 1
-) -> Tensor:
+def rounded(values: Tensor, grid: Grid, peak: Tensor | None = None, tensors: int = 1) -> Tensor:
     """Values (..., channels) on the grid, in their own dtype. A row is what the last index counts.
 
     A grid whose span is the tensor reaches to `peak`, where one is given. Values may be so many
