@@ -116,7 +116,7 @@ def quantized_losses(
 ) -> Tensor:
     """What `losses` gives in a format, which takes fixed ranges, if any, from `calibration`."""
     with in_format(subject, form, calibration):
-        return losses(subject, held_out, form.label, alone=form.mixes_rows)
+        return losses(subject, held_out, form.label)
 
 
 def perplexity(subject: Subject, rows: Tensor, label: str) -> float:
@@ -125,13 +125,10 @@ def perplexity(subject: Subject, rows: Tensor, label: str) -> float:
 
 
 @torch.no_grad()
-def losses(subject: Subject, rows: Tensor, label: str, *, alone: bool = False) -> Tensor:
-    """The mean loss in nats of every row's tokens but its first: (rows,), float64.
-
-    Rows are read `alone` where what a model makes of one would depend on those read with it.
-    """
+def losses(subject: Subject, rows: Tensor, label: str) -> Tensor:
+    """The mean loss in nats of every row's tokens but its first: (rows,), float64."""
     device = subject.decoder.device
-    at_once = 1 if alone else max(_rows(rows), ROWS_AT_ONCE[device.type])
+    at_once = max(_rows(rows), ROWS_AT_ONCE[device.type])
 
     def found(rows: Tensor) -> Tensor:
         given = zip(logits(subject, rows, at_once, label), rows.split(at_once), strict=True)

@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness, or in a file: asked and scored by the harness itself."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,10 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
 from absorb.schema.codec import parse_json
+
+# Bytes of the logits, in float32, of texts that are read at once.
+_LOGITS = {"cpu": 1e8, "cuda": 1e9}
 
 # As the harness asks its own tasks of this kind, arc_easy and piqa.
 _MULTIPLE_CHOICE = {
@@ -35,6 +42,28 @@ class Task:
 
     name: str
     questions: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What the harness says of a task, and of each question by the metrics that are means."""
+
+    metrics: dict[str, float]
+    marks: dict[str, Tensor]  # (questions,), float64
+
+    def minus(self, other: "Answers") -> dict[str, float]:
+        """The difference of each such metric, and its standard error, from pairs of marks.
+
+        A question that is hard for both says nothing of the difference, so the error is less than
+        that of two models which were asked different questions.
+        """
+        found = {}
+        for name, marks in self.marks.items():
+            apart = marks - other.marks[name]
+            found[name] = float(apart.mean())
+            if len(apart) > 1:
+                found[f"{name}_stderr"] = float(apart.std()) / math.sqrt(len(apart))
+        return found
 
 
 def tasks_of(names: tuple[str, ...]) -> list[Task]:
@@ -136,26 +165,51 @@ def answered(
     tasks: list[Task],
     limit: int | None,
     rows: int,
-) -> dict[str, dict[str, float]]:
-    """What the harness says of each task, by its metrics; `rows` of text are read at once.
+) -> dict[str, Answers]:
+    """What the harness says of each task; so many `rows` are continued at once, where any are.
 
     `limit` is how many questions of each task are asked.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     with _quiet():
-        subject = HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=rows, softmax_dtype="float32"
-        )
         found = simple_evaluate(
-            model=subject,
+            model=_subject(model, tokenizer, rows),
             tasks=[_given(task) for task in tasks],
             limit=limit,
-            log_samples=False,
             task_manager=_manager(not all(task.questions for task in tasks)),
         )
-    return {task: _metrics(figures) for task, figures in found["results"].items()}
+    return {
+        task: _answers(_metrics(figures), found["samples"].get(task, []))
+        for task, figures in found["results"].items()
+    }
+
+
+def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> Any:
+    """A model for the harness, which scores texts of one length at once: none is padded."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokens = _LOGITS[model.device.type] / (4 * model.config.get_text_config().vocab_size)
+
+    class OfOneLength(HFLM):  # type: ignore[misc]
+        def _loglikelihood_tokens(self, requests: list[Any], *_: Any, **__: Any) -> list[Any]:
+            places: dict[int, list[int]] = {}
+            for place, (_, context, continuation) in enumerate(requests):
+                places.setdefault(len(context) + len(continuation), []).append(place)
+            found = {}
+            with tqdm(total=len(requests), desc="asking questions", unit="choice") as bar:
+                for length, same in sorted(places.items(), reverse=True):
+                    self.batch_size_per_gpu = max(1, int(tokens / length))
+                    given = [requests[place] for place in same]
+                    answers = super()._loglikelihood_tokens(given, disable_tqdm=True)
+                    found.update(zip(same, answers, strict=True))
+                    bar.update(len(same))
+            self.batch_size_per_gpu = rows
+            return [found[place] for place in range(len(requests))]
+
+    return OfOneLength(
+        pretrained=model, tokenizer=tokenizer, batch_size=rows, softmax_dtype="float32"
+    )
 
 
 def _given(task: Task) -> Any:
@@ -178,6 +232,21 @@ def _metrics(figures: dict[str, Any]) -> dict[str, float]:
         for name, value in figures.items()
         if "," in name and isinstance(value, float | int)
     }
+
+
+def _answers(metrics: dict[str, float], samples: list[dict[str, Any]]) -> Answers:
+    """With the marks of each question, of which the harness gives a sample by each filter."""
+    found: dict[str, list[float]] = {}
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        for name in sample["metrics"] if sample["filter"] == "none" else ():
+            found.setdefault(name, []).append(sample[name])
+    marks = {
+        name: torch.tensor(each, dtype=torch.float64)
+        for name, each in found.items()
+        if name in metrics and all(isinstance(mark, float | int) for mark in each)
+    }
+    means = {n: m for n, m in marks.items() if math.isclose(m.mean(), metrics[n], abs_tol=1e-9)}
+    return Answers(metrics=metrics, marks=means)
 
 
 @contextmanager

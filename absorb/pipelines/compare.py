@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source, load
 from absorb.measure.score import ROWS_AT_ONCE, in_formats, tallies
 from absorb.measure.tally import Tally
-from absorb.measure.tasks import Task, answered, tasks_of
+from absorb.measure.tasks import Answers, Task, answered, tasks_of
 from absorb.measure.timing import DECODED, speeds
 from absorb.prove.prove import proved
 from absorb.quantize.formats import FORMATS
@@ -32,6 +32,8 @@ _RESAMPLES = 2000
 # What a comparison holds, in bytes a weight: every model in float32, and the weights of one of them
 # as they were before they were rounded.
 _HELD, _HELD_ONCE = 4, 4
+
+_Answered = dict[str, dict[str, Answers]]  # in float and in each format, by task
 
 
 @torch.no_grad()
@@ -60,15 +62,22 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
     texts = gather_windows(sources[0], wish)
     reference = min(1, len(wish.against))
     seen = tallies(subjects, subjects[reference], texts.held_out, inputs=True)
-    asked = partial(_asked, tasks=tasks, limit=wish.limit)
     took: Sequence[Speed | None] = [None] * len(sources)
     if not streams:
         took = speeds([source.model for source in sources], texts.held_out[:1].to(device))
+    scores = [
+        _standing(source, subject, tally, speed, texts, wish.formats)
+        for source, subject, tally, speed in zip(sources, subjects, seen, took, strict=True)
+    ]
+    answers = [
+        _asked(source, subject, score, texts.calibration, tasks, wish.limit)
+        for source, subject, score in zip(sources, subjects, scores, strict=True)
+    ]
     return Comparison(
         reference=sources[reference].name,
         models=tuple(
-            _standing(source, subject, tally, speed, texts, wish.formats, asked)
-            for source, subject, tally, speed in zip(sources, subjects, seen, took, strict=True)
+            _with_answers(score, own, answers[reference])
+            for score, own in zip(scores, answers, strict=True)
         ),
         text_origin=texts.origin,
         calibration_origin=typed(wish.calibration) if wish.calibration else texts.origin,
@@ -134,10 +143,8 @@ def _standing(
     speed: Speed | None,
     texts: Texts,
     formats: tuple[FormatName, ...],
-    asked: Callable[..., TaskResults],
 ) -> ModelScore:
     measured = in_formats(subject, formats, texts.held_out, texts.calibration)
-    usable = [name for name, value in measured.items() if math.isfinite(value)]
     return ModelScore(
         **asdict(tally.figures(Thresholds())),
         model=source.name,
@@ -149,30 +156,41 @@ def _standing(
         input_kurtosis=tally.input_kurtosis,
         head_weights=tuple(map(tuple, tally.head_weights.tolist())),
         speed=speed,
-        formats={name: value if name in usable else None for name, value in measured.items()},
-        tasks=asked(source, subject, usable, texts.calibration),
+        formats={n: value if math.isfinite(value) else None for n, value in measured.items()},
+        tasks={},
+        task_differences={},
     )
 
 
 def _asked(
     source: Source,
     subject: Subject,
-    formats: list[FormatName],
+    score: ModelScore,
     calibration: Tensor,
     tasks: list[Task],
     limit: int | None,
-) -> TaskResults:
-    """The tasks in float, and in each format."""
+) -> _Answered:
+    """The tasks in float, and in each format in which the perplexity is a number."""
     if not tasks:
         return {}
     rows = ROWS_AT_ONCE[source.decoder.device.type]
     ask = partial(answered, source.model, source.tokenizer, tasks, limit)
-    found = {"float": ask(rows)}
-    for name in formats:
+    found: _Answered = {"float": ask(rows)}
+    for name in (name for name, perplexity in score.formats.items() if perplexity is not None):
         form = FORMATS[name]
         with in_format(subject, form, calibration):
-            found[name] = ask(1 if form.mixes_rows else rows)
+            found[name] = ask(1 if form.minds_padding else rows)
     return found
+
+
+def _with_answers(score: ModelScore, own: _Answered, reference: _Answered) -> ModelScore:
+    tasks = {at: {task: found.metrics for task, found in own[at].items()} for at in own}
+    differences: TaskResults = {}
+    if own is not reference:
+        for at in (at for at in own if at in reference):
+            pairs = ((task, found, reference[at][task]) for task, found in own[at].items())
+            differences[at] = {task: found.minus(other) for task, found, other in pairs}
+    return replace(score, tasks=tasks, task_differences=differences)
 
 
 def interval(losses: Tensor) -> tuple[float, float]:

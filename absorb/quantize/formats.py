@@ -48,7 +48,7 @@ class Format:
     """How the matrices of a model and what they read are rounded.
 
     A row of a weight is what gives one output, a row of an input is one token, and the tensor of an
-    input is all that a matrix reads at once: one row of text.
+    input is all that a matrix reads of one row of text, whatever rows are read with it.
     """
 
     label: str
@@ -65,8 +65,8 @@ class Format:
         return self.rotate is rotated
 
     @property
-    def mixes_rows(self) -> bool:
-        """Whether a row of text is rounded otherwise where other rows are read with it."""
+    def minds_padding(self) -> bool:
+        """Whether a row of text is rounded otherwise where padding is read with it."""
         return self.ranges is None and self.inputs.is_of_tensor
 
 

@@ -21,26 +21,32 @@ class Grid:
     nearest: Callable[[Tensor], Tensor]  # of values in units of the scale, none beyond `top`
     top: float  # the largest value, in the same units
     span: int | Literal["row", "tensor"]  # what shares a scale: so many neighbours in a row, ...
-    scale: Callable[[Tensor, float], Tensor]  # of the largest magnitude in each span, and `top`
+    # Of the largest magnitudes of spans (tensors, spans), and `top`.
+    scale: Callable[[Tensor, float], Tensor]
 
     @property
     def is_of_tensor(self) -> bool:
         """Whether a value's place depends on the largest of the whole tensor."""
         return self.span == "tensor" or self.scale is e4m3_scale
 
+    def scales(self, peaks: Tensor, tensors: int = 1) -> Tensor:
+        """The scale of each span by its largest magnitude; spans of so many tensors in a row."""
+        return self.scale(peaks.reshape(tensors, -1), self.top).view(peaks.shape)
 
-def rounded(values: Tensor, grid: Grid, peak: Tensor | None = None) -> Tensor:
+
+def rounded(values: Tensor, grid: Grid, peak: Tensor | None = None, tensors: int = 1) -> Tensor:
     """Values (..., channels) on the grid, in their own dtype. A row is what the last index counts.
 
-    A grid whose span is the tensor reaches to `peak`, where one is given. The gradient is that of
-    values clamped to the grid's ends (straight through, arXiv 1308.3432).
+    A grid whose span is the tensor reaches to `peak`, where one is given. Values may be so many
+    `tensors` one after another. The gradient is that of values clamped to the grid's ends (straight
+    through, arXiv 1308.3432).
     """
     if grid is FLOAT32:
         return values
     # In float32: no half precision holds the least scale there is, or the products exactly.
-    spans = _spans(values.float(), grid.span)
+    spans = _spans(values.float(), grid.span, tensors)
     peaks = spans.detach().abs().amax(-1, True) if peak is None else peak.float()
-    scale = grid.scale(peaks, grid.top)
+    scale = grid.scales(peaks, tensors if peak is None else 1)
     levels = (spans / scale.clamp_min(_TINY)).clamp(-grid.top, grid.top)
     whole = grid.nearest(levels.detach())
     if levels.requires_grad:
@@ -52,17 +58,17 @@ def rounded(values: Tensor, grid: Grid, peak: Tensor | None = None) -> Tensor:
 def peaks_of(values: Tensor, grid: Grid) -> Tensor:
     """For each of the values (..., channels) the largest magnitude of those it shares a scale with.
 
-    float32, as `grid.scale` takes it.
+    float32, as `grid.scales` takes it.
     """
-    spans = _spans(values.float(), grid.span)
+    spans = _spans(values.float(), grid.span, 1)
     peaks = spans.abs().amax(-1, True).expand_as(spans)
     return peaks.reshape(*values.shape[:-1], -1)[..., : values.shape[-1]]
 
 
-def _spans(values: Tensor, span: int | str) -> Tensor:
+def _spans(values: Tensor, span: int | str, tensors: int) -> Tensor:
     """Values in rows (..., width) that share a scale; the end of the last is filled with zeros."""
     if span == "tensor":
-        return values.reshape(1, -1)
+        return values.reshape(tensors, -1)
     if not isinstance(span, int):
         return values
     filled: Tensor = nn.functional.pad(values, (0, -values.shape[-1] % span))
@@ -87,12 +93,12 @@ def power_of_two(peak: Tensor, top: float) -> Tensor:
 
 
 def e4m3_scale(peak: Tensor, top: float) -> Tensor:
-    """An E4M3 scale for each span, in units of one float32 scale that brings the largest to 448.
+    """An E4M3 scale for each span, in units of a tensor's scale that brings its largest to 448.
 
     NVFP4's two levels (arXiv 2509.25149). A span whose scale is below half of the least number of
     E4M3, 2^-9, becomes zero.
     """
-    unit = peak.max() / (top * _E4M3_TOP)
+    unit = peak.amax(-1, True) / (top * _E4M3_TOP)
     return e4m3(peak / top / unit.clamp_min(_TINY)) * unit
 
 

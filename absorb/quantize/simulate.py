@@ -13,6 +13,7 @@ from absorb.quantize.formats import Format
 from absorb.quantize.grids import rounded
 from absorb.quantize.stream_and_cache import rounding_stream_and_cache
 from absorb.runtime.experts import mixed, neurons_of
+from absorb.runtime.hooks import watching
 from absorb.runtime.memory import release_freed_memory
 from absorb.runtime.reading import Subject
 
@@ -75,7 +76,8 @@ def quantized_inputs(decoder: Decoder, form: Format, ranges: dict[str, Tensor]) 
     for (up, down), module in experts.items():
         module.forward = partial(_rounded_experts, module, entering(up), entering(down))
     try:
-        yield
+        with watching(decoder.layers, entrance.see, inputs=True):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -84,16 +86,24 @@ def quantized_inputs(decoder: Decoder, form: Format, ranges: dict[str, Tensor]) 
 
 
 class _Entrance:
-    """Rounds what matrices read, once for those that read the same one after another."""
+    """Rounds what matrices read, once for those that read the same one after another.
+
+    Each text by itself, though some matrices are given the tokens of all texts in one row.
+    """
 
     def __init__(self, form: Format) -> None:
         self.form = form
+        self.texts = 1
         self.last: tuple[Tensor, Tensor | None, Tensor] | None = None  # read, range, given
+
+    def see(self, _: int, stream: Tensor) -> None:
+        self.texts = len(stream)
 
     def __call__(self, values: Tensor, peak: Tensor | None) -> Tensor:
         if self.last is None or self.last[0] is not values or self.last[1] is not peak:
-            rotated_values = self.form.rotate(values)
-            self.last = values, peak, rounded(rotated_values, self.form.inputs, peak).to(values)
+            read = self.form.rotate(values)
+            given = rounded(read, self.form.inputs, peak, self.texts)
+            self.last = values, peak, given.to(values)
         return self.last[2]
 
 

@@ -54,6 +54,8 @@ class ModelScore(Figures):
     speed: Speed | None  # none of models larger than the memory
     formats: dict[FormatName, float | None]  # the perplexity in each; None where it is no number
     tasks: TaskResults  # without the formats in which the perplexity is no number
+    # By how much it is above the reference, each question beside the same; none of the reference.
+    task_differences: TaskResults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -202,6 +202,7 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
     prefill, decode, weights, cache: tokens per second of one row, read at once and then one by
         one, all models in turns; memory, with the most that a prefill takes where the system tells
     perplexity in ...: with matrices of the decoder layers and what they read in that format
+    tasks: with standard errors; that above the reference is of pairs of answers to one question
     """
     reference = comparison.reference.rpartition("/")[2]
     figures: list[tuple[str, Callable[[ModelScore], str]]] = [
@@ -232,22 +233,34 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
 
 def _task_rows(comparison: Comparison) -> list[Row]:
     """What each task says, in float and in each format."""
-    first = comparison.models[0]
+    models, first = comparison.models, comparison.models[0]
     labels = {"float": ""} | {str(name): f" in {FORMATS[name].label}" for name in first.formats}
     return [
-        (f"{task}, {metric}{label}", *(_answers(m, place, task, metric) for m in comparison.models))
+        row
         for task, metrics in first.tasks.get("float", {}).items()
         for metric in [next((name for name in _METRICS if name in metrics), min(metrics))]
         for place, label in labels.items()
+        for row in (
+            (f"{task}, {metric}{label}", *(_answers(m, place, task, metric) for m in models)),
+            ("  above the reference", *(_above(m, place, task, metric) for m in models)),
+        )
+        if any(row[1:])
     ]
 
 
 def _answers(model: ModelScore, place: str, task: str, metric: str) -> str:
     found = model.tasks.get(place)
-    if found is None:
-        return "overflows"
-    value, error = found[task][metric], found[task].get(f"{metric}_stderr")
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+    return "overflows" if found is None else _with_error(found[task], metric, "")
+
+
+def _above(model: ModelScore, place: str, task: str, metric: str) -> str:
+    found = model.task_differences.get(place, {}).get(task, {})
+    return _with_error(found, metric, "+") if metric in found else ""
+
+
+def _with_error(found: dict[str, float], metric: str, sign: str) -> str:
+    value, error = found[metric], found.get(f"{metric}_stderr")
+    return f"{value:{sign}.3f}" if error is None else f"{value:{sign}.3f} ± {error:.3f}"
 
 
 def _speed_rows(comparison: Comparison) -> list[Row]:

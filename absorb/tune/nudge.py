@@ -142,7 +142,7 @@ def nudged(weight: Tensor, squares: Tensor, grid: Grid) -> Tensor:
     squares are those of inputs, summed over tokens: (channels, channels).
     """
     peaks = peaks_of(weight, grid)
-    scale = grid.scale(peaks, grid.top).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = grid.scales(peaks).clamp_min(torch.finfo(torch.float32).tiny)
     reach = (e2m1_step(weight / scale) * scale * _REACH).masked_fill(weight.abs() >= peaks, 0)
     # A column of the weight is a row from here on: what lies side by side is read at once.
     own, scale, reach = (part.T.contiguous() for part in (weight, scale, reach))

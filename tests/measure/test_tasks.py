@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -70,15 +72,23 @@ def log_likelihood(model: nn.Module, question: str, choice: str) -> float:
 
 
 def accuracy(model: nn.Module, *, by_length: bool) -> float:
+    right = answers_of(model, by_length=by_length)
+    return sum(right) / len(right)
+
+
+def answers_of(
+    model: nn.Module, questions: list[dict[str, Any]] = QUESTIONS, *, by_length: bool
+) -> list[bool]:
+    """Which of the questions are answered rightly."""
     right = []
-    for asked in QUESTIONS:
+    for asked in questions:
         choices: list[str] = asked["choices"]
         marks = [
             log_likelihood(model, asked["question"], c) / (len(c) if by_length else 1)
             for c in choices
         ]
         right.append(marks.index(max(marks)) == asked["label"])
-    return sum(right) / len(right)
+    return right
 
 
 def test_questions_of_a_file_are_answered_in_float_and_in_a_format(
@@ -110,8 +120,55 @@ def test_only_so_many_questions_are_asked_as_wished(folder: Path, tmp_path: Path
     [task] = tasks_of((str(asked),))
     model = tiny("llama", torch.float32)
     found = answered(model, tiny_tokenizer(), [task], 6, 2)["riddles"]
-    assert found["acc"] in (0, 1)  # the first six are the same
-    assert found["acc_stderr"] == 0
+    assert found.metrics["acc"] in (0, 1)  # the first six are the same
+    assert found.metrics["acc_stderr"] == 0
+    assert found.marks["acc"].tolist() == [found.metrics["acc"]] * 6
+
+
+def test_choices_of_one_length_are_read_at_once_and_none_is_padded(tmp_path: Path) -> None:
+    [task] = tasks_of((str(file_of(tmp_path, QUESTIONS)),))
+    model, tokenizer = tiny("llama", torch.float32), tiny_tokenizer()
+    shapes: list[tuple[int, ...]] = []
+    handle = model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    answered(model, tokenizer, [task], None, 1)
+    handle.remove()
+    asked = [
+        tokenizer(f"Question: {q['question']}\nAnswer: {choice}")["input_ids"][:-1]
+        for q in QUESTIONS
+        for choice in q["choices"]
+    ]
+    # Choices that differ in the last token alone are told by one text.
+    texts = {tuple(ids) for ids in asked}
+    assert sorted(shapes) == sorted((n, len_) for len_, n in Counter(map(len, texts)).items())
+    assert max(rows for rows, _ in shapes) > 1
+
+
+def test_a_difference_is_that_of_pairs_of_answers(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    model, other = tiny("llama", torch.float32), tiny("llama", torch.float32)
+    with torch.no_grad():
+        other.lm_head.weight.normal_()
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    riddles = [
+        {"question": f"is {c}", "choices": [f"{c} x", f"y {c}", f"zz{c}"], "label": 1}
+        for c in "abcdefg"
+    ]
+    path = file_of(tmp_path, riddles)
+    wish = ("--against", tmp_path / "other", "--tasks", path)
+    own, reference = json.loads(run(folder, *wish, "--json").stdout)["models"]
+    assert reference["task_differences"] == {}
+    assert own["task_differences"].keys() == {"float", "w4a4"}
+    found = own["task_differences"]["float"]["riddles"]
+    for metric, by_length in (("acc", False), ("acc_norm", True)):
+        both = (answers_of(m, riddles, by_length=by_length) for m in (model, other))
+        apart = [int(a) - int(b) for a, b in zip(*both, strict=True)]
+        assert any(apart), "the models must answer otherwise, or the test says nothing"
+        assert found[metric] == pytest.approx(mean(apart))
+        assert found[f"{metric}_stderr"] == pytest.approx(stdev(apart) / len(apart) ** 0.5)
+    shown = [line for line in run(folder, *wish).stdout.splitlines() if "above the ref" in line]
+    assert len(shown) == 2
+    assert f"{found['acc_norm']:+.3f} ± {found['acc_norm_stderr']:.3f}" in shown[0]
 
 
 @pytest.mark.parametrize(
