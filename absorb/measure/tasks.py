@@ -196,7 +196,7 @@ def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: i
             places: dict[int, list[int]] = {}
             for place, (_, context, continuation) in enumerate(requests):
                 places.setdefault(len(context) + len(continuation), []).append(place)
-            found = {}
+            found: dict[int, Any] = {}
             with tqdm(total=len(requests), desc="asking questions", unit="choice") as bar:
                 for length, same in sorted(places.items(), reverse=True):
                     self.batch_size_per_gpu = max(1, int(tokens / length))

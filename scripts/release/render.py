@@ -30,7 +30,7 @@ from absorb.show.tables import markdown
 from scripts.benchmarks.int8.table import int8_rows
 from scripts.benchmarks.rivals.table import rival_rows
 from scripts.engines.table import chain_rows, engine_rows, stranger_rows, vllm_rows
-from scripts.release import tables
+from scripts.release import accuracy, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "model_cards" / "smollm2-135m-absorbed"
@@ -101,6 +101,9 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
     if "gated_attention" in found:
         kl = found["gated_attention"]["kl"]
         rows["gated_attention"] = [("", "KL"), *((name, f"{kl[name]:.4f}") for name in kl)]
+    if "tasks" in found:
+        rows["accuracies"] = accuracy.accuracies(found["tasks"])
+        rows["mean_accuracies"] = accuracy.means(found["tasks"])
     return {name: markdown(table) for name, table in rows.items()}
 
 
