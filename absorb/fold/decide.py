@@ -19,6 +19,7 @@ from absorb.fold.sinks.forms import KeySink, LayerSink
 from absorb.fold.sinks.prefix_cache import Prefix, prefix_of
 from absorb.measure.divergence import divergence
 from absorb.models.decoder import Decoder
+from absorb.runtime import ranks
 from absorb.schema.findings import Findings, Removal
 from absorb.schema.settings import Sink
 
@@ -126,7 +127,8 @@ def judged(decoder: Decoder, plan: Plan, student: Decoder, validation: Tensor) -
         return divergence(decoder, student, torch.tensor(plan.prefix), validation)
 
     logits = plan.as_logits
-    mixed = plan.keyed_layers != logits.keyed_layers
+    # Of several processes all compare, or none: they meet in it.
+    mixed = bool(ranks.largest(torch.tensor(int(plan.keyed_layers != logits.keyed_layers))))
     return Decision(
         plan=plan,
         student=student,

@@ -12,6 +12,7 @@ from absorb.fold.sinks.prefix_cache import Prefix, prefixed
 from absorb.measure.findings import neurons_behind_outliers
 from absorb.measure.outliers import measure
 from absorb.models.decoder import Decoder
+from absorb.runtime import ranks
 from absorb.runtime.losses import mean_kl
 from absorb.runtime.reading import Subject
 from absorb.schema.findings import Findings, Removal, SpikeNeuron
@@ -82,7 +83,7 @@ def removable_after(
         return Subject(decoder=student).logits(text)
 
     target = Subject(decoder=teacher, lead=prefix).logits(text)
-    most = float(mean_kl(target, logits())) + budget
+    most = ranks.mean(float(mean_kl(target, logits()))) + budget
     return _removed(student, spikes, target, logits, most)
 
 
@@ -104,7 +105,7 @@ def _removed(
 
     def divergence(removed: tuple[SpikeNeuron, ...]) -> float:
         with without(decoder, removed):
-            return float(mean_kl(teacher, logits()))
+            return ranks.mean(float(mean_kl(teacher, logits())))
 
     removals: tuple[Removal, ...] = ()
     with tqdm(total=len(spikes), desc="removing spike neurons", unit="neuron") as bar:

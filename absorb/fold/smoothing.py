@@ -13,6 +13,7 @@ from tqdm import tqdm
 from absorb.fold.plan import Plan
 from absorb.models.decoder import Decoder
 from absorb.quantize.grids import INT8_ROW, INT8_TENSOR, rounded
+from absorb.runtime import ranks
 from absorb.runtime.inputs import input_peaks, power_mean, watching_inputs
 from absorb.runtime.precision import autocast_bf16
 
@@ -168,8 +169,8 @@ def _errors(
             error[layer] += float((given - exact).square().sum())
 
     with bar, watching_inputs(student, see):
-        student.model.base_model(tokens.to(student.device), use_cache=False)
-    return errors
+        student.model.base_model(ranks.share(tokens).to(student.device), use_cache=False)
+    return {link: ranks.summed(error) for link, error in errors.items()}
 
 
 def _int8_product(inputs: Tensor, weight: Tensor, scale: Tensor, peak: Tensor) -> Tensor:

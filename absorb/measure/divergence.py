@@ -45,12 +45,16 @@ def divergence(teacher: Decoder, student: Decoder, prefix: Tensor, tokens: Tenso
     """
     read = Subject(decoder=teacher, lead=prefix), Subject(decoder=student)
 
-    def found(rows: int) -> float:
-        both = zip(*(logits(subject, tokens, rows, _LABEL) for subject in read), strict=True)
-        return sum(float(mean_kl(target, own)) * len(own) for target, own in both)
+    def found(tokens: Tensor) -> Tensor:
+        def by(at_once: int) -> Tensor:
+            both = zip(*(logits(subject, tokens, at_once, _LABEL) for subject in read), strict=True)
+            rows = (row for target, own in both for row in zip(target, own, strict=True))
+            return torch.stack([mean_kl(target[None], own[None]).cpu() for target, own in rows])
 
-    total = with_fewer_rows(found, rows_at_once(student.model, student.device))
-    return max(0.0, finite(ranks.mean(total / len(tokens))))  # rounding may bring it below
+        return with_fewer_rows(by, rows_at_once(student.model, student.device))
+
+    mean = float(ranks.by_row(tokens, found).double().mean())
+    return max(0.0, finite(mean))  # rounding may bring it below
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from absorb.measure.tally import (
     token_attention,
 )
 from absorb.models.decoder import Decoder
+from absorb.runtime import ranks
 from absorb.runtime.experts import watching_neurons
 from absorb.runtime.hooks import watching, watching_attention
 from absorb.runtime.inputs import watching_inputs
@@ -118,6 +119,17 @@ class _Tally:
         peak = added.amax(0) * columns
         self.neuron[layer] = torch.maximum(self.neuron.get(layer, peak), peak)
 
+    def join(self, rows: int) -> None:
+        """Take in what other processes have seen of so many rows, each of its share."""
+        if ranks.count() == 1:
+            return
+        sums = (self.sizes, self.shares, self.ordinary, self.values, self.squares)
+        for figure in (*sums, self.median, self.peak, self.channel, self.first, self.received):
+            figure.join(rows)
+        self.reach = [ranks.largest(torch.stack(self.reach).amax(0))]
+        self.neuron = {layer: ranks.largest(peak) for layer, peak in self.neuron.items()}
+        self.read = {name: ranks.largest(peak) for name, peak in self.read.items()}
+
     def per_ordinary_token(self, sums: ByLayer) -> Tensor:
         """The mean over ordinary tokens, of sums over those of each row: (layers, hidden)."""
         return sums.all().sum(1) / self.ordinary.all().sum(1)[:, None]
@@ -177,17 +189,20 @@ def measure_by(
 ) -> Measurement:
     """The same by so many rows at once.
 
-    `see` is shown them, lead included, and their logits; without it there are none.
+    `see` is shown them, lead included, and their logits; without it there are none. Of several
+    processes each reads its share of the rows.
     """
     tally = _Tally(decoder)
     rows = led(tokens, lead)
+    own_rows = ranks.share(rows)
     with _counting(decoder, tally), autocast_bf16(decoder.device):
         if see is None:
-            read(decoder, rows, at_once, _LABEL)
+            read(decoder, own_rows, at_once, _LABEL)
         else:
-            given = logits(Subject(decoder=decoder), rows, at_once, _LABEL)
-            for part, own in zip(rows.split(at_once), given, strict=True):
+            given = logits(Subject(decoder=decoder), own_rows, at_once, _LABEL)
+            for part, own in zip(own_rows.split(at_once), given, strict=True):
                 see(part.to(own.device), own)
+    tally.join(len(rows))
     return Measurement(
         tokens=rows.cpu(),
         channel_mean=tally.per_ordinary_token(tally.sizes).cpu(),

@@ -8,6 +8,7 @@ from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source
 from absorb.measure.findings import find, token_weights
 from absorb.measure.outliers import ROWS, Measurement, measure_by
+from absorb.runtime import ranks
 from absorb.runtime.losses import row_losses
 from absorb.runtime.precision import with_fewer_rows
 from absorb.runtime.reading import Subject, led
@@ -76,7 +77,8 @@ def _measured(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> tuple[
             losses.append(row_losses(logits[:, len(prefix) :], rows[:, len(prefix) :]))
 
         found = measure_by(at_once, source.decoder, tokens, torch.tensor(prefix), see)
-        return Trial(prefix=prefix, loss=torch.cat(losses).mean().item()), found
+        of_all = ranks.of_all(torch.cat(losses), len(tokens))
+        return Trial(prefix=prefix, loss=of_all.mean().item()), found
 
     return with_fewer_rows(measured, ROWS)
 
@@ -115,10 +117,13 @@ def _candidates(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
 
 def _tried(source: Source, prefixes: list[tuple[int, ...]], tokens: Tensor) -> list[Trial]:
     """Prefixes of one length, by the loss of the text (rows, length) but its first tokens."""
-    rows = torch.cat([led(tokens, torch.tensor(prefix)) for prefix in prefixes])
-    given = logits(Subject(decoder=source.decoder), rows, len(tokens), "choosing the prefix")
-    losses = [row_losses(own[:, -tokens.shape[1] :], tokens.to(own.device)) for own in given]
-    return [
-        Trial(prefix=prefix, loss=loss.mean().item())
-        for prefix, loss in zip(prefixes, losses, strict=True)
-    ]
+
+    def found(places: Tensor) -> Tensor:
+        led_by = [led(tokens, torch.tensor(prefixes[place])) for place in places.tolist()]
+        subject, rows = Subject(decoder=source.decoder), torch.cat(led_by)
+        given = logits(subject, rows, len(tokens), "choosing the prefix")
+        losses = [row_losses(own[:, -tokens.shape[1] :], tokens.to(own.device)) for own in given]
+        return torch.stack([loss.mean() for loss in losses])
+
+    losses = ranks.by_row(torch.arange(len(prefixes)), found).tolist()
+    return [Trial(prefix=p, loss=loss) for p, loss in zip(prefixes, losses, strict=True)]

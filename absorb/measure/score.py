@@ -78,21 +78,24 @@ def _tallies_by(
     at_once: int, subjects: Sequence[Subject], teacher: Subject, held_out: Tensor, inputs: bool
 ) -> list[Tally]:
     """The same by so many rows at once."""
+    own_rows = ranks.share(held_out)
     seen = [Tally() for _ in subjects]
     known = next((i for i, subject in enumerate(subjects) if subject.reads_as(teacher)), None)
 
     def shown(subject: Subject, tally: Tally) -> Iterator[Tensor]:
         length = len(subject.lead) + held_out.shape[1]
         watched = partial(_watched, subject.decoder, tally, length if inputs else None)
-        return logits(subject, held_out, at_once, "evaluating", watched)
+        return logits(subject, own_rows, at_once, "evaluating", watched)
 
     given = [shown(subject, tally) for subject, tally in zip(subjects, seen, strict=True)]
     if known is None:
-        given.append(logits(teacher, held_out, at_once, "the teacher"))
-    for tokens, *found in zip(held_out.split(at_once), *given, strict=True):
+        given.append(logits(teacher, own_rows, at_once, "the teacher"))
+    for tokens, *found in zip(own_rows.split(at_once), *given, strict=True):
         target = found[-1 if known is None else known]
         for tally, own in zip(seen, found, strict=False):
             tally.see_logits(own, target, tokens.to(target.device))
+    for tally in seen:
+        tally.join(len(held_out))
     return seen
 
 

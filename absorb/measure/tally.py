@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from absorb.runtime import ranks
 from absorb.runtime.losses import kl, parts
 from absorb.schema.scores import Figures
 from absorb.schema.settings import Thresholds
@@ -100,6 +101,11 @@ class ByLayer:
         """rows is (rows, ...)."""
         self.parts[layer].append(rows)
 
+    def join(self, rows: int) -> None:
+        """Take in what other processes have seen of so many rows, each of its share."""
+        for layer, own in self.parts.items():
+            self.parts[layer] = [ranks.of_all(torch.cat(own), rows)]
+
     def all(self) -> Tensor:
         """(layers, rows, ...)"""
         return torch.stack([torch.cat(rows) for rows in self.parts.values()])
@@ -150,6 +156,18 @@ class Tally:
         predicted = tokens[:, 1:]
         self.losses.append(losses.cpu() / predicted.shape[1])
         self.tokens += predicted.numel()
+
+    def join(self, rows: int) -> None:
+        """Take in what other processes have seen of so many rows, each of its share."""
+        if ranks.count() == 1:
+            return
+        for figure in (self.peaks, self.medians, self.kurtoses, self.first):
+            figure.join(rows)
+        self.inputs = {n: [ranks.of_all(torch.cat(own), rows)] for n, own in self.inputs.items()}
+        self.losses = [ranks.of_all(torch.cat(self.losses), rows)]
+        sums = torch.tensor([self.divergence, self.agreed, self.tokens], dtype=torch.float64)
+        divergence, agreed, tokens = ranks.summed(sums).tolist()
+        self.divergence, self.agreed, self.tokens = divergence, int(agreed), int(tokens)
 
     @property
     def row_losses(self) -> Tensor:

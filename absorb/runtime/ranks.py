@@ -82,10 +82,14 @@ def share(rows: Tensor) -> Tensor:
 
 def by_row(rows: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
     """What `find` makes of every row, (rows, ...), each process having found its share."""
-    own = find(share(rows))
-    if count() == 1 or len(own) == len(rows):
+    return of_all(find(share(rows)), len(rows))
+
+
+def of_all(own: Tensor, rows: int) -> Tensor:
+    """What was found of every row, (rows, ...), from what this process found of its share."""
+    if count() == 1 or len(own) == rows:
         return own
-    whole = own.new_zeros(len(rows), *own.shape[1:])
+    whole = own.new_zeros(rows, *own.shape[1:])
     whole[number() :: count()] = own
     return summed(whole)
 
