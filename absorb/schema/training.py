@@ -73,7 +73,7 @@ class Recipe:
         size = f"{self.rows} x {LENGTH} tokens"
         order = f", layer by layer{self._end}" if self.by_layers else ""
         if self.sharded:
-            order = f", end to end, with the weights shared out among {self.sharded} processes"
+            order = f", end to end, with weights shared out among {self.sharded} processes"
         less = "" if self.experts else " but experts"
         return f"{limit}{length}steps of {size}, training {self.train}{less}{rounding}{order}"
 

@@ -85,6 +85,7 @@ def train(
         losses += state.training_state.training
         pace.go_on(state.training_state)
         check.go_on(state.training_state, restored(state.tensors, parameters, optimizer))
+        state.tensors.clear()  # they are where they belong
     batches = islice(_batches(texts.training, fine_tune.rows, seed), pace.steps, None)
     schedule = LambdaLR(optimizer, lambda _: rate_at(pace.done, pace.whole))
     with pace.bar:

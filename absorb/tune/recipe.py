@@ -47,7 +47,7 @@ def by_layers(recipe: Recipe, wish: Distillation, experts: bool, held: bool) -> 
         rate=_LAYER_RATE,
         by_layers=True,
         experts=experts,
-        end_steps=recipe.steps if held else None,
+        end_steps=recipe.steps if held or not recipe.trains else None,
     )
 
 

@@ -30,6 +30,8 @@ class ShardedState:
         self.folder, self.model = folder, model
         self.saved, self.pause = monotonic(), float(_SECONDS)
         self.has_kept = False
+        for half in folder.glob("*.partial") if ranks.is_first() else ():
+            shutil.rmtree(half)
 
     def state(self) -> State | None:
         """Where an earlier run stood, each process with its own part."""
@@ -47,7 +49,9 @@ class ShardedState:
                 tensors[f"{place}.step"] = torch.zeros(())
         load(tensors, checkpoint_id=found)
         for name in [name for name in tensors if name.endswith(".now")]:
-            tensors.setdefault(name.replace(".now", ".best"), tensors[name].clone())
+            best = name.replace(".now", ".best")
+            if best not in tensors:
+                tensors[best] = tensors[name].clone()
         return State(training_state=decode(TrainingState, note), tensors=tensors)
 
     def is_due(self) -> bool:
