@@ -33,9 +33,14 @@ def probe_tokens(vocabulary: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def logits_after(model: PreTrainedModel, tokens: Sequence[int]) -> list[list[float]]:
-    """For each of the last 4 tokens: logits spread over the vocabulary, then their log-sum-exp."""
-    ids = torch.tensor([list(tokens)], device=model.device)
+def logits_after(
+    model: PreTrainedModel, tokens: Sequence[int], device: torch.device | None = None
+) -> list[list[float]]:
+    """For each of the last 4 tokens: logits spread over the vocabulary, then their log-sum-exp.
+
+    `device` is where the model computes, unless its weights are there.
+    """
+    ids = torch.tensor([list(tokens)], device=device or model.device)
     logits = model(ids).logits[0, -_POSITIONS:].float()
     every = -(-logits.shape[-1] // _ENTRIES)
     rows = torch.cat([logits[:, ::every], logits.logsumexp(-1, keepdim=True)], 1)

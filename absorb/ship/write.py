@@ -79,10 +79,12 @@ def processors(source: Source, prefix: Sequence[int]) -> Iterator[tuple[str, byt
 
 
 def _probe(student: Decoder) -> Probe:
-    """What the student says in float32, and on a CPU, where anybody can repeat it."""
-    if student.streaming:
-        student.streaming.move(torch.device("cpu"))
-    else:
+    """What the student says in float32: on a CPU, where anybody can repeat it.
+
+    Weights that stream come to their device all the same, as a CPU takes minutes for so many.
+    """
+    if not student.streaming:
         nn.Module.to(student.model, "cpu", torch.float32)
     tokens = probe_tokens(student.config.vocab_size)
-    return Probe(tokens=tokens, logits=tuple(map(tuple, logits_after(student.model, tokens))))
+    logits = logits_after(student.model, tokens, student.device)
+    return Probe(tokens=tokens, logits=tuple(map(tuple, logits)))

@@ -95,11 +95,6 @@ class Streaming:
         if self._stage is not None:
             self._stage.forget()
 
-    def move(self, device: torch.device) -> None:
-        """Let the model compute elsewhere from now on."""
-        self.device = device
-        self._place_buffers(device)
-
     @contextmanager
     def fetched(self, unit: nn.Module) -> Iterator[None]:
         """The weights of a unit at hand, as they are while it is at work."""
