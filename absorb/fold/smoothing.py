@@ -14,7 +14,7 @@ from absorb.fold.plan import Plan
 from absorb.models.decoder import Decoder
 from absorb.quantize.grids import INT8_ROW, INT8_TENSOR, rounded
 from absorb.runtime import ranks
-from absorb.runtime.inputs import input_peaks, power_mean, watching_inputs
+from absorb.runtime.inputs import input_peaks, peaks_of_each, power_mean, watching_inputs
 from absorb.runtime.precision import autocast_bf16
 
 _ALPHA = 0.5  # activations and weights share the range
@@ -52,7 +52,7 @@ def searched_scales(student: Decoder, tokens: Tensor) -> dict[str, Tensor]:
     """
     first, second = tokens.tensor_split(2)
     with autocast_bf16(student.device):
-        known, other = (input_peaks(student, half) for half in (first, second))
+        known, other = peaks_of_each(student, (first, second))
     both = {name: peaks.maximum(other[name]) for name, peaks in known.items()}
     norms = norms_of(student)
     tried, scales = (

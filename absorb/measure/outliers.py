@@ -197,7 +197,7 @@ def measure_by(
     own_rows = ranks.share(rows)
     with _counting(decoder, tally), autocast_bf16(decoder.device):
         if see is None:
-            read(decoder, own_rows, at_once, _LABEL)
+            read(decoder, own_rows.split(at_once), _LABEL)
         else:
             given = logits(Subject(decoder=decoder), own_rows, at_once, _LABEL)
             for part, own in zip(own_rows.split(at_once), given, strict=True):

@@ -50,10 +50,13 @@ def find_prefix(
         return _tried(source, [wish], tokens)
     known = source.model.config.vocab_size  # a tokenizer may have more: padding that was added
     candidates = [one for one in _candidates(source.tokenizer) if max(one) < known]
-    trials = _tried(source, candidates, tokens[:, :_BEGINNING])
-    bos = source.tokenizer.bos_token_id
-    trials.sort(key=lambda trial: -trial.loss * (1 - _MARGIN * (trial.prefix == (bos,))))
-    best, seen = _measured(source, trials.pop().prefix, whole)
+    trials: list[Trial] = []
+    if len(candidates) > 1:
+        trials = _tried(source, candidates, tokens[:, :_BEGINNING])
+        bos = source.tokenizer.bos_token_id
+        trials.sort(key=lambda trial: -trial.loss * (1 - _MARGIN * (trial.prefix == (bos,))))
+    first = trials.pop().prefix if trials else candidates[0]
+    best, seen = _measured(source, first, whole)
     for _ in range(_EXTENSIONS):
         token = strongest_sink(seen, best.prefix, thresholds)
         if token is None:

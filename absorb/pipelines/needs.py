@@ -32,8 +32,10 @@ _SCORES = 12  # tensors of the size of all attention weights, in a fit
 _LOGITS = 4  # copies of the logits of the tokens that are read at once
 _TOKENS = 512
 # Rows of text that all layers read for a plan, beside text for scales, and where a plan is read;
-# and on how many walks. As counted.
-_ROWS, _WALKS, _ROWS_OF_READ, _WALKS_OF_READ = 65, 25, 20, 10
+# and on how many walks. As counted: 8 to draw up a plan, 4 to compare it with and without logits,
+# 3 for its scales, 7 to evaluate; and writing and reading again what was written. A fine-tune layer
+# by layer takes 8 more.
+_ROWS, _WALKS, _ROWS_OF_READ, _WALKS_OF_READ = 65, 24, 20, 10
 _TIMES_HELD_OUT = 8  # two models, in float and in INT8, with a teacher and with ranges
 _TIMES_TRAINED = 4  # the teacher once; the student once, and its gradients twice
 _CHECKED = 10  # validation text, before and at every quarter, by two models

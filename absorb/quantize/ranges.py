@@ -44,7 +44,7 @@ def clipped_ranges(
             counted[name] += len(value)
 
         with watching_inputs(decoder, see):
-            read(decoder, rows, at_once, "measuring inputs of Linears")
+            read(decoder, rows.split(at_once), "measuring inputs of Linears")
         return tried, peaks
 
     tried, peaks = with_fewer_rows(seen, ROWS)

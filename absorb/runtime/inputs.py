@@ -1,7 +1,8 @@
 """What matrices read: every Linear of a decoder layer, and the experts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, chain, pairwise
 from math import inf
 
 import torch
@@ -31,20 +32,34 @@ def input_peaks(
     (rows, length); each row is read after the tokens `lead` (n,). The order 2 gives root mean
     squares instead.
     """
-    rows = ranks.share(tokens if lead is None else led(tokens, lead))
+    [found] = peaks_of_each(decoder, [tokens if lead is None else led(tokens, lead)], order)
+    return found
 
-    def found(at_once: int) -> dict[str, Tensor]:
+
+@torch.no_grad()
+def peaks_of_each(
+    decoder: Decoder, texts: Sequence[Tensor], order: float = inf
+) -> list[dict[str, Tensor]]:
+    """The same of several texts (rows, length), all of them on one walk where weights stream."""
+    shares = [ranks.share(text) for text in texts]
+
+    def found(at_once: int) -> list[dict[str, Tensor]]:
         seen: dict[str, list[Tensor]] = {}
 
         def see(name: str, value: Tensor) -> None:
             seen.setdefault(name, []).append(power_mean(value, order, 0))
 
+        parts = [share.split(at_once) for share in shares]
         with watching_inputs(decoder, see):
-            read(decoder, rows, at_once, "measuring inputs of Linears")
-        return {name: power_mean(torch.stack(means), order, 0) for name, means in seen.items()}
+            read(decoder, [*chain(*parts)], "measuring inputs of Linears")
+        ends = [*accumulate((len(own) for own in parts), initial=0)]
+        return [
+            {n: power_mean(torch.stack(means[begin:end]), order, 0) for n, means in seen.items()}
+            for begin, end in pairwise(ends)
+        ]
 
-    peaks = with_fewer_rows(found, ROWS)
-    return {name: _of_all(values, order) for name, values in peaks.items()}
+    each = with_fewer_rows(found, ROWS)
+    return [{name: _of_all(values, order) for name, values in own.items()} for own in each]
 
 
 def _of_all(values: Tensor, order: float) -> Tensor:

@@ -20,9 +20,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by place and by name
 _SHARE = 0.1  # of the free memory of the device, that streams may wait in
 
 
-def read(decoder: Decoder, rows: Tensor, at_once: int, label: str) -> None:
-    """Let the layers of a model read text (rows, length), for those that watch them."""
-    parts = rows.split(at_once)
+def read(decoder: Decoder, parts: Sequence[Tensor], label: str) -> None:
+    """Let the layers of a model read parts of text (rows, length), for those that watch them."""
     if decoder.streaming is not None:
         Walk(decoder, parts).through(label)
         return

@@ -66,7 +66,7 @@ def test_watchers_see_each_layer_of_each_part_and_nothing_else(in_float32: None)
         watching(decoder.layers, lambda layer, stream: streams.append((layer, len(stream)))),
         watching_attention(decoder, lambda layer, _: weights.append(layer)),
     ):
-        read(decoder, text(), 2, "")
+        read(decoder, text().split(2), "")
     layers = range(len(decoder.layers))
     assert streams == [(layer, rows) for layer in layers for rows in (2, 2, 1)]
     assert weights == [layer for layer in layers for _ in range(3)]

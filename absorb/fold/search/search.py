@@ -35,7 +35,7 @@ from absorb.models.family import Family
 from absorb.quantize.formats import FORMATS, Format
 from absorb.quantize.grids import power_of_two
 from absorb.quantize.training import FORMAT_FOR
-from absorb.runtime.inputs import input_peaks
+from absorb.runtime.inputs import peaks_of_each
 from absorb.runtime.precision import autocast_bf16
 from absorb.schema.report import Order
 from absorb.schema.settings import Purpose
@@ -118,7 +118,7 @@ def _sizes_of_halves(
     known, both = {}, {}
     for order in dict.fromkeys(order for order, _ in _TRIED):
         with autocast_bf16(student.device):
-            one, other = (input_peaks(student, half, order=order) for half in (first, second))
+            one, other = peaks_of_each(student, (first, second), order)
         mean = torch.maximum if order == inf else _root_mean_square
         whole = {name: mean(part, other[name]) for name, part in one.items()}
         norms = norms_of(student, order)
