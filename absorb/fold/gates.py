@@ -29,7 +29,8 @@ from absorb.runtime.walk import Walk
 RANK = 16
 _MOST = 32  # rows of text
 _DAMPING = 1e-2  # of the mean square of channels, for those that text says little of
-_ROUNDS, _EDGE = 20, 0.01  # how near to 0 and 1 a gate is opened, as a share of 2
+_ROUNDS = 20  # of Newton's method
+_EDGE = 0.01  # how near to 0 and 2 a gate is opened, as a share of 2
 _ENDS = 0.01  # of tokens at either end, whose shares count as no farther off than the next
 
 
