@@ -29,6 +29,8 @@ from absorb.runtime.walk import Walk
 RANK = 16
 _MOST = 32  # rows of text
 _DAMPING = 1e-2  # of the mean square of channels, for those that text says little of
+_ROUNDS = 20  # of Newton's method
+_EDGE = 0.01  # how near to 0 and 2 a gate is opened, as a share of 2
 _ENDS = 0.01  # of tokens at either end, whose shares count as no farther off than the next
 
 
@@ -101,19 +103,26 @@ def share_of(normed: Tensor, alone: Tensor) -> Tensor:
 
 
 def direction(alone: Tensor, shares: Tensor) -> Tensor:
-    """v (hidden,), of which 2 sigmoid(ŷ v) is nearly a, as a multiple of its geometric mean.
+    """v (hidden,), of which 2 sigmoid(ŷ v) is nearly a, but for a factor that is the same always.
 
-    v = (ŶᵀŶ + κ I)⁻¹ Ŷᵀ 2 (log a - b), as the sigmoid has half the slope of its logarithm.
+    v = (ŶᵀŶ + κ I)⁻¹ Ŷᵀ z with z = logit(a / 2c), of the mean zero. (On the demo, 2 (log a - b) in
+    its place is far off for the few tokens whose a is small.)
     """
     logs = shares.log()
-    ends = torch.tensor([_ENDS, 1 - _ENDS], device=logs.device)
-    least, most = logs.float().quantile(ends)
-    logs = logs.clamp(least, most)
-    wanted = 2 * (logs - ranks.mean(float(logs.mean())))
+    ends = logs.float().quantile(torch.tensor([_ENDS, 1 - _ENDS], device=logs.device))
+    wanted = _centered(logs.clamp(*ends)).double()
     squares = ranks.summed(alone.T.double() @ alone.double())
-    damping = _DAMPING * squares.diagonal().mean().clamp_min(1e-12)
-    squares.diagonal().add_(damping)
-    found: Tensor = torch.linalg.solve(squares, ranks.summed(alone.T.double() @ wanted.double()))
+    squares.diagonal().add_(_DAMPING * squares.diagonal().mean().clamp_min(1e-12))
+    found: Tensor = torch.linalg.solve(squares, ranks.summed(alone.T.double() @ wanted))
+    return found
+
+
+def _centered(logs: Tensor) -> Tensor:
+    """logit(a / 2c) for log a (tokens,), with c such that the mean is zero: by Newton's method."""
+    middle = ranks.mean(float(logs.mean()))
+    for _ in range(_ROUNDS):
+        found = torch.logit((logs - middle).exp() / 2, _EDGE)
+        middle += ranks.mean(float(found.mean())) / 2  # the slope is two where a is c
     return found
 
 
