@@ -23,7 +23,7 @@ from absorb.models.whole import Whole
 from absorb.runtime.precision import as_stored, stored_type
 from absorb.ship.staging import digest
 
-_SHARD = 2 * 10**9  # bytes; two of these are in memory at once, one being written
+_SHARD = 10**9  # bytes; two of these are in memory at once, one being written
 Refuse = Callable[[Path], None]  # raises an AbsorbError for a file that nobody could use
 _READERS = 2  # threads that read again what was written
 
