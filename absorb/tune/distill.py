@@ -135,7 +135,9 @@ class _Pace:
     def count(self) -> bool:
         """Count a step that is over; whether it was the last one of a quarter."""
         before, self.steps = self.done, self.steps + 1
-        self.done = monotonic() - self.started if self.timed else self.steps
+        passed = torch.tensor(monotonic() - self.started, dtype=torch.float64)
+        # No two clocks agree, and processes have to.
+        self.done = float(ranks.largest(passed)) if self.timed else self.steps
         self.bar.update(min(self.done, self.whole) - before)
         return _CHECKS * self.done // self.whole > _CHECKS * before // self.whole
 

@@ -50,7 +50,7 @@ def part(family: str, place: Path) -> None:
             torch.save((losses, weights), place / f"{run}-{ranks.number()}")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_two_processes_learn_what_one_does(family: str, in_float32: None, tmp_path: Path) -> None:
     """Sums in another order. The embedding of a gpt2 is its head as well."""
     with ThreadPoolExecutor() as pool:
