@@ -84,6 +84,8 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "attention_h200": tables.attention(found["attention_h200"]),
         "model": tables.model(models),
         "scale": tables.scale(found["scale"]),
+        "gates": tables.ablation(found["gates"]),
+        "four_bits": tables.ablation(found["four_bits"]),
         "architectures": tables.architectures(found["architectures"]),
         "float16": reach_rows(from_json(Rescaled, (FIGURES / "float16.json").read_text())),
         "windows": tables.windows(found["window"]),
@@ -96,8 +98,6 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         ),
         "onnx_float16": tables.onnx_float16(found["engine_onnx_float16"]),
     }
-    if "gates" in found:
-        rows["gates"] = tables.ablation(found["gates"])
     if "gated_attention" in found:
         kl = found["gated_attention"]["kl"]
         rows["gated_attention"] = [("", "KL"), *((name, f"{kl[name]:.4f}") for name in kl)]
