@@ -85,7 +85,7 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "model": tables.model(models),
         "scale": tables.scale(found["scale"]),
         "gates": tables.ablation(found["gates"]),
-        "four_bits": tables.ablation(found["four_bits"]),
+        "for_a_format": tables.ablation(found["for_a_format"]),
         "architectures": tables.architectures(found["architectures"]),
         "float16": reach_rows(from_json(Rescaled, (FIGURES / "float16.json").read_text())),
         "windows": tables.windows(found["window"]),
