@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from absorb.load.source import load
 from absorb.schema.settings import ModelRef
 from scripts.engines.environments import Environment, asked
+from scripts.engines.pairs import add_ratios, cell
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = ROOT / "model_cards" / "smollm2-135m-absorbed"
@@ -84,29 +84,11 @@ def compared(
     return found
 
 
-def add_ratios(models: dict[str, Any]) -> None:
-    """Medians of tokens per second, and how many times those of the stock model they are.
-
-    A round meets both models, so its ratio is not of what else the machine did.
-    """
-    stock = models["stock"]["tokens_per_second"]
-    for one in models.values():
-        rounds = one.get("tokens_per_second", {})
-        one["of_stock"] = {
-            work: median(ours / theirs for ours, theirs in zip(each, stock[work], strict=True))
-            for work, each in rounds.items()
-        }
-    for one in models.values():
-        rounds = one.get("tokens_per_second", {})
-        one["tokens_per_second"] = {work: median(each) for work, each in rounds.items()}
-
-
 def report(found: dict[str, Any], out: Path | None) -> None:
     """Print the figures, and keep them if a file is named; end with 1 where any is too far off."""
     for name, one in found["models"].items():
         speeds = ", ".join(
-            f"{work} {speed:,.0f} tokens/s ({one['of_stock'][work]:.2f} x stock)"
-            for work, speed in one["tokens_per_second"].items()
+            f"{work} {cell(one, work)} tokens/s" for work in one["tokens_per_second"]
         )
         print(f"{name:28} {one['largest_difference']:.1e} nats from transformers  {speeds}")
     if out is not None:

@@ -3,16 +3,16 @@ r"""The real INT8 chain: absorb, then llm-compressor, then vLLM's INT8 kernels o
     python -m scripts.engines.int8_chain DIR --original demo --work WORK --text wikitext2_test.txt \
         --calibration c4.jsonl --json FILE
 
-The stock model and the native export of DIR by the same recipes. Perplexity is from vLLM's own
-log-probabilities of the first windows of the text, each of 512 tokens. They are read at once for
-the speed as well, which is by the seconds of one core. A row that is in FILE already is not run
-again.
+The stock model and the native export of DIR by the same recipes; where DIR is not there, it is made
+by an untrained conversion first, by the clock. Perplexity is from vLLM's own log-probabilities of
+the first windows of the text, each of 512 tokens. For the speed, in seconds of one core, the two
+models of a recipe take turns in one process. A recipe that is in FILE already is not run again.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,17 +27,19 @@ from absorb.schema.settings import ModelRef
 from absorb.show.tables import table
 from scripts import bench
 from scripts.engines import subjects
-from scripts.engines.environments import COMPRESSOR, VLLM, asked
+from scripts.engines.compressor import VERSION, compressed, perplexity, size
+from scripts.engines.environments import VLLM, asked
+from scripts.engines.pairs import add_ratios
 from scripts.engines.table import chain_rows
 
-ROUNDS = 1
+ROUNDS = 8
+MODELS = ("stock", "native")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What llm-compressor is to do: nothing, if it is not quantized."""
+    """What llm-compressor is to do."""
 
-    quantized: bool = True
     static: bool = True
     smoothing: float | None = None
 
@@ -46,12 +48,6 @@ RECIPES = {
     "static": Recipe(),
     "per token": Recipe(static=False),
     "static, SmoothQuant 0.8": Recipe(smoothing=0.8),
-    "float32": Recipe(quantized=False),
-}
-ROWS = {
-    f"{model}, {name}": (model, recipe)
-    for name, recipe in RECIPES.items()
-    for model in ("stock", "native")
 }
 
 
@@ -70,44 +66,44 @@ def plug_in() -> Iterator[str]:
 
 
 def measured(
-    folder: Path, recipe: Recipe, rows: list[list[int]], seen: list[list[int]]
+    folders: subjects.Folders, recipe: Recipe, rows: list[list[int]], seen: list[list[int]]
 ) -> dict[str, Any]:
-    """Compress a folder by a recipe, and what vLLM makes of the result."""
+    """Both models compressed by a recipe, and what vLLM makes of the results."""
+    given = seen if recipe.static or recipe.smoothing is not None else []
+    models, found = dict[str, Path](), dict[str, Any]()
     with TemporaryDirectory() as name:
         place = Path(name)
-        job, out, made = place / "job.json", place / "out.json", place / "compressed"
-        found: dict[str, Any] = {}
-        if recipe.quantized:
-            told = {"static": recipe.static, "smoothing": recipe.smoothing, "rows": seen}
-            job.write_text(json.dumps({"model": str(folder), "out": str(made), **told}))
-            asked(COMPRESSOR, "compress.py", job, out)
-            found, folder = json.loads(out.read_text()), made
-        ask = {"models": {"one": str(folder)}, "rows": rows, "rounds": ROUNDS}
-        job.write_text(json.dumps(ask))
-        with plug_in() as path:
-            asked(VLLM, "vllm_says.py", job, out, path=path)
-        said = json.loads(out.read_text())
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    one = said["models"]["one"]
-    if "refused" in one:
-        raise AbsorbError(f"vLLM refuses {folder}: {one['refused']}")
-    versions = {**found.pop("versions", {}), **said["versions"]}
-    losses = -torch.tensor(one["said"], dtype=torch.float64)
-    return {
-        **found,
-        "perplexity": float(losses.mean().exp()),
-        "bytes": size,
-        "tokens_per_second": one["tokens_per_second"],
-        "versions": versions,
-    }
+        for model in MODELS:
+            models[model] = place / model
+            found[model] = compressed(folders[model], models[model], asdict(recipe), given)
+            found[model]["bytes"] = size(models[model])
+        said = told(models, rows, place)
+    for model, one in said["models"].items():
+        if "refused" in one:
+            raise AbsorbError(f"vLLM refuses {model}: {one['refused']}")
+        found[model]["perplexity"] = perplexity(one.pop("said"))
+        found[model] |= {name: one[name] for name in ("tokens_per_second", "of_stock", "spread")}
+        found[model]["versions"] |= said["versions"]
+    return found
+
+
+def told(models: Mapping[str, Path], rows: list[list[int]], place: Path) -> Any:
+    """What vLLM says of folders, and how fast, on its kernels for fixed ranges."""
+    job, out = place / "job.json", place / "out.json"
+    names = {model: str(folder) for model, folder in models.items()}
+    job.write_text(json.dumps({"models": names, "rows": rows, "rounds": ROUNDS}))
+    with plug_in() as path:
+        asked(VLLM, "vllm_says.py", job, out, path=path)
+    said = json.loads(out.read_text())
+    add_ratios(said["models"])
+    return said
 
 
 @click.command()
-@click.argument("converted", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("converted", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--original", default="demo", show_default=True, help="What CONVERTED was.")
 @subjects.work
 @bench.texts(8)
-@click.option("--rows", "most", default=len(ROWS), show_default=True, help="Run so many at most.")
 @bench.kept_figures
 def main(
     converted: Path,
@@ -116,28 +112,30 @@ def main(
     text: Path,
     count: int,
     calibration: Path,
-    most: int,
     out: Path,
 ) -> None:
-    """Measure CONVERTED and its ORIGINAL in vLLM, in float32 and in INT8."""
+    """Measure CONVERTED and its ORIGINAL in vLLM, in INT8."""
     done = {"rows": {}, **bench.read(out)}
-    wanted = [row for row in ROWS if row not in done["rows"]][:most]
     with UserErrors():
+        if not converted.exists():
+            done["convert_seconds"] = subjects.convert(original, converted, calibration)
+            bench.write(out, done)
         folders = subjects.folders_of(converted, original, work, calibration)
         source = load(ModelRef(name=str(folders["native"])), measured=True)
         rows, seen = (
             bench.windows(source, one, much).tolist()
             for one, much in ((text, count), (calibration, bench.SEEN))
         )
-        for row in wanted:
-            click.echo(f"=== {row}", err=True)
-            model, recipe = ROWS[row]
-            done["rows"][row] = measured(folders[model], recipe, rows, seen)
+        for name, recipe in RECIPES.items():
+            if f"stock, {name}" in done["rows"]:
+                continue
+            click.echo(f"=== {name}", err=True)
+            both = measured(folders, recipe, rows, seen)
+            done["rows"] |= {f"{model}, {name}": one for model, one in both.items()}
             done |= {"text": text.name, "calibration": calibration.name, "windows": count}
-            done |= {"llmcompressor": COMPRESSOR.requirements[0].partition("==")[2]}
-            done["amx"] = torch.cpu._is_amx_tile_supported()
+            done |= {"llmcompressor": VERSION, "amx": torch.cpu._is_amx_tile_supported()}
             bench.write(out, done)
-    print(table(chain_rows(done)))
+    click.echo(table(chain_rows(done)))
 
 
 if __name__ == "__main__":

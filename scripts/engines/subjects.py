@@ -1,6 +1,9 @@
 """What engines are asked about: a model as stock, as converted, and as exported, in folders."""
 
+import subprocess
+import sys
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
 from typing import Any
 
 import click
@@ -79,6 +82,16 @@ def stock_folder(name: str, place: Path) -> Path:
     plain.save_pretrained(place)
     source.tokenizer.save_pretrained(place)
     return place
+
+
+def convert(original: str, place: Path, text: Path, purpose: str = "none") -> float:
+    """Convert a model untrained, with sinks as logits: the seconds of a core that this takes."""
+    words = ["convert", original, "--sink", "logit", "--steps", "0", "--device", "cpu"]
+    more = ["--text", str(text), "--for", purpose, "--out", str(place)]
+    before = getrusage(RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "absorb", *words, *more], check=True, stdout=sys.stderr)
+    after = getrusage(RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 work = click.option(

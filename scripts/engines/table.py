@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from absorb.show.tables import Row
+from scripts.engines.pairs import cell
 
 
 def vllm_rows(done: dict[str, Any]) -> list[Row]:
@@ -17,12 +18,8 @@ def vllm_rows(done: dict[str, Any]) -> list[Row]:
 def _row(one: dict[str, Any]) -> Row:
     if "refused" in one:
         return ("refused", "", "")
-    speeds, ratios = one["tokens_per_second"], one.get("of_stock", {})
-    told = [
-        f"{speeds[work]:,.0f} ({ratios[work]:.2f} x)" if work in ratios else ""
-        for work in ("prefill", "decode")
-    ]
-    return (f"{one['largest_difference']:.1e}", *told)
+    speeds = (cell(one, work) for work in ("prefill", "decode"))
+    return (f"{one['largest_difference']:.1e}", *speeds)
 
 
 def engine_rows(vllm: dict[str, Any], stranger: dict[str, Any]) -> list[Row]:
@@ -75,6 +72,23 @@ def _chain_row(name: str, run: dict[str, Any]) -> Row:
         name,
         f"{run['perplexity']:.2f}",
         f"{run['bytes'] / 1e6:,.0f}",
-        *(f"{run['tokens_per_second'][work]:,.0f}" for work in ("prefill", "decode")),
+        *(cell(run, work) for work in ("prefill", "decode")),
         "" if seconds is None else f"{seconds:.0f}",
     )
+
+
+def four_bit_rows(done: dict[str, Any]) -> list[Row]:
+    """A row for every model by every recipe of llm-compressor, as transformers computes it."""
+    head = ("", "perplexity", "MB", "seconds of `oneshot`")
+    return [
+        head,
+        *(
+            (
+                name,
+                f"{run['perplexity']:.2f}",
+                f"{run['bytes'] / 1e6:,.0f}",
+                f"{run['oneshot_seconds']:.0f}",
+            )
+            for name, run in done["rows"].items()
+        ),
+    ]

