@@ -36,7 +36,7 @@ from scripts.engines.table import (
     stranger_rows,
     vllm_rows,
 )
-from scripts.release import accuracy, tables
+from scripts.release import accuracy, scale, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "model_cards" / "smollm2-135m-absorbed"
@@ -90,7 +90,7 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "attention_cpu": tables.attention(found["attention_cpu"]),
         "attention_h200": tables.attention(found["attention_h200"]),
         "model": tables.model(models),
-        "scale": tables.scale(found["scale"]),
+        "scale": scale.rows_of(found["scale"]),
         "gates": tables.ablation(found["gates"]),
         "for_a_format": tables.ablation(found["for_a_format"]),
         "architectures": tables.architectures(found["architectures"]),

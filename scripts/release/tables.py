@@ -74,50 +74,6 @@ def model(runs: dict[str, Run]) -> list[Row]:
     return [("", *shapes), *rows]
 
 
-_SCALE_STAGES = {
-    "fine-tune, layer by layer": ("fine-tuning layer by layer",),
-    "fine-tune, end to end": ("the teacher reads", "fine-tuning"),
-    "prefix, measuring, fit, scales": (
-        "choosing the prefix",
-        "measuring the stream",
-        "fitting sinks",
-        "comparing with the teacher",
-        "measuring inputs of Linears",
-        "choosing exponents of scales",
-    ),
-    "figures before and after": ("evaluating", "the teacher", "W8A8, static per tensor"),
-    "writing and hashing": ("writing", "hashing"),
-}
-
-
-def scale(runs: dict[str, Run]) -> list[Row]:
-    """What conversions of real shapes took, each on a card of so many GB or on several."""
-    head = ("", *(name.replace("b", "B", 1) for name in runs))
-    several = list(runs.values())
-    rows: list[Row] = [
-        ("layers", *(str(run["layers"]) for run in several)),
-        ("weights, billions", *(f"{run['weights'] / 1e9:.2f}" for run in several)),
-        ("rows to train on", *(str(run["rows"]) for run in several)),
-        ("GPU memory that was allowed, GB", *(_or_all(run["card"]) for run in several)),
-        ("GPU memory, peak, GB", *(_peak(run["gpu"]) for run in several)),
-        ("host memory, peak, GB", *(f"{run['host'] / 1e9:.1f}" for run in several)),
-        ("seconds in all", *(f"{run['seconds']:.0f}" for run in several)),
-    ]
-    for stage, names in _SCALE_STAGES.items():
-        spent = (sum(run["stages"].get(name, 0) for name in names) for run in several)
-        rows.append((f"- {stage}", *(f"{seconds:.0f}" for seconds in spent)))
-    return [head, *rows]
-
-
-def _or_all(card: float | None) -> str:
-    return "all" if card is None else f"{card:.0f}"
-
-
-def _peak(taken: int | None) -> str:
-    """Nothing where other programs had the card as well."""
-    return "" if taken is None else f"{taken / 1e9:.1f}"
-
-
 def sinks(run: Run) -> list[Row]:
     """What each form of a sink makes of the model, untrained."""
     names = ("original", "mean logits", "first fit", "sequential fit", "auto", "key")
