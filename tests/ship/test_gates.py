@@ -82,6 +82,21 @@ def test_a_model_with_gates_is_measured(gated: Path, text_file: Path) -> None:
 
 
 @pytest.mark.slow
+def test_keys_and_a_format_go_along_with_gates(
+    original: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {**OPTIONS, "sink": "key", "purpose": "nvfp4", "text": text_file}
+    report = absorb.convert(original, tmp_path / "out", **options)
+    assert report.inspection.keyed_layers
+    assert all(one.any() for one in weights(tmp_path / "out").values())
+    assert not verify(ModelRef(name=str(tmp_path / "out")), print).wrong
+    found = absorb.evaluate(
+        tmp_path / "out", text=text_file, formats=["nvfp4"], windows=2, length=64
+    )
+    assert found.models[0].formats["nvfp4"] is not None
+
+
+@pytest.mark.slow
 def test_weights_that_stream_have_the_same_gates(
     original: Path,
     text_file: Path,
