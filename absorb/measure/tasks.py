@@ -58,8 +58,8 @@ class Answers:
         that of two models which were asked different questions.
         """
         found = {}
-        for name, marks in self.marks.items():
-            apart = marks - other.marks[name]
+        for name in (name for name in self.marks if name in other.marks):
+            apart = self.marks[name] - other.marks[name]
             found[name] = float(apart.mean())
             if len(apart) > 1:
                 found[f"{name}_stderr"] = float(apart.std()) / math.sqrt(len(apart))
@@ -159,6 +159,15 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def refuse_unmarked(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer without BOS and EOS: the harness begins a text by one of them."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise AbsorbError(
+            f"the tokenizer of {name} has neither a BOS nor an EOS, and the harness needs one; "
+            "name one in tokenizer_config.json, or drop --tasks"
+        )
+
+
 def answered(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -180,8 +189,9 @@ def answered(
             task_manager=_manager(not all(task.questions for task in tasks)),
         )
     return {
-        task: _answers(_metrics(figures), found["samples"].get(task, []))
+        task: _answers(metrics, found["samples"].get(task, []))
         for task, figures in found["results"].items()
+        if (metrics := _metrics(figures))  # of some groups of tasks there are none
     }
 
 
@@ -195,6 +205,7 @@ def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: i
         def _loglikelihood_tokens(self, requests: list[Any], *_: Any, **__: Any) -> list[Any]:
             places: dict[int, list[int]] = {}
             for place, (_, context, continuation) in enumerate(requests):
+                _refuse_long(len(continuation), self.max_length)
                 places.setdefault(len(context) + len(continuation), []).append(place)
             found: dict[int, Any] = {}
             with tqdm(total=len(requests), desc="asking questions", unit="choice") as bar:
@@ -210,6 +221,15 @@ def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: i
     return OfOneLength(
         pretrained=model, tokenizer=tokenizer, batch_size=rows, softmax_dtype="float32"
     )
+
+
+def _refuse_long(tokens: int, most: int) -> None:
+    """Refuse an answer of which a model cannot read all: the harness would only cut questions."""
+    if tokens > most:
+        raise AbsorbError(
+            f"an answer in the tasks is {tokens} tokens long, and the model reads {most}; drop it, "
+            "or ask a model that reads more"
+        )
 
 
 def _given(task: Task) -> Any:

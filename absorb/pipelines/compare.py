@@ -13,7 +13,7 @@ from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source, load
 from absorb.measure.score import ROWS_AT_ONCE, in_formats, tallies
 from absorb.measure.tally import Tally
-from absorb.measure.tasks import Answers, Task, answered, tasks_of
+from absorb.measure.tasks import Answers, Task, answered, refuse_unmarked, tasks_of
 from absorb.measure.timing import DECODED, speeds
 from absorb.prove.prove import proved
 from absorb.quantize.formats import FORMATS
@@ -56,6 +56,8 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
         say("the models are larger than the memory, so their layers come one by one; no timing")
     subjects = [_subject(source) for source in sources]
     _refuse_other_tokens(sources)
+    if tasks:
+        refuse_unmarked(sources[0].tokenizer, sources[0].name)
     for source, subject in zip(sources, subjects, strict=True):
         _refuse_few_positions(source, subject, wish)
         as_stored(source.decoder, getattr(torch, wish.dtype))

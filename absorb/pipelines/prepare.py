@@ -4,7 +4,7 @@ import copy
 import logging
 from dataclasses import dataclass, replace
 
-from absorb.errors import Say
+from absorb.errors import AbsorbError, Say
 from absorb.fold.decide import judged
 from absorb.fold.gates import gates_of, refuse_ungated
 from absorb.fold.graft import graft
@@ -73,6 +73,8 @@ def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) 
     if job.gates != "none":
         refuse_ungated(source.decoder)
     made = None if job.plan is None else read_plan(job.plan, source)
+    if made is not None and made[0].gates:
+        _refuse_idle_gates(job)
     progress = Progress(job, source) if resume else None
     if source.streaming:
         refuse_minutes(job.distillation)
@@ -99,6 +101,20 @@ def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) 
         measurement=None,
         progress=progress,
     )
+
+
+def _refuse_idle_gates(job: Job) -> None:
+    """Refuse a plan with gates where they have no place, or nobody trains them."""
+    if job.to == "native":
+        raise AbsorbError(
+            f"the plan in {job.plan} has gates, and --to native has no place for them; drop --to, "
+            "or take a plan without gates"
+        )
+    if job.distillation.steps == 0:
+        raise AbsorbError(
+            f"the plan in {job.plan} has gates, which do nothing without a fine-tune; drop "
+            "--steps 0, or take a plan without gates"
+        )
 
 
 def _end(source: Source, fine_tune: Recipe) -> str:

@@ -166,6 +166,12 @@ class Job(Survey):
             )
         if self.to == "native" and self.gates != "none":
             raise MisuseError("{1} native has no place for gates; drop {0}", "gates", "to")
+        if self.gates != "none" and self.distillation.steps == 0:
+            raise MisuseError(
+                "{0} norm without a fine-tune does nothing, and {1} 0 is none; drop one of them",
+                "gates",
+                "steps",
+            )
         beside = {one.name for one, _ in changed(self)} - _OF_STOCK
         if self.to == "stock" and beside:
             raise MisuseError(

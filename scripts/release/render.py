@@ -7,6 +7,7 @@ What they say is in templates/, every figure in the JSON.
 """
 
 import json
+import re
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,15 @@ def page(template: str, **shown: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**shown)
+    made = environment.get_template(template)
+    return made.render(**shown, contents=contents(made.render(**shown, contents="")))
+
+
+def contents(text: str) -> str:
+    """Links to the sections of a page, but for this list of them."""
+    titles = re.findall(r"^## (?!Contents$)(.+)$", text, re.MULTILINE)
+    places = (re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles)
+    return "\n".join(f"- [{one}](#{at})" for one, at in zip(titles, places, strict=True))
 
 
 def pictures() -> list[Section]:

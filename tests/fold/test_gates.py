@@ -10,6 +10,7 @@ from absorb.errors import AbsorbError
 from absorb.fold.gates import RANK, direction, gated_norms, gates_of, refuse_ungated, share_of
 from absorb.fold.graft import graft, twin
 from absorb.fold.plan import STREAM
+from absorb.fold.sinks.forms import KeySink
 from absorb.fold.smoothing import searched_scales
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
@@ -19,7 +20,7 @@ from absorb.schema.training import Recipe
 from absorb.text.gather import Texts
 from absorb.tune.distill import distill
 from tests.helpers.plans import neutral_plan
-from tests.helpers.tiny import HIDDEN, LAYERS, VOCABULARY, tiny
+from tests.helpers.tiny import HEAD_DIM, HIDDEN, LAYERS, VOCABULARY, kv_heads, tiny
 
 OUTLIERS = [7, 30]
 # Norms of every kind: RMSNorm, the same with 1 + w, LayerNorm, and one without a weight.
@@ -69,6 +70,20 @@ def test_gates_that_nobody_has_trained_change_no_bit(model_type: str, tokens: Te
     gated = graft(decoder, neutral_plan(family, gates=read_by(family), **folds)).model
     assert any(float(p.abs().max()) > 0 for n, p in gated.named_parameters() if "gate_in" in n)
     assert torch.equal(gated(tokens).logits, plain(tokens).logits)
+
+
+@torch.no_grad()
+def test_gates_stand_beside_keys(tokens: Tensor) -> None:
+    family, kv = FAMILIES["llama"], kv_heads("llama")
+    sinks = (
+        KeySink(keys=random(kv, 2, HEAD_DIM), values=random(kv, 2, HEAD_DIM, seed=4)),
+    ) * LAYERS
+    decoder, gates = Decoder(tiny("llama"), family), read_by(family)
+    plain = graft(decoder, neutral_plan(family, sinks=sinks)).model(tokens).logits
+    gated = graft(decoder, neutral_plan(family, sinks=sinks, gates=gates))
+    assert torch.equal(gated.model(tokens).logits, plain)
+    open_gates(gated, gates)
+    assert (gated.model(tokens).logits - plain).abs().max() > 0.01 * plain.abs().max()
 
 
 @pytest.mark.parametrize("model_type", KINDS)

@@ -22,7 +22,7 @@ from absorb.pipelines import compare
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.simulate import quantized
 from absorb.runtime.reading import Subject
-from tests.helpers.tiny import tiny
+from tests.helpers.tiny import POSITIONS, tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 pytest.importorskip("lm_eval")
@@ -190,6 +190,19 @@ def test_a_difference_is_that_of_pairs_of_answers(folder: Path, tmp_path: Path) 
 def test_a_bad_line_is_named(line: Any, sentence: str, folder: Path, tmp_path: Path) -> None:
     path = file_of(tmp_path, [QUESTIONS[0], "", line])
     refused(run(folder, "--tasks", path), f"{path}, {sentence}")
+
+
+def test_an_answer_longer_than_what_a_model_reads_is_refused(folder: Path, tmp_path: Path) -> None:
+    long = {"question": "is it", "choices": ["no", "y z " * POSITIONS], "label": 0}
+    refused(run(folder, "--tasks", file_of(tmp_path, [long])), f"the model reads {POSITIONS}")
+
+
+def test_a_tokenizer_that_marks_no_end_is_refused(folder: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    path = file_of(tmp_path, QUESTIONS)
+    refused(run(folder, "--tasks", path), "neither a BOS nor an EOS")
 
 
 def test_what_is_no_task_is_refused(folder: Path, tmp_path: Path) -> None:

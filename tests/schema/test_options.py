@@ -154,6 +154,8 @@ def test_a_threshold_that_is_none_is_misuse(name: str, threshold: str, sentence:
         ("convert m --out o --steps -1", "--steps is -1 and must be a whole number from 0"),
         ("convert m --out o --seed 0 --minutes 0", "--minutes is 0.0 and must be a number above 0"),
         ("convert m --out o --plan p --sink logit", "--plan has decided what --sink would"),
+        ("convert m --out o --plan p --gates norm", "--plan has decided what --gates would"),
+        ("convert m --out o --gates norm --steps 0", "--gates norm without a fine-tune does"),
         ("eval m --limit 5", "--limit is of the questions of --tasks; add some, or drop --limit"),
         ("eval m --formats fp8,int3", "--formats is 'int3' and must be one of 'w8a8-static'"),
         ("eval m --formats fp8,", "a name between two commas is missing"),

@@ -19,9 +19,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import absorb
 from absorb.cli.main import main
+from absorb.fold.gates import RANK, gated_norms
+from absorb.fold.graft import graft
+from absorb.models.decoder import Decoder
+from absorb.models.families import FAMILIES
 from absorb.models.modeling_absorb import NEUTRAL
 from absorb.ship.served.compare import distances, judged, kinds_in
 from tests.helpers.openai_server import Engine, serving
+from tests.helpers.plans import neutral_plan
+from tests.helpers.tiny import HIDDEN, LAYERS, tiny
 from tests.ship.test_export import Case
 from tests.ship.test_export import converted as make_converted
 from tests.ship.test_verify import relist
@@ -89,15 +95,34 @@ def test_what_a_server_drops_is_named(folder: Path, kind: str, echo: bool) -> No
 
 
 @torch.no_grad()
-def test_dropped_scales_are_named(tokens: Tensor) -> None:
+def gated() -> Any:
+    """A tiny model whose gates are open."""
+    decoder, draw = Decoder(tiny("llama", torch.float32), FAMILIES["llama"]), torch.Generator()
+    rows = torch.randn(LAYERS, RANK, HIDDEN, generator=draw.manual_seed(1))
+    gates = dict.fromkeys(gated_norms(decoder), rows)
+    model = graft(decoder, neutral_plan(FAMILIES["llama"], gates=gates)).model
+    for name, parameter in model.named_parameters():
+        if name.endswith(".gate_out"):
+            parameter.copy_(torch.randn(parameter.shape, generator=draw.manual_seed(2)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"), [("the scales", "put_scale"), ("the gates", ".gate_out")]
+)
+@torch.no_grad()
+def test_dropped_parameters_of_norms_are_named(kind: str, ending: str, tokens: Tensor) -> None:
     report: Any = SimpleNamespace(inspection=SimpleNamespace(family="llama"))
-    student, served = (make_converted(Case("llama")).float() for _ in range(2))
-    drop(served, lambda name: name.endswith("put_scale"))
+    if kind == "the gates":
+        student, served = gated(), gated()
+    else:
+        student, served = (make_converted(Case("llama")).float() for _ in range(2))
+    drop(served, lambda name: name.endswith(ending))
     given = served(tokens[:1]).logits[0].log_softmax(-1)
     row = tokens[0].tolist()
     answers = [{token: given[place, token].item()} for place, token in enumerate(row[1:])]
     (sentence,) = judged(distances(student, kinds_in(student, report), row, answers))
-    assert "the server drops the scales: it is" in sentence
+    assert f"the server drops {kind}: it is" in sentence
 
 
 def test_another_model_is_none_of_ours(folder: Path, original: Path) -> None:

@@ -43,6 +43,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: one for name, one in found.items() if name.endswith(GATES)}
 
 
+def planned(folder: Path) -> dict[str, torch.Tensor]:
+    """What gates were to read before they were trained."""
+    found = load_file(folder / "plan" / "plan.safetensors")
+    return {name: one for name, one in found.items() if name.startswith("gate.")}
+
+
 def test_gates_are_trained_and_a_stranger_loads_them(gated: Path, at_home: None) -> None:
     found = weights(gated)
     assert len(found) == 2 * 2 * 3
@@ -64,11 +70,30 @@ def test_its_plan_makes_the_same_again(
     report = absorb.convert(original, out, text=text_file, plan=gated, steps=8, train="all")
     assert report.inspection.job.gates == "norm"
     assert (out / "model.safetensors").read_bytes() == (gated / "model.safetensors").read_bytes()
+    for more, sentence in (({"steps": 0}, "do nothing"), ({"to": "native"}, "has no place")):
+        options: Any = {"text": text_file, "plan": gated, **more}
+        with pytest.raises(AbsorbError, match=f"has gates, .*{sentence}"):
+            absorb.convert(original, tmp_path / "none", **options)
 
 
 def test_a_model_with_gates_is_measured(gated: Path, text_file: Path) -> None:
     found = absorb.evaluate(gated, text=text_file, formats=["nvfp4"], windows=2, length=64)
     assert found.models[0].converted
+
+
+@pytest.mark.slow
+def test_keys_and_a_format_go_along_with_gates(
+    original: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {**OPTIONS, "sink": "key", "purpose": "nvfp4", "text": text_file}
+    report = absorb.convert(original, tmp_path / "out", **options)
+    assert report.inspection.keyed_layers
+    assert all(one.any() for one in weights(tmp_path / "out").values())
+    assert not verify(ModelRef(name=str(tmp_path / "out")), print).wrong
+    found = absorb.evaluate(
+        tmp_path / "out", text=text_file, formats=["nvfp4"], windows=2, length=64
+    )
+    assert found.models[0].formats["nvfp4"] is not None
 
 
 @pytest.mark.slow
@@ -79,17 +104,15 @@ def test_weights_that_stream_have_the_same_gates(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    untrained = {**OPTIONS, "text": text_file, "steps": 0}
-    absorb.convert(original, tmp_path / "resident", **untrained)
+    absorb.convert(original, tmp_path / "resident", text=text_file, **OPTIONS)
     monkeypatch.setattr(loading, "free_memory", lambda device: 0)
-    absorb.convert(original, tmp_path / "streamed", **untrained)
-    resident, streamed = weights(tmp_path / "resident"), weights(tmp_path / "streamed")
+    report = absorb.convert(original, tmp_path / "streamed", text=text_file, **OPTIONS)
+    resident, streamed = (planned(tmp_path / name) for name in ("resident", "streamed"))
     assert streamed.keys() == resident.keys()
     for name, one in resident.items():
         torch.testing.assert_close(streamed[name], one, rtol=1e-3, atol=1e-4, msg=name)
-    report = absorb.convert(original, tmp_path / "trained", text=text_file, **OPTIONS)
     assert report.losses.kept == 8
-    assert all(one.any() for one in weights(tmp_path / "trained").values())
+    assert all(one.any() for one in weights(tmp_path / "streamed").values())
 
 
 def test_no_export_drops_gates_without_a_word(gated: Path, tmp_path: Path) -> None:

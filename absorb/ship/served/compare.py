@@ -66,7 +66,7 @@ def _other_tokens(ours: int, theirs: int | None) -> list[str]:
 
 
 def kinds_in(model: nn.Module, report: Report | Exported) -> Kinds:
-    """What an engine may drop of a model: nothing, sinks, biases of attention, scales, several."""
+    """What an engine may drop: nothing, sinks, biases of attention, scales, gates, or several."""
     names = [name for name, _ in model.named_parameters()]
     family = FAMILIES[report.family if isinstance(report, Exported) else report.inspection.family]
     # The architectures that are exported to have Llama's names.
@@ -79,9 +79,10 @@ def kinds_in(model: nn.Module, report: Report | Exported) -> Kinds:
         biases["all biases of attention"] = [name for some in biases.values() for name in some]
     sinks = {"the sinks": [name for name in names if name.endswith((".sink", ".sinks"))]}
     scales = {"the scales": [name for name in names if name.endswith("put_scale")]}
+    gates = {"the gates": [name for name in names if name.endswith(".gate_out")]}
     choices = [
         [("", []), *((kind, some) for kind, some in kinds.items() if some)]
-        for kinds in (sinks, biases, scales)
+        for kinds in (sinks, biases, scales, gates)
     ]
     return {
         " and ".join(kind for kind, _ in several if kind): [n for _, some in several for n in some]
