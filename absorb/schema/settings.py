@@ -107,7 +107,7 @@ class Distillation(Checked):
     )
     purpose: Purpose = option(
         "none",
-        "Scale and train for int8, w4a4, nvfp4 or mxfp4.",
+        "int8, w4a4, nvfp4 or mxfp4.",
         flag="--for",
         metavar="FORMAT",
     )
