@@ -111,6 +111,14 @@ def least(value: int) -> int:
     return -int(largest(torch.tensor(-value)))
 
 
+def for_each(free: int, device: torch.device) -> int:
+    """The bytes that each process may take of those it finds free: the same for all.
+
+    On a CPU they have one memory.
+    """
+    return least(free // (count() if device.type == "cpu" else 1))
+
+
 def of_first(tensor: Tensor) -> Tensor:
     """What the first process has, in a tensor of the same shape and type."""
     if count() == 1:

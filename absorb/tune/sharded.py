@@ -89,13 +89,9 @@ class _Twin:
         embedding.register_forward_hook(lambda _, __, found: found.float())
 
     def room(self) -> float:
-        """Bytes that will be left once there are gradients, what AdamW remembers and a best step.
-
-        On a CPU all processes have one memory.
-        """
-        processes = ranks.count() if self.device.type == "cpu" else 1
+        """Bytes that will be left once there are gradients, what AdamW remembers and a best step."""
         own = sum(ranks.part(parameter).nbytes for parameter in self.model.parameters())
-        return free_memory(self.device) / processes - _TO_COME * own
+        return ranks.for_each(free_memory(self.device), self.device) - _TO_COME * own
 
     def stream(self, tokens: Tensor) -> Tensor:
         """The logits (rows, length, vocabulary) of text: all of them, as FSDP has it."""
