@@ -77,7 +77,12 @@ def is_first() -> bool:
 
 def share(rows: Tensor) -> Tensor:
     """The rows that this process reads: all, where there are too few to share them out."""
-    return rows if len(rows) < count() else rows[number() :: count()]
+    return rows if readers(len(rows)) > 1 else rows[number() :: count()]
+
+
+def readers(rows: int) -> int:
+    """How many processes read each of so many rows."""
+    return count() if rows < count() else 1
 
 
 def by_row(rows: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:

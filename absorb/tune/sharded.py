@@ -89,7 +89,7 @@ class _Twin:
         embedding.register_forward_hook(lambda _, __, found: found.float())
 
     def room(self) -> float:
-        """Bytes that will be left once there are gradients, what AdamW remembers and a best step."""
+        """Bytes left once there are gradients, what AdamW remembers and a best step."""
         own = sum(ranks.part(parameter).nbytes for parameter in self.model.parameters())
         return ranks.for_each(free_memory(self.device), self.device) - _TO_COME * own
 

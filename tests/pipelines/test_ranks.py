@@ -23,7 +23,8 @@ from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
-# In ways other than `resident` no model fits the first process. Products are taken in float32 on every processor.
+# In ways other than `resident` no model fits the first process. Products are taken in float32 on
+# every processor.
 PROGRAM = """
 import os, sys
 from absorb.load import source

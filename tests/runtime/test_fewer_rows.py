@@ -95,7 +95,7 @@ def test_figures_stay_what_they_are(
         found = FIGURES[name](short)
     assert_close(found, expected, rtol=1e-5, atol=1e-6)
     halved = [record.getMessage() for record in caplog.records]
-    said = "memory is short, so text is read {} rows at once from here on"
+    said = "memory is short, so rows of text are read {} at once"
     assert halved == [said.format(2), said.format(1)]
 
 
