@@ -90,11 +90,12 @@ def seconds_of(source: Source, fine_tune: Recipe, plan_is_read: bool) -> float:
     rows += _ROWS_OF_READ if plan_is_read else _ROWS + min(SCALING_ROWS, known)
     steps = (fine_tune.steps or 0) + (fine_tune.end_steps or 0)
     trained = _TIMES_TRAINED * steps * fine_tune.rows
-    trained += fine_tune.training_rows if fine_tune.end_steps else 0  # by the teacher once more
-    checked = _CHECKED * VALIDATION_ROWS if fine_tune.trains else 0
+    by_all = _CHECKED * VALIDATION_ROWS if fine_tune.trains else 0
+    by_all += fine_tune.training_rows if fine_tune.end_steps else 0  # by the teacher once more
     walks = _WALKS_OF_READ if plan_is_read else _WALKS
     limit = 60 * (fine_tune.minutes or 0)
-    return pace.row * rows + pace.hasty * (trained + checked) + pace.walk * walks + limit
+    shared = (pace.row * rows + pace.hasty * trained) / ranks.count()
+    return shared + pace.hasty * by_all + pace.walk * walks + limit
 
 
 def _streamed(source: Source, fine_tune: Recipe) -> int:

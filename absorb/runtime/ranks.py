@@ -27,6 +27,8 @@ def joined(device: str) -> Iterator[None]:
         return
     on_gpus = device_of(device).type == "cuda"
     if on_gpus:
+        if device_of(device).index is not None:
+            raise AbsorbError(f"--device {device} is one GPU of several processes; pass cuda")
         place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if place >= there:
             raise AbsorbError(f"there are {there} GPUs here; pass --nproc-per-node {there}")
@@ -92,7 +94,9 @@ def by_row(rows: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
 
 def of_all(own: Tensor, rows: int) -> Tensor:
     """What was found of every row, (rows, ...), from what this process found of its share."""
-    if count() == 1 or len(own) == rows:
+    if readers(rows) > 1:
+        return of_first(own)
+    if count() == 1:
         return own
     whole = own.new_zeros(rows, *own.shape[1:])
     whole[number() :: count()] = own
