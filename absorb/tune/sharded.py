@@ -49,8 +49,8 @@ def distill_sharded(
 ) -> Losses:
     """Train all weights of a student whose weights stream, as `train` says.
 
-    Its layers rest in the folder `scratch` of the first process afterwards. Where there is a folder
-    `progress`, a later run goes on from what is kept there.
+    Its layers rest in the folder `scratch` afterwards, which all processes share. Where there is a
+    folder `progress`, a later run goes on from what is kept there.
     """
     rows = torch.cat([texts.training, texts.validation])
     targets = Targets(teacher, prefix, rows)
@@ -61,7 +61,7 @@ def distill_sharded(
         at_once = rows_in(twin.room(), fine_tune, bytes_with_logits(student))
         losses = train(twin.model, loss, numbered(texts), fine_tune, seed, keeper, at_once)
     if losses.kept:
-        twin.settle(ranks.path_of_first(scratch))
+        twin.settle(scratch)
     return losses
 
 
@@ -144,7 +144,6 @@ class _Twin:
             named = dict(unit.named_parameters())
             for name, tensor in self._gathered(unit).items():
                 self.streaming.learned[named[name]] = tensor
-        ranks.meet()  # the first one removes the folder
 
     @torch.no_grad()
     def _gathered(self, unit: nn.Module) -> dict[str, Tensor]:
