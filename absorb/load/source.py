@@ -35,6 +35,7 @@ from absorb.models.decoder import Decoder
 from absorb.models.family import Family
 from absorb.models.resting.streaming import Streaming
 from absorb.models.whole import Whole
+from absorb.runtime import ranks
 from absorb.runtime.precision import ADDED, free_memory
 from absorb.runtime.quiet import quiet_load
 from absorb.schema.places import expanded
@@ -120,7 +121,7 @@ def load(
     architecture that it does not know. With a `device` the model is placed there; one of which it
     cannot hold so many bytes a weight stays as it is stored, in its files until it is asked for.
     """
-    room = None if device is None else free_memory(device)
+    room = None if device is None else ranks.for_each(free_memory(device), device)
     most = None if room is None else room // held  # weights
     source = _read(ref, measured, most, prove)
     checks.refuse_non_finite(source.whole.model if source.whole else source.model, source.name)

@@ -169,11 +169,13 @@ def _joined(first: Losses, more: Losses) -> Losses:
 
 @contextmanager
 def _scratch(draft: Prepared, folder: Path) -> Iterator[Path]:
+    """Where layers rest: on the disk of the output, for processes that help as well."""
     if draft.progress is not None:
         yield draft.progress.layers
         return
     with TemporaryDirectory(dir=folder) as place:
-        yield Path(place)
+        yield ranks.path_of_first(Path(place))
+        ranks.meet()  # the first one removes it
 
 
 def left_before_text(student: Decoder, draft: Prepared) -> tuple[Lead, ...]:

@@ -90,11 +90,12 @@ def seconds_of(source: Source, fine_tune: Recipe, plan_is_read: bool) -> float:
     rows += _ROWS_OF_READ if plan_is_read else _ROWS + min(SCALING_ROWS, known)
     steps = (fine_tune.steps or 0) + (fine_tune.end_steps or 0)
     trained = _TIMES_TRAINED * steps * fine_tune.rows
-    trained += fine_tune.training_rows if fine_tune.end_steps else 0  # by the teacher once more
-    checked = _CHECKED * VALIDATION_ROWS if fine_tune.trains else 0
+    by_all = _CHECKED * VALIDATION_ROWS if fine_tune.trains else 0
+    by_all += fine_tune.training_rows if fine_tune.end_steps else 0  # by the teacher once more
     walks = _WALKS_OF_READ if plan_is_read else _WALKS
     limit = 60 * (fine_tune.minutes or 0)
-    return pace.row * rows + pace.hasty * (trained + checked) + pace.walk * walks + limit
+    shared = (pace.row * rows + pace.hasty * trained) / ranks.count()
+    return shared + pace.hasty * by_all + pace.walk * walks + limit
 
 
 def _streamed(source: Source, fine_tune: Recipe) -> int:
@@ -112,7 +113,7 @@ def _streamed(source: Source, fine_tune: Recipe) -> int:
 
 def experts_fit(source: Source, fine_tune: Recipe) -> bool:
     """Whether a layer is trained whole; else its experts stay as they are."""
-    room = free_memory(source.decoder.device) - _SPARE
+    room = _room(source) - _SPARE
     return not source.decoder.experts or _work(source.decoder, fine_tune) <= room
 
 
@@ -120,9 +121,8 @@ def streamed(source: Source, fine_tune: Recipe, wish: Distillation) -> Recipe:
     """The recipe of a model whose weights stream: as far as the memory allows."""
     if _shards(source, fine_tune):
         return replace(fine_tune, sharded=ranks.count())
-    held = end_needs(source, fine_tune) <= free_memory(source.decoder.device)
-    agreed = bool(ranks.least(int(held)))
-    return by_layers(fine_tune, wish, experts_fit(source, fine_tune), agreed)
+    held = end_needs(source, fine_tune) <= _room(source)
+    return by_layers(fine_tune, wish, experts_fit(source, fine_tune), held)
 
 
 def end_needs(source: Source, fine_tune: Recipe) -> int:
@@ -138,9 +138,13 @@ def _shards(source: Source, fine_tune: Recipe) -> bool:
         return False
     if fine_tune.purpose != "none" or fine_tune.rows % processes:
         return False
+    return shard_needs(source, fine_tune) <= _room(source)
+
+
+def _room(source: Source) -> int:
+    """The bytes that each process may take where the model computes."""
     device = source.decoder.device
-    free = free_memory(device) // (processes if device.type == "cpu" else 1)
-    return bool(ranks.least(int(shard_needs(source, fine_tune) <= free)))
+    return ranks.for_each(free_memory(device), device)
 
 
 def shard_needs(source: Source, fine_tune: Recipe) -> int:

@@ -65,7 +65,7 @@ def with_fewer_rows(find: Callable[[int], Found], at_once: int) -> Found:
         at_once //= 2
         torch.cuda.empty_cache()
         logging.getLogger("absorb").warning(
-            "memory is short, so text is read %d rows at once from here on", at_once
+            "memory is short, so rows of text are read %d at once", at_once
         )
 
 

@@ -27,6 +27,8 @@ def joined(device: str) -> Iterator[None]:
         return
     on_gpus = device_of(device).type == "cuda"
     if on_gpus:
+        if device_of(device).index is not None:
+            raise AbsorbError(f"--device {device} is one GPU of several processes; pass cuda")
         place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if place >= there:
             raise AbsorbError(f"there are {there} GPUs here; pass --nproc-per-node {there}")
@@ -77,7 +79,12 @@ def is_first() -> bool:
 
 def share(rows: Tensor) -> Tensor:
     """The rows that this process reads: all, where there are too few to share them out."""
-    return rows if len(rows) < count() else rows[number() :: count()]
+    return rows if readers(len(rows)) > 1 else rows[number() :: count()]
+
+
+def readers(rows: int) -> int:
+    """How many processes read each of so many rows."""
+    return count() if rows < count() else 1
 
 
 def by_row(rows: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
@@ -87,7 +94,9 @@ def by_row(rows: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
 
 def of_all(own: Tensor, rows: int) -> Tensor:
     """What was found of every row, (rows, ...), from what this process found of its share."""
-    if count() == 1 or len(own) == rows:
+    if readers(rows) > 1:
+        return of_first(own)
+    if count() == 1:
         return own
     whole = own.new_zeros(rows, *own.shape[1:])
     whole[number() :: count()] = own
@@ -109,6 +118,14 @@ def mean(value: float) -> float:
 
 def least(value: int) -> int:
     return -int(largest(torch.tensor(-value)))
+
+
+def for_each(free: int, device: torch.device) -> int:
+    """The bytes that each process may take of those it finds free: the same for all.
+
+    On a CPU they have one memory.
+    """
+    return least(free // (count() if device.type == "cpu" else 1))
 
 
 def of_first(tensor: Tensor) -> Tensor:

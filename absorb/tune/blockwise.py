@@ -93,8 +93,9 @@ class _Layers:
         order = plan.orders.get(STREAM)
         self.order = slice(None) if order is None else order.to(student.device)
         self.scale = plan.residual.to(student.device)[self.order]
-        rows = ranks.least(_rows_at_once(student, fine_tune, texts))
-        training = texts.training[: len(texts.training) // ranks.count() * ranks.count()]
+        rows = _rows_at_once(student, fine_tune, texts)
+        even = len(texts.training) // ranks.count() * ranks.count()
+        training = texts.training[: even or None]  # fewer than processes are read by all
         parts = [part for part in ranks.share(training).split(rows) if len(part) == rows]
         judges = texts.validation.split(rows)
         self.parts, self.group = len(parts), max(1, fine_tune.rows // ranks.count() // rows)
@@ -184,7 +185,8 @@ def _rows_at_once(student: Decoder, fine_tune: Recipe, texts: Texts) -> int:
     config = student.config
     width = 12 * config.hidden_size + 6 * getattr(config, "intermediate_size", config.hidden_size)
     row = 4 * width * texts.training.shape[1]
-    fit = max(1, int(_SHARE * free_memory(student.device) // row))
+    room = ranks.for_each(free_memory(student.device), student.device)
+    fit = max(1, int(_SHARE * room // row))
     step = fine_tune.rows // ranks.count()
     most = min(fit, step, len(texts.training) // ranks.count())
     return max((rows for rows in range(1, most + 1) if step % rows == 0), default=1)

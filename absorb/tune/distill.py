@@ -22,7 +22,7 @@ from absorb.runtime.reading import Subject
 from absorb.schema.training import Losses, Recipe
 from absorb.text.gather import Texts
 from absorb.tune.optimizer import choose, optimizer_of, rate_at
-from absorb.tune.state import State, TrainingState, restored, snapshot
+from absorb.tune.state import State, TrainingState, is_of, restored, snapshot
 
 
 class Keeper(Protocol):
@@ -78,7 +78,8 @@ def train(
     optimizer = optimizer_of(student, parameters, fine_tune.rate)
     pace = _Pace(fine_tune)
     losses: list[tuple[int, float]] = []
-    state = keeper.state() if keeper else None
+    rows = fine_tune.rows * ranks.readers(fine_tune.rows)  # that are read in a step
+    state = _found(keeper, parameters) if keeper else None
     if state is None:
         check(0)
     else:
@@ -91,7 +92,7 @@ def train(
     with pace.bar:
         while pace.done < pace.whole:
             parts = ranks.share(next(batches)).split(at_once or fitting())
-            value = _step(loss, parts, fine_tune.rows, optimizer, parameters)
+            value = _step(loss, parts, rows, optimizer, parameters)
             check_is_due = pace.count()
             losses.append((pace.steps, value))
             schedule.step()
@@ -103,6 +104,12 @@ def train(
     check.restore()
     student.requires_grad_(False)
     return Losses(training=tuple(losses), held_out=tuple(check.seen), kept=check.kept)
+
+
+def _found(keeper: Keeper, parameters: list[nn.Parameter]) -> State | None:
+    """Where an earlier run stood that trained the same: with other memory free it trains others."""
+    state = keeper.state()
+    return state if state is not None and is_of(state.tensors, parameters) else None
 
 
 def _untrained(student: PreTrainedModel) -> Losses:

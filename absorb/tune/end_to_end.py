@@ -68,7 +68,8 @@ def distill_held(
         targets.at_hand(),
     ):
         own = _Student(student)
-        at_once = rows_in(free_memory(student.device), fine_tune, row_bytes(student, LENGTH))
+        room = ranks.for_each(free_memory(student.device), student.device)
+        at_once = rows_in(room, fine_tune, row_bytes(student, LENGTH))
         loss = partial(loss_of, own, targets, rows)
         losses = train(student.model, loss, numbered(texts), fine_tune, seed, keeper, at_once)
         if losses.kept:

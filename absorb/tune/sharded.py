@@ -7,11 +7,12 @@ are shared out. The layers come there one after the other, and leave one after t
 
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -48,8 +49,8 @@ def distill_sharded(
 ) -> Losses:
     """Train all weights of a student whose weights stream, as `train` says.
 
-    Its layers rest in the folder `scratch` of the first process afterwards. Where there is a folder
-    `progress`, a later run goes on from what is kept there.
+    Its layers rest in the folder `scratch` afterwards, which all processes share. Where there is a
+    folder `progress`, a later run goes on from what is kept there.
     """
     rows = torch.cat([texts.training, texts.validation])
     targets = Targets(teacher, prefix, rows)
@@ -60,7 +61,7 @@ def distill_sharded(
         at_once = rows_in(twin.room(), fine_tune, bytes_with_logits(student))
         losses = train(twin.model, loss, numbered(texts), fine_tune, seed, keeper, at_once)
     if losses.kept:
-        twin.settle(ranks.path_of_first(scratch))
+        twin.settle(scratch)
     return losses
 
 
@@ -88,13 +89,9 @@ class _Twin:
         embedding.register_forward_hook(lambda _, __, found: found.float())
 
     def room(self) -> float:
-        """Bytes that will be left once there are gradients, what AdamW remembers and a best step.
-
-        On a CPU all processes have one memory.
-        """
-        processes = ranks.count() if self.device.type == "cpu" else 1
+        """Bytes left once there are gradients, what AdamW remembers and a best step."""
         own = sum(ranks.part(parameter).nbytes for parameter in self.model.parameters())
-        return free_memory(self.device) / processes - _TO_COME * own
+        return ranks.for_each(free_memory(self.device), self.device) - _TO_COME * own
 
     def stream(self, tokens: Tensor) -> Tensor:
         """The logits (rows, length, vocabulary) of text: all of them, as FSDP has it."""
@@ -134,6 +131,8 @@ class _Twin:
 
     def settle(self, scratch: Path) -> None:
         """Let the student have what was learned: its layers rest in `scratch`."""
+        # FSDP leaves the ends whole after a pass, in the type of products, as they were in it.
+        cast(FSDPModule, self.model).reshard()
         for index, layer in enumerate(tqdm(self.student.layers, desc="gathering", unit="layer")):
             whole = self._gathered(layer)
             kept = KeptLayer(scratch / f"whole-{index}.safetensors")
@@ -145,7 +144,6 @@ class _Twin:
             named = dict(unit.named_parameters())
             for name, tensor in self._gathered(unit).items():
                 self.streaming.learned[named[name]] = tensor
-        ranks.meet()  # the first one removes the folder
 
     @torch.no_grad()
     def _gathered(self, unit: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ Each state has a folder, which has its name once it is whole.
 """
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from time import monotonic
@@ -68,18 +69,23 @@ class ShardedState:
         start, partial = monotonic(), self.folder / f"{steps}.partial"
         _save(tensors, partial)
         if ranks.is_first():
-            before = self._newest()
-            (partial / _NOTE).write_text(to_json(state.training_state))
+            before = self._whole()
+            with (partial / _NOTE).open("w") as note:
+                note.write(to_json(state.training_state))
+                note.flush()
+                os.fsync(note.fileno())
             partial.replace(self.folder / str(steps))
-            if before is not None:
-                shutil.rmtree(before)
+            for older in before:  # a run that was killed may have left two
+                shutil.rmtree(older)
         ranks.meet()
         self.has_kept, self.saved = True, monotonic()
         self.pause = max(_SECONDS, _TIMES * (self.saved - start))
 
     def _newest(self) -> Path | None:
-        whole = [place for place in self.folder.iterdir() if place.name.isdigit()]
-        return max(whole, key=lambda place: int(place.name), default=None)
+        return max(self._whole(), key=lambda place: int(place.name), default=None)
+
+    def _whole(self) -> list[Path]:
+        return [place for place in self.folder.iterdir() if place.name.isdigit()]
 
     def _has_room(self, tensors: dict[str, Tensor]) -> bool:
         size = ranks.summed(torch.tensor(sum(ranks.part(one).nbytes for one in tensors.values())))

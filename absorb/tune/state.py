@@ -1,6 +1,6 @@
 """What a fine-tune needs to go on later as if it had never stopped."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,12 @@ def snapshot(
         moments = optimizer.state[parameter]  # empty for an expert that no token has reached
         tensors |= {f"{place}.{name}": moments[name] for name in _MOMENTS if name in moments}
     return tensors
+
+
+def is_of(tensors: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether a state is of these parameters."""
+    now = {name: tensor.shape for name, tensor in tensors.items() if name.endswith(".now")}
+    return now == {f"{place}.now": p.shape for place, p in enumerate(parameters)}
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ def test_figures_stay_what_they_are(
         found = FIGURES[name](short)
     assert_close(found, expected, rtol=1e-5, atol=1e-6)
     halved = [record.getMessage() for record in caplog.records]
-    said = "memory is short, so text is read {} rows at once from here on"
+    said = "memory is short, so rows of text are read {} at once"
     assert halved == [said.format(2), said.format(1)]
 
 
@@ -105,3 +105,23 @@ def test_what_cannot_read_one_row_is_refused(name: str) -> None:
     with_room_for(0, short)
     with pytest.raises(AbsorbError, match="there is no memory for one row of text at once"):
         FIGURES[name](short)
+
+
+def test_weights_come_anew_where_memory_ran_out_on_their_way(in_float32: None) -> None:
+    def found(lacking: list[int]) -> Any:
+        """What is measured of folded layers, where there is no memory for these the first time."""
+        decoder = decoder_of(streams=True)
+        assert decoder.streaming is not None
+
+        def fold(layer: int) -> None:
+            if layer in lacking:
+                lacking.remove(layer)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            decoder.layers[layer].mlp.down_proj.weight.mul_(2)
+
+        decoder.streaming.fold = fold
+        return measured(decoder)
+
+    lacking = [1]
+    assert_close(found(lacking), found([]), rtol=1e-5, atol=1e-6)
+    assert not lacking

@@ -18,6 +18,7 @@ from absorb.tune.state import State
 from tests.helpers.tiny import tiny
 from tests.tune.test_distill import PREFIX, texts
 
+ALL = Recipe(steps=4, train="all", rows=4)
 FEW = Recipe(steps=64, train="all", rows=4, by_layers=True, end_steps=4).at_the_end
 
 
@@ -113,3 +114,13 @@ def test_a_run_that_has_ended_is_gone_on_from(in_float32: None) -> None:
     (losses, weights), (expected, whole) = held("llama", None, keeper), held("llama", None)
     assert losses == expected
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_state_of_other_parameters_is_not_gone_on_from(in_float32: None) -> None:
+    """As that of a run for which there was memory to train all."""
+    keeper, (teacher, student) = Ending(), pair("llama", streamed=False)
+    with pytest.raises(KeyboardInterrupt):
+        distill(teacher, student, PREFIX, texts(), ALL, seed=0, keeper=keeper)
+    assert keeper.kept is not None
+    (losses, _), (expected, _) = held("llama", None, keeper), held("llama", None)
+    assert losses == expected

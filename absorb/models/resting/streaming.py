@@ -98,8 +98,8 @@ class Streaming:
     @contextmanager
     def fetched(self, unit: nn.Module) -> Iterator[None]:
         """The weights of a unit at hand, as they are while it is at work."""
-        self._fetch(unit)
         try:
+            self._fetch(unit)
             yield
         finally:
             self._leave(unit)
@@ -183,4 +183,5 @@ class Streaming:
         self._users[unit] -= 1
         if not self._users[unit]:
             for parameter in self._weights_of(unit):
-                parameter.data = self._resting.pop(parameter)
+                if parameter in self._resting:  # all, unless memory ran out on their way
+                    parameter.data = self._resting.pop(parameter)
