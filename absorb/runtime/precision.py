@@ -109,7 +109,7 @@ def as_stored(
     """Round the weights to the types they are saved in; sinks and scales stay float32.
 
     `types` are those of single parameters by name, and `dtype` is that of all others. Where weights
-    stream, those of a layer are rounded whenever they have come.
+    stream, those of a layer are rounded whenever they have come, and what was learned besides now.
     """
 
     def rounded(name: str, parameter: Tensor) -> Tensor:
@@ -127,6 +127,11 @@ def as_stored(
                 parameter.data = rounded(stem + name, parameter).float()
 
         decoder.streaming.edits.append(edit)
+        learned = decoder.streaming.learned  # outside of layers too
+        for name, parameter in decoder.model.named_parameters():
+            like = stored_type(name, dtype, types or {})
+            if parameter in learned and like is not None:
+                learned[parameter] = learned[parameter].to(like)
     decoder.config.dtype = dtype
 
 

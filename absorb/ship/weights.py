@@ -148,6 +148,8 @@ class Shards:
     def _close(self) -> None:
         if self._written is not None:
             self._written.result()  # no third part in memory
+        for found in filter(Future.done, self._digests):
+            found.result()  # what is refused is refused before more is written
         file = self._partial(len(self._names))
         self._written = self._writer.submit(save_file, self._part, file, {"format": "pt"})
         self._digests.append(self._readers.submit(self._read_again, file, self._written))
