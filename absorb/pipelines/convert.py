@@ -152,8 +152,8 @@ def _trained(
 def _joined(first: Losses, more: Losses) -> Losses:
     """The losses of layers that were trained one by one, and then of all at once.
 
-    In between the student is measured twice: as its layers were trained, and as it goes on, which is
-    untrained where they were no better.
+    In between the student is measured twice: as its layers were trained, and as it goes on from
+    there, which is untrained where they were no better.
     """
     start = first.held_out[-1][0]
 
