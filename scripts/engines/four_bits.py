@@ -17,8 +17,6 @@ import click
 
 import absorb
 from absorb.cli.terminal import UserErrors
-from absorb.load.source import load
-from absorb.schema.settings import ModelRef
 from absorb.show.tables import table
 from scripts import bench
 from scripts.engines import subjects
@@ -81,11 +79,8 @@ def main(
         folders = subjects.folders_of(converted, original, work, calibration)
         if FITTED in models:
             folders[FITTED] = fitted(original, work, calibration)
-        source = load(ModelRef(name=str(folders["native"])), measured=True)
-        rows, seen = (
-            bench.windows(source, one, much).tolist()
-            for one, much in ((text, count), (calibration, bench.SEEN))
-        )
+        texts = (text, count), (calibration, bench.SEEN)
+        rows, seen = subjects.rows_of(folders["native"], *texts)
         for recipe, model in ((recipe, model) for recipe in recipes for model in models):
             row = f"{model}, {recipe}"
             if row in done["rows"]:

@@ -22,8 +22,6 @@ import torch
 
 from absorb.cli.terminal import UserErrors
 from absorb.errors import AbsorbError
-from absorb.load.source import load
-from absorb.schema.settings import ModelRef
 from absorb.show.tables import table
 from scripts import bench
 from scripts.engines import subjects
@@ -121,11 +119,8 @@ def main(
             done["convert_seconds"] = subjects.convert(original, converted, calibration)
             bench.write(out, done)
         folders = subjects.folders_of(converted, original, work, calibration)
-        source = load(ModelRef(name=str(folders["native"])), measured=True)
-        rows, seen = (
-            bench.windows(source, one, much).tolist()
-            for one, much in ((text, count), (calibration, bench.SEEN))
-        )
+        texts = (text, count), (calibration, bench.SEEN)
+        rows, seen = subjects.rows_of(folders["native"], *texts)
         for name, recipe in RECIPES.items():
             if f"stock, {name}" in done["rows"]:
                 continue

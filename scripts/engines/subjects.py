@@ -17,6 +17,7 @@ from absorb.models.families import FAMILIES
 from absorb.models.modeling_absorb import __file__ as code
 from absorb.schema.settings import ModelRef
 from absorb.ship.export.targets import ROUTES
+from scripts.bench import windows
 from scripts.engines.environments import CACHE
 from tests.helpers.tiny import kv_heads, tiny
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
@@ -126,3 +127,9 @@ def said(folder: Path, rows: list[list[int]]) -> Tensor:
 
 
 assert {*_SETTINGS} <= {*FAMILIES}
+
+
+def rows_of(native: Path, *texts: tuple[Path, int]) -> list[list[list[int]]]:
+    """Of each text so many windows, the first ones, in tokens of an export."""
+    source = load(ModelRef(name=str(native)), measured=True)
+    return [windows(source, text, count).tolist() for text, count in texts]
