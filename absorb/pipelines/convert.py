@@ -15,7 +15,6 @@ from absorb.load.opening.tokenizer import lead_of, leads_left
 from absorb.measure.score import evaluate, perplexity
 from absorb.models.decoder import Decoder
 from absorb.models.positions.windows import slide
-from absorb.pipelines.needs import streamed
 from absorb.pipelines.prepare import Prepared, completed, prepare
 from absorb.quantize.formats import FORMATS
 from absorb.quantize.training import FORMAT_FOR, fake_quantized
@@ -73,11 +72,10 @@ def of_first(draft: Prepared, folder: Path) -> Prepared:
 
 def fill(folder: Path, job: Job, say: Say, resume: bool) -> Report:
     """Write the checkpoint into an empty folder."""
-    fine_tune = recipe(job.distillation, device_of(job.device), tied=job.to == "native")
-    prepared = prepare(job, say, fine_tune, resume)
-    draft = of_first(completed(prepared, fine_tune.purpose), folder)
-    if draft.source.streaming:
-        fine_tune = streamed(draft.source, fine_tune, job.distillation)
+    wish = recipe(job.distillation, device_of(job.device), tied=job.to == "native")
+    prepared = prepare(job, say, wish, resume)
+    draft, fine_tune = of_first(completed(prepared, wish.purpose), folder), prepared.fine_tune
+    assert fine_tune is not None
     if draft.progress is not None:
         draft.progress.keep_draft(draft.texts, draft.plan, draft.inspection)
         say(f"kept in {draft.progress.folder}; the same command goes on from here")

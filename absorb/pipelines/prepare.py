@@ -53,6 +53,7 @@ class Prepared:
     inspection: Inspection
     measurement: Measurement | None  # of the original; none where a plan was read
     progress: Progress | None = None
+    fine_tune: Recipe | None = None  # as far as the memory allows it
 
 
 def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) -> Prepared:
@@ -79,18 +80,13 @@ def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) 
     if source.streaming:
         refuse_minutes(job.distillation)
         say("the model is larger than the memory for it, so its layers come there one by one")
-    if fine_tune is not None:
-        needs = needs_of(source, fine_tune, job.out)
-        say(f"the conversion {needs}")
-        refuse_unfit(needs, job.out)
-        work = streamed(source, fine_tune, job.distillation) if source.streaming else fine_tune
-        if source.streaming and work.trains:
-            say(f"training {_end(source, work)}")
-        say(f"it takes about {_time(job, source, work)}")
     training_rows = None if fine_tune is None else fine_tune.training_rows
+    if fine_tune is not None:
+        fine_tune = _fitted(job, source, fine_tune, say)
     kept = progress.draft() if progress else None
     if kept is None:
-        return replace(planned(job, source, made, training_rows, say), progress=progress)
+        draft = planned(job, source, made, training_rows, say)
+        return replace(draft, progress=progress, fine_tune=fine_tune)
     say("resumed: the text and the plan are there")
     texts, plan, inspection = kept
     return Prepared(
@@ -100,7 +96,24 @@ def prepare(job: Job, say: Say, fine_tune: Recipe | None, resume: bool = False) 
         inspection=inspection,
         measurement=None,
         progress=progress,
+        fine_tune=fine_tune,
     )
+
+
+def _fitted(job: Job, source: Source, fine_tune: Recipe, say: Say) -> Recipe:
+    """The fine-tune as far as the memory allows it, told with what it needs and how long it takes.
+
+    Refused where nothing would do.
+    """
+    needs = needs_of(source, fine_tune, job.out)
+    say(f"the conversion {needs}")
+    refuse_unfit(needs, job.out)
+    if source.streaming:
+        fine_tune = streamed(source, fine_tune, job.distillation)
+        if fine_tune.trains:
+            say(f"training {_end(source, fine_tune)}")
+    say(f"it takes about {_time(job, source, fine_tune)}")
+    return fine_tune
 
 
 def _refuse_idle_gates(job: Job) -> None:
