@@ -73,7 +73,7 @@ def little_text() -> Iterator[None]:
 def shorten_texts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("absorb.text.gather.CALIBRATION_ROWS", 2)
     patch.setattr("absorb.pipelines.needs.CALIBRATION_ROWS", 2)
-    patch.setattr("absorb.text.gather.VALIDATION_ROWS", 2)
+    patch.setattr("absorb.text.gather.VALIDATION_ROWS", {"cpu": 2, "cuda": 2})
     patch.setattr("absorb.text.gather.HELD_OUT_ROWS", {"cpu": 2, "cuda": 2})
     patch.setattr("absorb.schema.training._LEAST_TRAINING_ROWS", 2)
 

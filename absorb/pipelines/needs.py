@@ -85,12 +85,14 @@ def needs_of(source: Source, fine_tune: Recipe, out: Path) -> Needs:
 def seconds_of(source: Source, fine_tune: Recipe, plan_is_read: bool) -> float:
     """What the layers take to read all that they read, once there is text."""
     pace = pace_of(source.decoder)
-    rows = _TIMES_HELD_OUT * HELD_OUT_ROWS[source.decoder.device.type]
-    known = CALIBRATION_ROWS + VALIDATION_ROWS + fine_tune.training_rows
+    device = source.decoder.device.type
+    validation = VALIDATION_ROWS[device]
+    rows = _TIMES_HELD_OUT * HELD_OUT_ROWS[device]
+    known = CALIBRATION_ROWS + validation + fine_tune.training_rows
     rows += _ROWS_OF_READ if plan_is_read else _ROWS + min(SCALING_ROWS, known)
     steps = (fine_tune.steps or 0) + (fine_tune.end_steps or 0)
     trained = _TIMES_TRAINED * steps * fine_tune.rows
-    by_all = _CHECKED * VALIDATION_ROWS if fine_tune.trains else 0
+    by_all = _CHECKED * validation if fine_tune.trains else 0
     by_all += fine_tune.training_rows if fine_tune.end_steps else 0  # by the teacher once more
     walks = _WALKS_OF_READ if plan_is_read else _WALKS
     limit = 60 * (fine_tune.minutes or 0)
@@ -128,7 +130,12 @@ def streamed(source: Source, fine_tune: Recipe, wish: Distillation) -> Recipe:
 def end_needs(source: Source, fine_tune: Recipe) -> int:
     """The bytes of memory that few parameters take to be trained end to end."""
     decoder = source.decoder
-    return int(_SPARE + held_bytes(decoder, LENGTH, fine_tune.training_rows + VALIDATION_ROWS))
+    return int(_SPARE + held_bytes(decoder, LENGTH, _rows_of_teacher(decoder, fine_tune)))
+
+
+def _rows_of_teacher(decoder: Decoder, fine_tune: Recipe) -> int:
+    """The rows of text of which what it gives waits for the student."""
+    return fine_tune.training_rows + VALIDATION_ROWS[decoder.device.type]
 
 
 def _shards(source: Source, fine_tune: Recipe) -> bool:
@@ -153,7 +160,7 @@ def shard_needs(source: Source, fine_tune: Recipe) -> int:
     count = sum(weight.numel() for weight in source.model.parameters())
     layer = max(sum(p.numel() for p in one.parameters()) for one in decoder.layers)
     ends = count - sum(p.numel() for one in decoder.layers for p in one.parameters())
-    rows = fine_tune.training_rows + VALIDATION_ROWS
+    rows = _rows_of_teacher(decoder, fine_tune)
     mine = _SHARDED * count / ranks.count() + _WHOLE * (layer + ends)
     return int(_SPARE + mine + waiting_bytes(decoder, LENGTH, rows) + bytes_with_logits(decoder))
 

@@ -75,8 +75,8 @@ def main(converted: Path, stock: str, text: Path, calibration: Path, out: Path) 
     source = load(ModelRef(name=stock))
     plan, _ = read_plan(converted, source)
     text_row = windows(source, text, 1, LONG)[0]
-    short = windows(source, calibration, CALIBRATION_ROWS + VALIDATION_ROWS, LENGTH)
-    rows, held_out = short.split([CALIBRATION_ROWS, VALIDATION_ROWS])
+    sizes = [CALIBRATION_ROWS, VALIDATION_ROWS[source.decoder.device.type]]
+    rows, held_out = windows(source, calibration, sum(sizes), LENGTH).split(sizes)
     found = bench.read(out) or {"length": LONG, "fitted_to": LENGTH, "rows": {}}
     for name, share in SHARES.items():
         if name in found["rows"]:

@@ -90,6 +90,8 @@ def plant(model: Any, head_dim: int) -> None:
     embedding[:, [_DETECTOR, _MASSIVE]] = 0
     embedding[:, _OUTLIER] = _LARGE
     embedding[_BOS, _DETECTOR] = _LARGE
+    if model.config.tie_word_embeddings:  # or a token would be sure to follow itself
+        model.model.norm.weight *= model.config.hidden_size**-0.5
     for layer in model.model.layers:
         attention = layer.self_attn
         for write in (attention.o_proj.weight, layer.mlp.down_proj.weight):

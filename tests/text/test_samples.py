@@ -135,7 +135,7 @@ def test_how_many_were_left_out_is_said_and_kept(caplog: pytest.LogCaptureFixtur
         origin = gather(planted(share=0.3), Calibration(), None).origin
     found = re.search(r"loops left out: (\d+) of (\d+) rows", origin)
     assert found
-    assert 0 < int(found[1]) <= int(found[2]) - CALIBRATION_ROWS - VALIDATION_ROWS
+    assert 0 < int(found[1]) <= int(found[2]) - CALIBRATION_ROWS - VALIDATION_ROWS["cpu"]
     assert [record.message for record in caplog.records if origin in record.message]
 
 

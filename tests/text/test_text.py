@@ -19,7 +19,7 @@ from absorb.text.gather import CALIBRATION_ROWS, HELD_OUT_ROWS, VALIDATION_ROWS,
 from tests.helpers.sources import source_of
 from tests.helpers.tiny import tiny
 
-FIXED = CALIBRATION_ROWS + VALIDATION_ROWS + HELD_OUT_ROWS["cpu"]
+FIXED = CALIBRATION_ROWS + VALIDATION_ROWS["cpu"] + HELD_OUT_ROWS["cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_the_parts_of_a_file_do_not_overlap(source: Source, tmp_path: Path) -> N
     path = written(tmp_path, (FIXED + 5) * LENGTH)
     texts = gather(source, Calibration(text=path), 100)
     sizes = [len(part) for part in parts(texts)]
-    assert sizes == [CALIBRATION_ROWS, VALIDATION_ROWS, HELD_OUT_ROWS["cpu"], 5]
+    assert sizes == [CALIBRATION_ROWS, VALIDATION_ROWS["cpu"], HELD_OUT_ROWS["cpu"], 5]
     again = torch.cat(parts(texts)).flatten()
     ids = torch.tensor(source.tokenizer(path.read_text())["input_ids"])
     assert torch.equal(again, ids[: len(again)])
@@ -99,7 +99,7 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path: Path, line: str) -> None:
 def test_sampled_text_is_the_models_own(source: Source, sampled: Callable[..., Texts]) -> None:
     texts = sampled(3)
     sizes = [len(part) for part in parts(texts)]
-    assert sizes == [CALIBRATION_ROWS, VALIDATION_ROWS, HELD_OUT_ROWS["cpu"], 3]
+    assert sizes == [CALIBRATION_ROWS, VALIDATION_ROWS["cpu"], HELD_OUT_ROWS["cpu"], 3]
     rows = torch.cat(parts(texts))
     assert rows.shape[1] == LENGTH
     assert len({tuple(row) for row in rows.tolist()}) == len(rows)
