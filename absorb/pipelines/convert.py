@@ -28,7 +28,7 @@ from absorb.schema.training import Losses, Recipe
 from absorb.ship.plan_file import PLAN, read_plan, write_plan
 from absorb.ship.resume import forget
 from absorb.ship.staging import staged
-from absorb.ship.write import write
+from absorb.ship.write import help_write, write
 from absorb.tune.blockwise import distill_layers
 from absorb.tune.distill import distill
 from absorb.tune.end_to_end import distill_held
@@ -42,15 +42,15 @@ def convert(job: Job, say: Say, resume: bool = False) -> Report:
     With `resume` what is found is kept in OUT.progress meanwhile, and gone on from if it is there.
     """
     with ranks.joined(job.device), _place(job) as folder:
-        report = fill(folder, job, say, resume)
-    if ranks.is_first():
+        report, is_first = fill(folder, job, say, resume), ranks.is_first()
+    if is_first:
         forget(job.out)
     return report
 
 
 @contextmanager
 def _place(job: Job) -> Iterator[Path]:
-    """Where to write: what becomes the checkpoint, or, for a process that helps, nothing at all."""
+    """Where to write: what becomes the checkpoint, or a place of its own for one that helps."""
     with staged(job.out, job.force) if ranks.is_first() else TemporaryDirectory() as folder:
         yield Path(folder)
 
@@ -99,6 +99,7 @@ def fill(folder: Path, job: Job, say: Say, resume: bool) -> Report:
     if job.window is not None and job.to == "absorbed":
         slide(student.config, student.family, job.window)
     if not ranks.is_first():
+        help_write(folder, student, draft.source)
         return report
     say(f"writing {job.out}")
     return write(folder, student, draft.source, report)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Thread
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ from torch import distributed as dist
 
 from absorb.errors import AbsorbError
 from absorb.runtime.precision import device_of
+
+T = TypeVar("T")
+
+
+class RefusedByOneError(AbsorbError):
+    """What one process had to refuse, as all of them raise it."""
 
 
 @contextmanager
@@ -35,7 +42,11 @@ def joined(device: str) -> Iterator[None]:
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if on_gpus else "gloo")
     with _hearing_the_end() if on_gpus else nullcontext():
-        yield  # where it fails the others are waiting, and torchrun ends them
+        try:
+            yield  # where it fails the others are waiting, and torchrun ends them
+        except RefusedByOneError:
+            meet()  # or torchrun would end one that is still clearing up
+            raise
     dist.destroy_process_group()
 
 
@@ -73,7 +84,7 @@ def number() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the one that writes."""
+    """Whether this is the one that speaks, and writes what all would write alike."""
     return number() == 0
 
 
@@ -144,6 +155,29 @@ def path_of_first(path: Path) -> Path:
     given = [str(path)]
     dist.broadcast_object_list(given, 0)
     return Path(given[0])
+
+
+def share_a_host() -> bool:
+    """Whether all processes run on one host, and so see the same files."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == count()
+
+
+def together(find: Callable[[], T]) -> list[T]:
+    """What `find` gives in every process, in their order. An AbsorbError of one is raised by all.
+
+    Until all have found theirs none goes on.
+    """
+    own: T | AbsorbError
+    try:
+        own = find()
+    except AbsorbError as error:
+        own = error
+    every: list[T | AbsorbError] = [own] * count()
+    dist.all_gather_object(every, own)
+    refused = next((one for one in every if isinstance(one, AbsorbError)), None)
+    if refused is not None:
+        raise RefusedByOneError(str(refused)) from refused
+    return [one for one in every if not isinstance(one, AbsorbError)]
 
 
 def meet() -> None:

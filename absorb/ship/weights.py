@@ -2,16 +2,18 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Self
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -20,12 +22,27 @@ from absorb.load.files import INDEX, WEIGHTS
 from absorb.models.decoder import Decoder
 from absorb.models.resting.streaming import units_of
 from absorb.models.whole import Whole
+from absorb.runtime import ranks
 from absorb.runtime.precision import as_stored, stored_type
+from absorb.ship.files import full_disk_explained
 from absorb.ship.staging import digest
 
-_SHARD = 10**9  # bytes; two of these are in memory at once, one being written
+_SHARD = 10**9  # bytes; two of these are in the memory of a process at once, one being written
 Refuse = Callable[[Path], None]  # raises an AbsorbError for a file that nobody could use
 _READERS = 2  # threads that read again what was written
+
+
+_Unit = tuple[nn.Module, dict[str, nn.Parameter], dict[str, Tensor]]  # parameters, buffers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A file that is written, and has no name yet."""
+
+    file: Path
+    names: list[str]
+    size: int  # bytes of tensors
+    digest: str  # SHA-256
 
 
 def save(
@@ -41,6 +58,8 @@ def save(
     Every parameter is written in the type of `types` under its name, or else in `dtype`. What was
     taken out of a `whole` is written in its place there. Gives the model that was written, which
     may have no weights of its own, and the SHA-256 of files that `refuse` has seen already.
+
+    Of several processes the first calls this, and all others `help_save` with the same.
     """
     if student.streaming is None:
         as_stored(student, dtype, types)
@@ -52,44 +71,146 @@ def save(
     model.save_pretrained(folder, state_dict={})
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    type_of = partial(stored_type, dtype=dtype, types=types)
-    named = whole.name_of(student) if whole else str
-    with Shards(folder, _SHARD, refuse) as shards:
-        for tensors in _tensors(student, type_of):
-            kept = {named(key): tensor for key, tensor in tensors.items()}
-            shards.add(revert_weight_conversion(model, kept))
-        if whole:
-            shards.add(revert_weight_conversion(model, dict(whole.others())))
-        return model, shards.finish()
+    writing = _Writing(student, model, partial(stored_type, dtype=dtype, types=types), whole)
+    return model, name_shards(folder, writing.shards(folder, refuse))
 
 
-def _tensors(
-    student: Decoder, type_of: Callable[[str], torch.dtype | None]
-) -> Iterator[dict[str, Tensor]]:
-    """What each unit holds, under its names in the model. What is tied comes once.
+def help_save(
+    student: Decoder,
+    folder: Path,
+    dtype: torch.dtype,
+    types: Mapping[str, torch.dtype],
+    whole: Whole | None = None,
+    refuse: Refuse | None = None,
+) -> None:
+    """Write this process's share of the weights, if it has one, to where the first writes.
 
-    Parameters come in the types that they are saved in, buffers as they are.
+    `folder` is its own, and stays empty.
     """
-    model, streaming = student.model, student.streaming
+    if student.streaming is not None:
+        model = whole.shell(student) if whole else student.model
+        writing = _Writing(student, model, partial(stored_type, dtype=dtype, types=types), whole)
+        if writing.is_shared_out:
+            writing.shards(folder, refuse)
+
+
+class _Writing:
+    """Who writes what of a student's weights.
+
+    Where they stream and fill several shards, the processes of one host share them out: each writes
+    a run of units, as what comes after a unit is sent for while that is at work.
+    """
+
+    def __init__(
+        self,
+        student: Decoder,
+        model: PreTrainedModel,
+        type_of: Callable[[str], torch.dtype | None],
+        whole: Whole | None,
+    ):
+        self.student, self.model, self.type_of, self.whole = student, model, type_of, whole
+        self.units, self.apart = _units(student)
+        several = student.streaming is not None and ranks.share_a_host()
+        sizes = [sum(map(self._bytes, own, own.values())) for _, own, _ in self.units]
+        alone = not several or sum(sizes) <= _SHARD
+        self.writers = [0] * len(sizes) if alone else _runs(sizes, ranks.count())
+
+    @property
+    def is_shared_out(self) -> bool:
+        return any(self.writers)
+
+    def _bytes(self, name: str, parameter: Tensor) -> int:
+        """What a parameter takes in a file: where weights stream, they come as float32."""
+        return parameter.numel() * (self.type_of(name) or torch.float32).itemsize
+
+    def shards(self, folder: Path, refuse: Refuse | None) -> list[Shard]:
+        """What was written to the folder of the first process, by all that have a share."""
+        if not self.is_shared_out:
+            return self._filled(folder, refuse)
+        place = ranks.path_of_first(folder)
+
+        def fill() -> list[Shard]:
+            with full_disk_explained(place.with_suffix("")):  # until all is there it is .partial
+                return self._filled(place, refuse)
+
+        return list(chain.from_iterable(ranks.together(fill)))
+
+    def _filled(self, folder: Path, refuse: Refuse | None) -> list[Shard]:
+        """What this process writes. The first has, besides, what belongs to no unit."""
+        named = self.whole.name_of(self.student) if self.whole else str
+        with Shards(folder, _SHARD, refuse) as shards:
+            for tensors in self._tensors():
+                kept = {named(key): tensor for key, tensor in tensors.items()}
+                shards.add(revert_weight_conversion(self.model, kept))
+            if self.whole and ranks.is_first():
+                shards.add(revert_weight_conversion(self.model, dict(self.whole.others())))
+            return shards.written()
+
+    def _tensors(self) -> Iterator[dict[str, Tensor]]:
+        """What each unit that this process writes holds, under its names in the student.
+
+        Parameters come in the types that they are saved in, buffers as they are.
+        """
+        streaming, here = self.student.streaming, ranks.number()
+        both = zip(self.units, self.writers, strict=True)
+        mine = [unit for unit, writer in both if writer == here]
+        for unit, parameters, buffers in tqdm(mine, desc="writing", unit="part"):
+            with streaming.fetched(unit) if streaming else nullcontext():
+                kept = {
+                    name: one.detach().to("cpu", self.type_of(name) or one.dtype).contiguous()
+                    for name, one in parameters.items()
+                }
+            yield kept | {name: one.cpu() for name, one in buffers.items()}
+        if ranks.is_first():
+            yield {name: one.cpu() for name, one in self.apart.items()}
+
+
+def _units(student: Decoder) -> tuple[list[_Unit], dict[str, Tensor]]:
+    """Every unit with what it holds, under its names in the model, and the buffers of none.
+
+    What is tied comes once.
+    """
+    model = student.model
     names = {module: name for name, module in model.named_modules()}
-    buffers = {name: one for name, one in model.named_buffers() if name in model.state_dict()}
-    seen: set[Tensor] = set()
-    for unit in tqdm(units_of(model, student.layers), desc="writing", unit="part"):
+    saved = model.state_dict()
+    buffers = {name: one for name, one in model.named_buffers() if name in saved}
+    seen: set[nn.Parameter] = set()
+    units: list[_Unit] = []
+    for unit in units_of(model, student.layers):
         stem = f"{names[unit]}."
-        with streaming.fetched(unit) if streaming else nullcontext():
-            found = {
-                stem + name: parameter.detach()
-                for name, parameter in unit.named_parameters()
-                if parameter not in seen
-            }
-            kept = {
-                name: tensor.to("cpu", type_of(name) or tensor.dtype).contiguous()
-                for name, tensor in found.items()
-            }
-        seen |= set(unit.parameters())
-        mine = [name for name in buffers if name.startswith(stem)]
-        yield kept | {name: buffers.pop(name).cpu() for name in mine}
-    yield {name: one.cpu() for name, one in buffers.items()}
+        found = {stem + name: one for name, one in unit.named_parameters() if one not in seen}
+        inside = [name for name in buffers if name.startswith(stem)]
+        units.append((unit, found, {name: buffers.pop(name) for name in inside}))
+        seen |= {*found.values()}
+    return units, buffers
+
+
+def _runs(sizes: Sequence[int], parts: int) -> list[int]:
+    """The part that each of several sizes belongs to: runs that come to about the same."""
+    whole = sum(sizes)
+    return [
+        (2 * end - size) * parts // (2 * whole)  # where its middle is
+        for size, end in zip(sizes, accumulate(sizes), strict=True)
+    ]
+
+
+def name_shards(folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
+    """Give shards the names that loaders look for: the SHA-256 of each by its name."""
+    count = len(shards)
+    if count == 1:
+        shards[0].file.rename(folder / WEIGHTS)
+        return {WEIGHTS: shards[0].digest}
+    digests: dict[str, str] = {}
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{count:05}.safetensors"
+        shard.file.rename(folder / file)
+        digests[file] = shard.digest
+        places |= dict.fromkeys(shard.names, file)
+    size = sum(shard.size for shard in shards)
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return digests
 
 
 class Shards:
@@ -101,12 +222,11 @@ class Shards:
 
     def __init__(self, folder: Path, most: int, refuse: Refuse | None = None):
         self.folder, self.most, self.refuse = folder, most, refuse
-        self._names: list[list[str]] = []
         self._part: dict[str, Tensor] = {}
-        self._size = self._total = 0
+        self._size = 0
         self._writer, self._readers = ThreadPoolExecutor(1), ThreadPoolExecutor(_READERS)
-        self._written: Future[None] | None = None  # the last
-        self._digests: list[Future[str]] = []
+        self._last: Future[None] | None = None  # that is written
+        self._shards: list[Future[Shard]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -122,48 +242,30 @@ class Shards:
             self._close()
         self._part |= tensors
         self._size += size
-        self._total += size
 
-    def finish(self) -> dict[str, str]:
-        """Write what is left, and give the files the names that loaders look for.
-
-        Gives the SHA-256 of each by its name.
-        """
-        self._close()
-        waiting = tqdm(self._digests, "hashing", delay=2, unit="file")
-        digests = [future.result() for future in waiting]
-        count = len(self._names)
-        if count == 1:
-            self._partial(0).rename(self.folder / WEIGHTS)
-            return {WEIGHTS: digests[0]}
-        files = [f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)]
-        places: dict[str, str] = {}
-        for number, (file, names) in enumerate(zip(files, self._names, strict=True)):
-            self._partial(number).rename(self.folder / file)
-            places |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self._total}, "weight_map": places}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-        return dict(zip(files, digests, strict=True))
+    def written(self) -> list[Shard]:
+        """Write what is left: all files, in order."""
+        if self._part:
+            self._close()
+        return [shard.result() for shard in tqdm(self._shards, "hashing", delay=2, unit="file")]
 
     def _close(self) -> None:
-        if self._written is not None:
-            self._written.result()  # no third part in memory
-        for found in filter(Future.done, self._digests):
-            found.result()  # what is refused is refused before more is written
-        file = self._partial(len(self._names))
-        self._written = self._writer.submit(save_file, self._part, file, {"format": "pt"})
-        self._digests.append(self._readers.submit(self._read_again, file, self._written))
-        self._names.append(list(self._part))
+        if self._last is not None:
+            self._last.result()  # no third part in memory
+        for shard in filter(Future.done, self._shards):
+            shard.result()  # what is refused is refused before more is written
+        # Other processes may write to the same folder.
+        file = self.folder / f"{ranks.number()}-{len(self._shards)}.part"
+        self._last = self._writer.submit(save_file, self._part, file, {"format": "pt"})
+        names, size = list(self._part), self._size
+        self._shards.append(self._readers.submit(self._read_again, self._last, file, names, size))
         self._part, self._size = {}, 0
 
-    def _read_again(self, file: Path, written: Future[None]) -> str:
+    def _read_again(self, written: Future[None], file: Path, names: list[str], size: int) -> Shard:
         written.result()
         if self.refuse is not None:
             self.refuse(file)
         found = digest(file)
         with file.open("rb") as content:
             os.fsync(content.fileno())
-        return found
-
-    def _partial(self, number: int) -> Path:
-        return self.folder / f"{number}.part"
+        return Shard(file=file, names=names, size=size, digest=found)

@@ -22,7 +22,7 @@ from absorb.schema.codec import to_json
 from absorb.schema.report import Probe, Report
 from absorb.ship.isolated import logits_after, probe_tokens
 from absorb.ship.staging import REPORT, digests
-from absorb.ship.weights import save
+from absorb.ship.weights import help_save, save
 from absorb.show.card import card
 
 
@@ -32,8 +32,7 @@ def write(folder: Path, student: Decoder, source: Source, report: Report) -> Rep
     Gives the report with what can be said of the files only now. The student ends on the CPU. What
     was written is read again, and an AbsorbError says what of it nobody could use.
     """
-    name = f"the model converted from {source.name}"
-    types = _types(student, source)
+    name, types = _name(source), _types(student, source)
     refuse = partial(refuse_non_finite_in, name=name)
     with quiet():
         model, known = save(student, folder, source.dtype, source.types, source.whole, refuse)
@@ -51,6 +50,20 @@ def write(folder: Path, student: Decoder, source: Source, report: Report) -> Rep
     (folder / REPORT).write_text(to_json(report), encoding="utf-8")
     refuse_no_numbers(folder, name, "convert with --steps 0, or choose another model")
     return report
+
+
+def help_write(folder: Path, student: Decoder, source: Source) -> None:
+    """What a process does for the first one, which is in `write`: it writes a share of the weights.
+
+    None where few are to be written. Its own folder stays empty.
+    """
+    refuse = partial(refuse_non_finite_in, name=_name(source))
+    with quiet():
+        help_save(student, folder, source.dtype, source.types, source.whole, refuse)
+
+
+def _name(source: Source) -> str:
+    return f"the model converted from {source.name}"
 
 
 def _types(student: Decoder, source: Source) -> dict[str, torch.dtype]:

@@ -1,6 +1,6 @@
 """Two processes convert to what one does, and end together. Here they share a CPU (gloo).
 
-Those of the last test are started by torchrun, the others as it does.
+Where they are to end, torchrun starts them; elsewhere they are started as it does.
 """
 
 import json
@@ -18,25 +18,41 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from absorb.load.files import INDEX, WEIGHTS
+from absorb.ship.staging import digests
 from tests.helpers import warm
 from tests.helpers.tiny import tiny
 from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
-# In ways other than `resident` no model fits the first process. Products are taken in float32 on
-# every processor.
+# In ways other than `resident` no model fits the first process, and shards are small. Products are
+# taken in float32 on every processor. What is `damaged` is what the second process writes, and the
+# first takes its time to clear up.
 PROGRAM = """
-import os, sys
+import os, shutil, sys, time
 from absorb.load import source
 from absorb.runtime import precision
+from absorb.ship import staging, weights
 precision._bfloat16_is_fast = lambda device: False
-if sys.argv.pop(1) != "resident":
-    source.free_memory = lambda device: 10**12 * int(os.environ.get("RANK", 0))
+rank, way = os.environ.get("RANK", "0"), sys.argv.pop(1)
+if way != "resident":
+    source.free_memory = lambda device: 10**12 * int(rank)
+    weights._SHARD = 30_000
+class slow:
+    def rmtree(*place, **how):
+        time.sleep(3)
+        shutil.rmtree(*place, **how)
+def damaged(tensors, *where):
+    save_file({name: tensor / 0 for name, tensor in tensors.items()}, *where)
+if way == "damaged" and rank == "0":
+    staging.shutil = slow
+elif way == "damaged":
+    save_file, weights.save_file = weights.save_file, damaged
 from absorb.cli.main import main
 main()
 """
 # All weights of a model that does not fit are shared out among processes.
-TRAINED = {"resident": "all", "streamed": "scales", "sharded": "all"}
+TRAINED = {"resident": "all", "streamed": "scales", "sharded": "all", "damaged": "scales"}
 SHORT = """
 import pytest
 from tests.conftest import shorten_texts
@@ -70,7 +86,20 @@ def converted(source: Path, way: str, processes: int) -> tuple[dict[str, torch.T
         ranks = [*pool.map(lambda place: warm.run(command, env=os.environ | place), places)]
     for done in ranks:
         assert done.returncode == 0, done.stderr
-    return load_file(source.parent / out / "model.safetensors"), json.loads(ranks[0].stdout)
+    report = json.loads(ranks[0].stdout)
+    assert report["files"] == digests(source.parent / out)
+    return weights_of(source.parent / out), report
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """By one file or an index, which says rightly where everything is."""
+    index = folder / INDEX
+    if not index.exists():
+        return load_file(folder / WEIGHTS)
+    places = json.loads(index.read_text())["weight_map"]
+    shards = {file: load_file(folder / file) for file in set(places.values())}
+    assert {name: file for file, tensors in shards.items() for name in tensors} == places
+    return {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
 
 
 def told(processes: int) -> list[dict[str, str]]:
@@ -104,6 +133,16 @@ def test_two_processes_come_to_what_one_does(one: str, two: str, source: Path) -
     )
 
 
+def test_what_one_process_may_not_write_ends_all_with_one_sentence(source: Path) -> None:
+    words = arguments(source, "out", "damaged")
+    done = subprocess.run(by_torchrun(source, words), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("the model converted from source has NaN or infinity in ") == 1
+    assert "has ended" not in done.stderr
+    assert "absorb/cli" not in done.stderr  # no traceback of ours
+    assert not list(source.parent.glob("out*"))
+
+
 def test_a_process_that_is_killed_ends_all_and_another_number_goes_on(source: Path) -> None:
     words = [*arguments(source, "out", "streamed"), "--resume"]
     words[words.index("--steps") + 1] = "80"
@@ -113,7 +152,7 @@ def test_a_process_that_is_killed_ends_all_and_another_number_goes_on(source: Pa
     done = warm.run([sys.executable, "-c", PROGRAM, *words])
     assert done.returncode == 0, done.stderr
     assert "resumed" in done.stderr
-    written = load_file(source.parent / "out" / "model.safetensors")
+    written = weights_of(source.parent / "out")
     for name, tensor in trained.items():
         if "proj.weight" in name:  # what is small is trained again, with all other layers
             assert torch.equal(written[f"model.layers.0.{name}"], tensor), name
@@ -132,7 +171,7 @@ def test_weights_that_are_shared_out_are_gone_on_from(source: Path) -> None:
     assert "fine-tuning:  25%" in done.stderr
     assert "fine-tuning:  12%" not in done.stderr  # the first step of a run that begins
     assert len(json.loads(done.stdout)["losses"]["training"]) == 8
-    assert (source.parent / "out" / "model.safetensors").exists()
+    assert (source.parent / "out" / INDEX).exists()
     assert not kept.exists()
 
 

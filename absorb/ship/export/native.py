@@ -26,7 +26,7 @@ from absorb.fold.sinks.forms import LogitSink
 from absorb.load.files import reading
 from absorb.models.family import Family
 from absorb.ship.export.targets import Route, head_dim_of
-from absorb.ship.weights import Shards
+from absorb.ship.weights import Shards, name_shards
 
 _SHARD = 2 * 10**9  # bytes; so much of the model is in memory at once
 _SCALES = ("input_scale", "output_scale")
@@ -214,7 +214,7 @@ def write(folder: Path, config: PretrainedConfig, tensors: Iterator[tuple[str, T
             shards.add({name: tensor})
         if expected:
             raise _misfit(config, f"no {min(expected)}")
-        shards.finish()
+        name_shards(folder, shards.written())
 
 
 def _misfit(config: PretrainedConfig, what: str) -> AbsorbError:
