@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
@@ -129,15 +129,15 @@ class _Writing:
         if not self.is_shared_out:
             return self._filled(folder, refuse)
         place = ranks.path_of_first(folder)
+        out = place.with_suffix("")  # which is .partial until all is there
 
         def fill() -> list[Shard]:
             try:
-                with full_disk_explained(
-                    place.with_suffix("")
-                ):  # it is .partial until all is there
+                with full_disk_explained(out):
                     return self._filled(place, refuse)
             except AbsorbError:
-                (place / _OVER).touch()
+                with suppress(OSError):
+                    (place / _OVER).touch()
                 raise
 
         return list(chain.from_iterable(ranks.together(fill)))
