@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from absorb.errors import AbsorbError
 from absorb.load.files import INDEX, WEIGHTS
 from absorb.models.decoder import Decoder
 from absorb.models.resting.streaming import units_of
@@ -30,7 +31,7 @@ from absorb.ship.staging import digest
 _SHARD = 10**9  # bytes; two of these are in the memory of a process at once, one being written
 Refuse = Callable[[Path], None]  # raises an AbsorbError for a file that nobody could use
 _READERS = 2  # threads that read again what was written
-
+_OVER = "over"  # a file: there where a process has refused to go on, so that others need not
 
 _Unit = tuple[nn.Module, dict[str, nn.Parameter], dict[str, Tensor]]  # parameters, buffers
 
@@ -128,10 +129,16 @@ class _Writing:
         if not self.is_shared_out:
             return self._filled(folder, refuse)
         place = ranks.path_of_first(folder)
+        out = place.with_suffix("")  # which is .partial until all is there
 
         def fill() -> list[Shard]:
-            with full_disk_explained(place.with_suffix("")):  # until all is there it is .partial
-                return self._filled(place, refuse)
+            try:
+                with full_disk_explained(out):
+                    return self._filled(place, refuse)
+            except AbsorbError:
+                with suppress(OSError):
+                    (place / _OVER).touch()
+                raise
 
         return list(chain.from_iterable(ranks.together(fill)))
 
@@ -140,6 +147,8 @@ class _Writing:
         named = self.whole.name_of(self.student) if self.whole else str
         with Shards(folder, _SHARD, refuse) as shards:
             for tensors in self._tensors():
+                if (folder / _OVER).exists():
+                    return []  # for all raise what that process has refused
                 kept = {named(key): tensor for key, tensor in tensors.items()}
                 shards.add(revert_weight_conversion(self.model, kept))
             if self.whole and ranks.is_first():

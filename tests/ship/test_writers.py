@@ -1,15 +1,19 @@
 """Two processes write what one does, each a run of units."""
 
+import errno
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from absorb.errors import AbsorbError
 from absorb.fold.graft import graft
 from absorb.load import source as loading
 from absorb.load.files import INDEX
@@ -60,6 +64,24 @@ def write(source: Path, out: Path, most: int) -> None:
             print(json.dumps([asked, {}]))
 
 
+def write_to_a_full_disk(source: Path, out: Path) -> None:
+    """Nothing can be written by the second process, and the first waits until that is known."""
+    save_file, over = weights.save_file, out / weights._OVER
+
+    def refuse(*what: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def wait(*what: Any) -> None:
+        save_file(*what)
+        deadline = time.monotonic() + 60
+        while not over.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    weights.save_file = refuse if os.environ["RANK"] == "1" else wait
+    with pytest.raises(AbsorbError, match=f"^the disk that holds {out.parent} is full, so out was"):
+        write(source, out, most=1)
+
+
 def together(count: int, source: Path, most: int) -> tuple[Path, list[tuple[list[str], dict]]]:
     out = source.with_name(f"by-{count}")
     with ThreadPoolExecutor() as pool:
@@ -95,6 +117,17 @@ def test_two_write_what_one_writes(source: Path) -> None:
         path.name for path in alone.iterdir()
     } | known.keys()
     assert not source.with_name("none").exists()
+
+
+@pytest.mark.parametrize("source", ["llama"], indirect=True)
+def test_a_full_disk_of_one_ends_the_others(source: Path) -> None:
+    out = source.with_name("out.partial")
+    with ThreadPoolExecutor() as pool:
+        envs = [os.environ | place for place in told(2)]
+        done = pool.map(lambda env: warm.call(write_to_a_full_disk, source, out, env=env), envs)
+    for one in done:
+        assert one.returncode == 0, one.stderr
+    assert 1 <= len([*out.glob("*.part")]) <= 2  # and not one of each unit of the first
 
 
 @pytest.mark.parametrize("source", ["llama"], indirect=True)
