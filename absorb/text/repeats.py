@@ -35,7 +35,8 @@ def without_repeats(text: str, seen: set[bytes]) -> str:
 
 def _without_lines(paragraph: str, seen: set[bytes]) -> str:
     lines = paragraph.split("\n")
-    if len(lines) > 1 and len(paragraph) >= _LONG and not _is_new(paragraph, seen):
+    several = len([*filter(str.strip, lines)]) > 1  # or it would be a repeat of itself
+    if several and len(paragraph) >= _LONG and not _is_new(paragraph, seen):
         return ""
     return "\n".join(line for line in lines if len(line) < _LONG or _is_new(line, seen))
 

@@ -265,6 +265,10 @@ def test_long_lines_and_paragraphs_of_plain_text_are_not_repeated(tmp_path: Path
     ]
     wrapped = "short lines\nthat make a paragraph\n" * 3
     assert without_repeats(f"{wrapped}\n\nmiddle\n\n{wrapped}", set()) == f"{wrapped}\n\nmiddle\n\n"
+    one_line = (
+        "a line that is long enough to be told apart from others, and ends the file with a break\n"
+    )
+    assert without_repeats(f"before\n\n{one_line}", set()) == f"before\n\n{one_line}"
     for text in ("", "\n", "a\na\na\n", "\n".join(LONG), f"{LONG[0]}\n\n\n \n{LONG[1]}\r"):
         assert without_repeats(text, set()) == text
 
