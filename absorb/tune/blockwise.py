@@ -51,7 +51,7 @@ def distill_layers(
 ) -> Losses:
     """Train the layers of a student whose weights stream, which are kept in the folder `scratch`.
 
-    Layers that an earlier run has kept there are taken as they are.
+    Layers that an earlier run has kept there are taken as they are, if it trained the same in them.
     With a format the student computes as if quantised. The layers stay untrained where all of them
     together come no closer to the teacher on validation text. Raises an AbsorbError where the loss
     is not a number any more.
@@ -117,7 +117,7 @@ class _Layers:
         layers = range(len(self.student.layers))
         for layer in tqdm(layers, desc="fine-tuning layer by layer", unit="layer"):
             self._pass_on(self.targets, layer)
-            kept = KeptLayer(scratch / f"{layer}.safetensors")
+            kept = KeptLayer(scratch / f"{layer}.safetensors", self.fine_tune.experts)
             if not kept.is_there:
                 with self.student.fetched(layer):
                     errors = self._trained(layer)
