@@ -51,7 +51,8 @@ def divergence(teacher: Decoder, student: Decoder, prefix: Tensor, tokens: Tenso
             rows = (row for target, own in both for row in zip(target, own, strict=True))
             return torch.stack([mean_kl(target[None], own[None]).cpu() for target, own in rows])
 
-        return with_fewer_rows(by, rows_at_once(student.model, student.device))
+        most = rows_at_once(student.model, student.device)
+        return with_fewer_rows(by, min(most, len(tokens)))
 
     mean = float(ranks.by_row(tokens, found).double().mean())
     return max(0.0, finite(mean))  # rounding may bring it below

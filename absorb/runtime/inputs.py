@@ -52,21 +52,29 @@ def peaks_of_each(
         parts = [share.split(at_once) for share in shares]
         with watching_inputs(decoder, see):
             read(decoder, [*chain(*parts)], "measuring inputs of Linears")
+        sizes = [len(part) for part in chain(*parts)]
         ends = [*accumulate((len(own) for own in parts), initial=0)]
         return [
-            {n: power_mean(torch.stack(means[begin:end]), order, 0) for n, means in seen.items()}
+            {n: _added(means[begin:end], sizes[begin:end], order) for n, means in seen.items()}
             for begin, end in pairwise(ends)
         ]
 
-    each = with_fewer_rows(found, ROWS)
-    return [{name: _of_all(values, order) for name, values in own.items()} for own in each]
+    each = zip(with_fewer_rows(found, ROWS), map(len, texts), strict=True)
+    return [{name: _of_all(sums, rows, order) for name, sums in own.items()} for own, rows in each]
 
 
-def _of_all(values: Tensor, order: float) -> Tensor:
-    """The same of the rows that other processes have read."""
+def _added(means: list[Tensor], rows: list[int], order: float) -> Tensor:
+    """The sum of powers of what parts with so many rows read, by their means: or the largest."""
     if order == inf:
-        return ranks.largest(values)
-    return (ranks.summed(values**order) / ranks.count()) ** (1 / order)
+        return torch.stack(means).amax(0)
+    return torch.stack([mean**order * size for mean, size in zip(means, rows, strict=True)]).sum(0)
+
+
+def _of_all(sums: Tensor, rows: int, order: float) -> Tensor:
+    """The power mean of so many rows, of which all processes have read their shares."""
+    if order == inf:
+        return ranks.largest(sums)
+    return (ranks.summed(sums) / (rows * ranks.readers(rows))) ** (1 / order)
 
 
 def power_mean(values: Tensor, order: float, dim: int) -> Tensor:

@@ -46,27 +46,38 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def with_fewer_rows(find: Callable[[int], Found], at_once: int) -> Found:
-    """What `find` gives with so many rows of text at once, or half of them while memory is short.
+class Rows:
+    """How many rows of text are read at once: half of them from when memory is short."""
 
-    It begins anew each time, and is told how many. Where one row does not fit, an AbsorbError says
-    so.
-    """
-    while True:
-        try:
-            return find(at_once)
-        except torch.OutOfMemoryError:
-            pass  # what the error holds is free only after this
-        if at_once == 1:
-            raise AbsorbError(
-                "there is no memory for one row of text at once; pass --device cpu, or end what "
-                "else runs there"
+    def __init__(self, at_once: int):
+        self.at_once = at_once
+
+    def read(self, find: Callable[[int], Found]) -> Found:
+        """What `find` gives. It begins anew whenever memory is short, and is told how many rows.
+
+        Where one row does not fit, an AbsorbError says so. A process does this by itself, so
+        `find` must not meet others.
+        """
+        while True:
+            try:
+                return find(self.at_once)
+            except torch.OutOfMemoryError:
+                pass  # what the error holds is free only after this
+            if self.at_once == 1:
+                raise AbsorbError(
+                    "there is no memory for one row of text at once; pass --device cpu, or end "
+                    "what else runs there"
+                )
+            self.at_once //= 2
+            torch.cuda.empty_cache()
+            logging.getLogger("absorb").warning(
+                "memory is short, so rows of text are read %d at once", self.at_once
             )
-        at_once //= 2
-        torch.cuda.empty_cache()
-        logging.getLogger("absorb").warning(
-            "memory is short, so rows of text are read %d at once", at_once
-        )
+
+
+def with_fewer_rows(find: Callable[[int], Found], at_once: int) -> Found:
+    """What `find` gives with so many rows of text at once, or with fewer as `Rows` reads them."""
+    return Rows(at_once).read(find)
 
 
 def bf16_copy(decoder: Decoder) -> PreTrainedModel:

@@ -61,22 +61,40 @@ class Walk:
     def __init__(
         self, decoder: Decoder, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32
     ):
-        self.decoder, self.dtype = decoder, dtype
+        self.decoder, self.dtype, self.parts = decoder, dtype, list(parts)
         self._others: int | None = None  # what a layer gives besides the stream; None: no tuple
         size = sum(part.numel() for part in parts) * decoder.config.hidden_size * dtype.itemsize
         self._stays = size < _SHARE * free_memory(decoder.device)
         self.calls: list[list[Call]] = []  # of every part, by layer: what is given besides
         self.streams: list[Tensor] = []  # (rows, length, hidden)
-        with self._at_hand(lambda unit: unit is decoder.model.get_input_embeddings()):
+        self._passed = 0  # rows that have gone through a layer at which memory ran out
+        with self._beginning():
             for part in parts:
-                try:
-                    self._begin(part)
-                except ValueError:  # the model unpacks what a layer gives
-                    self._others = 1
-                    self._begin(part)
+                calls, stream = self._begin(part)
+                self.calls.append(calls)
+                self.streams.append(self._room_for(stream).copy_(stream))
+
+    def split(self, rows: int) -> None:
+        """Let no part have more rows than that from now on, wherever all of them are."""
+        parts = [piece for part in self.parts for piece in part.split(rows)]
+        with self._beginning():
+            self.calls = [self._begin(part)[0] for part in parts]
+        self.streams = [piece for stream in self.streams for piece in stream.split(rows)]
+        self.parts = parts
+
+    def _beginning(self) -> AbstractContextManager[None]:
+        return self._at_hand(lambda unit: unit is self.decoder.model.get_input_embeddings())
+
+    def _begin(self, part: Tensor) -> tuple[list[Call], Tensor]:
+        """What each layer is given of a part besides the stream, and the stream of the first."""
+        try:
+            return self._noted(part)
+        except ValueError:  # the model unpacks what a layer gives
+            self._others = 1
+            return self._noted(part)
 
     @torch.no_grad()
-    def _begin(self, part: Tensor) -> None:
+    def _noted(self, part: Tensor) -> tuple[list[Call], Tensor]:
         calls: list[Call] = []
         beginning: list[Tensor] = []
 
@@ -90,8 +108,7 @@ class Walk:
 
         with layers_as(self.decoder, note), suppress(Seen):
             self.decoder.model(part.to(self.decoder.device), use_cache=False)
-        self.calls.append(calls)
-        self.streams.append(self._room_for(beginning[0]).copy_(beginning[0]))
+        return calls, beginning[0]
 
     def _room_for(self, stream: Tensor) -> Tensor:
         if self._stays or stream.device.type != "cuda":
@@ -118,10 +135,18 @@ class Walk:
 
     @torch.no_grad()
     def pass_on(self, layer: int) -> None:
-        """Let all parts go through a layer. They wait where they waited before."""
+        """Let all parts go through a layer. They wait where they waited before.
+
+        Those that have gone through it when memory runs out do not when it is asked for again.
+        """
+        start = 0
         with self.decoder.fetched(layer):
             for place, stream in enumerate(self.streams):
-                stream.copy_(self.given(layer, place), non_blocking=True)
+                if start >= self._passed:
+                    stream.copy_(self.given(layer, place), non_blocking=True)
+                    self._passed += len(stream)
+                start += len(stream)
+        self._passed = 0
 
     def through(self, label: str) -> None:
         """Let all parts go through all layers."""

@@ -6,10 +6,13 @@ teacher's units and by channel in multiples of the teacher's root mean square. I
 of one layer, whatever the size of the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
+from itertools import accumulate, pairwise
 from math import isfinite
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +27,15 @@ from absorb.quantize.formats import Format
 from absorb.quantize.simulate import quantized, quantized_inputs
 from absorb.quantize.training import weights_on_grid
 from absorb.runtime import ranks
-from absorb.runtime.precision import autocast_bf16, free_memory
+from absorb.runtime.precision import Rows, autocast_bf16, free_memory
 from absorb.runtime.reading import led
 from absorb.runtime.walk import Walk
 from absorb.schema.training import Losses, Recipe
 from absorb.text.gather import Texts
 from absorb.tune.kept import KeptLayer
 from absorb.tune.optimizer import choose, optimizer_of, rate_at
+
+Found = TypeVar("Found")
 
 _SHARE = 0.25  # of the free memory, for what one layer computes with its gradients
 
@@ -46,7 +51,7 @@ def distill_layers(
 ) -> Losses:
     """Train the layers of a student whose weights stream, which are kept in the folder `scratch`.
 
-    Layers that an earlier run has kept there are taken as they are.
+    Layers that an earlier run has kept there are taken as they are, if it trained the same in them.
     With a format the student computes as if quantised. The layers stay untrained where all of them
     together come no closer to the teacher on validation text. Raises an AbsorbError where the loss
     is not a number any more.
@@ -93,24 +98,26 @@ class _Layers:
         order = plan.orders.get(STREAM)
         self.order = slice(None) if order is None else order.to(student.device)
         self.scale = plan.residual.to(student.device)[self.order]
-        rows = _rows_at_once(student, fine_tune, texts)
-        even = len(texts.training) // ranks.count() * ranks.count()
-        training = texts.training[: even or None]  # fewer than processes are read by all
-        parts = [part for part in ranks.share(training).split(rows) if len(part) == rows]
-        judges = texts.validation.split(rows)
-        self.parts, self.group = len(parts), max(1, fine_tune.rows // ranks.count() // rows)
+        # A step reads a batch, of which every process has its share.
+        batches = texts.training.split(fine_tune.rows)
+        self.read = [len(batch) * ranks.readers(len(batch)) for batch in batches]
+        blocks = [*map(ranks.share, batches), texts.validation]
+        ends = [*accumulate(map(len, blocks), initial=0)]
+        self.blocks = [range(*both) for both in pairwise(ends)]
+        self.rows = Rows(_rows_at_once(student, fine_tune, texts))
+        parts = [part for block in blocks for part in block.split(self.rows.at_once)]
         lead = torch.tensor(plan.prefix)
         # As much of the stream as the layers' products keep: half the room and half the way.
         dtype = torch.bfloat16 if student.device.type == "cuda" else torch.float32
-        self.inputs = Walk(student, [*parts, *judges], dtype)
-        self.targets = Walk(teacher, [led(part, lead) for part in (*parts, *judges)], dtype)
+        self.inputs = Walk(student, parts, dtype)
+        self.targets = Walk(teacher, [led(part, lead) for part in parts], dtype)
 
     def errors(self, streaming: Streaming, scratch: Path) -> Iterator[tuple[float, float]]:
         """Train every layer: the error on validation text before and after, as shares."""
         layers = range(len(self.student.layers))
         for layer in tqdm(layers, desc="fine-tuning layer by layer", unit="layer"):
             self._pass_on(self.targets, layer)
-            kept = KeptLayer(scratch / f"{layer}.safetensors")
+            kept = KeptLayer(scratch / f"{layer}.safetensors", self.fine_tune.experts)
             if not kept.is_there:
                 with self.student.fetched(layer):
                     errors = self._trained(layer)
@@ -123,32 +130,58 @@ class _Layers:
             yield before, min(before, after)
 
     def _pass_on(self, walk: Walk, layer: int) -> None:
-        with autocast_bf16(self.student.device):
-            walk.pass_on(layer)
+        def passed() -> None:
+            with autocast_bf16(self.student.device):
+                walk.pass_on(layer)
+
+        self._in_parts(passed)
+
+    def _in_parts(self, find: Callable[[], Found]) -> Found:
+        """What `find` gives, with smaller parts from when memory is short.
+
+        Processes meet only when all parts of a batch are read, so each may do that by itself.
+        """
+
+        def by(at_once: int) -> Found:
+            for walk in (self.inputs, self.targets):
+                if max(map(len, walk.streams)) > at_once:
+                    walk.split(at_once)
+            return find()
+
+        return self.rows.read(by)
+
+    def _places(self, block: int) -> list[tuple[int, int]]:
+        """The parts of a batch or, as the last block, of validation text, with their rows."""
+        sizes = [len(stream) for stream in self.inputs.streams]
+        starts = accumulate(sizes, initial=0)
+        parts = enumerate(zip(starts, sizes, strict=False))
+        return [(place, size) for place, (start, size) in parts if start in self.blocks[block]]
 
     def _trained(self, layer: int) -> tuple[float, float]:
         module: nn.Module = self.student.layers[layer]
-        judges = range(self.parts, len(self.inputs.streams))
         spread = self._spread()
         with ExitStack() as stack:
             if self.form is not None:
                 stack.enter_context(weights_on_grid(self.student, self.form, layer))
-            before = self._error(layer, judges, spread)
+            before = self._error(layer, spread)
             left_out = [] if self.fine_tune.experts else self.student.expert_weights(layer)
             parameters = choose(module, self.fine_tune, left_out)
             self._steps(layer, parameters, spread)
             module.requires_grad_(False)
-            return before, self._error(layer, judges, spread)
+            return before, self._error(layer, spread)
 
     def _steps(self, layer: int, parameters: list[nn.Parameter], spread: Tensor) -> None:
         optimizer = optimizer_of(self.student.layers[layer], parameters, self.fine_tune.rate)
         steps = self.fine_tune.steps or 0
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
-        order = _orders(self.parts, self.group, steps, layer)
-        for group in order:
-            for part in group:
-                loss = self._loss(layer, part, spread) / len(group)
-                (loss / ranks.count()).backward()
+
+        def add(batch: int) -> None:
+            optimizer.zero_grad()  # of parts that were read before memory ran out
+            for part, rows in self._places(batch):
+                (self._loss(layer, part, spread) * rows / self.read[batch]).backward()
+
+        for batch in _order(len(self.read), steps, layer):
+            self._in_parts(partial(add, batch))
             ranks.add_gradients(parameters)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             if not isfinite(norm.item()):
@@ -166,15 +199,23 @@ class _Layers:
         return ((given - self._target(part)) / spread).square().mean()
 
     @torch.no_grad()
-    def _error(self, layer: int, parts: range, spread: Tensor) -> float:
-        errors = [self._loss(layer, part, spread) for part in parts]
-        return ranks.mean(float(torch.stack(errors).mean()))
+    def _error(self, layer: int, spread: Tensor) -> float:
+        def found() -> float:
+            parts = self._places(-1)
+            return sum(float(self._loss(layer, part, spread)) * rows for part, rows in parts)
+
+        return ranks.mean(self._in_parts(found) / len(self.blocks[-1]))
 
     def _spread(self) -> Tensor:
         """The root mean square of each channel of the teacher's stream: (hidden,)."""
-        squares = [self._target(part).square().mean((0, 1)) for part in range(self.parts)]
-        of_all = ranks.summed(torch.stack(squares).mean(0)) / ranks.count()
-        return of_all.sqrt().clamp_min(1e-6)
+
+        def found() -> Tensor:
+            parts = [part for batch in range(len(self.read)) for part in self._places(batch)]
+            squares = [self._target(part).square().mean(1).sum(0) for part, _ in parts]
+            return torch.stack(squares).sum(0)
+
+        mean = ranks.summed(self._in_parts(found)) / sum(self.read)
+        return mean.sqrt().clamp_min(1e-6)
 
     def _target(self, part: int) -> Tensor:
         return self.targets.waiting(part)[:, self.prefix :, self.order]
@@ -187,17 +228,14 @@ def _rows_at_once(student: Decoder, fine_tune: Recipe, texts: Texts) -> int:
     row = 4 * width * texts.training.shape[1]
     room = ranks.for_each(free_memory(student.device), student.device)
     fit = max(1, int(_SHARE * room // row))
-    step = fine_tune.rows // ranks.count()
-    most = min(fit, step, len(texts.training) // ranks.count())
-    return max((rows for rows in range(1, most + 1) if step % rows == 0), default=1)
+    # Halves of a power of two begin where halves of halves do.
+    return 1 << min(fit, fine_tune.rows).bit_length() - 1
 
 
-def _orders(parts: int, group: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """Which parts each step reads: every part once before any comes again."""
+def _order(batches: int, steps: int, seed: int) -> Iterator[int]:
+    """Which batch each step reads: every one once before any comes again."""
     draw = torch.Generator().manual_seed(seed)
     left: list[int] = []
     for _ in range(steps):
-        while len(left) < group:
-            left += torch.randperm(parts, generator=draw).tolist()
-        now, left = left[:group], left[group:]
-        yield now
+        left = left or torch.randperm(batches, generator=draw).tolist()
+        yield left.pop(0)

@@ -1,11 +1,11 @@
 """The brief fine-tune: the student learns the teacher's next-token distribution."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from time import monotonic
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ from absorb.errors import AbsorbError
 from absorb.measure.divergence import Loss, gap, mean_loss, rows_at_once
 from absorb.models.decoder import Decoder
 from absorb.runtime import ranks
-from absorb.runtime.precision import autocast_bf16
+from absorb.runtime.precision import Rows, autocast_bf16
 from absorb.runtime.reading import Subject
 from absorb.schema.training import Losses, Recipe
 from absorb.text.gather import Texts
 from absorb.tune.optimizer import choose, optimizer_of, rate_at
 from absorb.tune.state import State, TrainingState, is_of, restored, snapshot
+
+Found = TypeVar("Found")
 
 
 class Keeper(Protocol):
@@ -65,7 +67,7 @@ def train(
     """Train the student in place, and keep its best step by the loss on validation text.
 
     A keeper may have the state of an earlier run, which is then gone on from. So many rows are read
-    `at_once`, or as many as the memory allows.
+    `at_once`, or as many as the memory allows, and fewer from when it is short.
     Limited by minutes, no two runs are the same to the bit: how many steps there are, and the
     learning rate of each, depend on how fast the machine is.
     """
@@ -73,12 +75,12 @@ def train(
     if not fine_tune.trains:
         return _untrained(student)
     parameters = choose(student, fine_tune)
-    fitting = partial(rows_at_once, student, student.device)
-    check = _Check(loss, at_once or fitting(), texts.validation, parameters)
+    most = max(fine_tune.rows, len(texts.validation))
+    reading = _Reading(student, parameters, most, at_once)
+    check = _Check(loss, reading, texts.validation, parameters)
     optimizer = optimizer_of(student, parameters, fine_tune.rate)
     pace = _Pace(fine_tune)
     losses: list[tuple[int, float]] = []
-    rows = fine_tune.rows * ranks.readers(fine_tune.rows)  # that are read in a step
     state = _found(keeper, parameters) if keeper else None
     if state is None:
         check(0)
@@ -91,8 +93,7 @@ def train(
     schedule = LambdaLR(optimizer, lambda _: rate_at(pace.done, pace.whole))
     with pace.bar:
         while pace.done < pace.whole:
-            parts = ranks.share(next(batches)).split(at_once or fitting())
-            value = _step(loss, parts, rows, optimizer, parameters)
+            value = _step(loss, reading, next(batches), optimizer, parameters)
             check_is_due = pace.count()
             losses.append((pace.steps, value))
             schedule.step()
@@ -104,6 +105,32 @@ def train(
     check.restore()
     student.requires_grad_(False)
     return Losses(training=tuple(losses), held_out=tuple(check.seen), kept=check.kept)
+
+
+class _Reading:
+    """How many rows a student reads at once: so many, or what fits, and fewer in need."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        parameters: list[nn.Parameter],
+        most: int,
+        given: int | None,
+    ):
+        self.student, self.given = student, given
+        # Where weights are shared out all processes ask for each layer together, so none may read
+        # in more parts than others: it ends instead, and they with it. Elsewhere they meet when
+        # all parts are read.
+        self.alike = any(ranks.is_shared_out(parameter) for parameter in parameters)
+        self.rows = Rows(most)
+
+    def __call__(self, find: Callable[[int], Found]) -> Found:
+        """What `find` gives, which is told how many."""
+        self.rows.at_once = min(self.rows.at_once, self._fitting())
+        return find(self.rows.at_once) if self.alike else self.rows.read(find)
+
+    def _fitting(self) -> int:
+        return self.given or rows_at_once(self.student, self.student.device)
 
 
 def _found(keeper: Keeper, parameters: list[nn.Parameter]) -> State | None:
@@ -162,18 +189,26 @@ def _batches(training: Tensor, rows: int, seed: int) -> Iterator[Tensor]:
 
 def _step(
     loss: Loss,
-    parts: Iterable[Tensor],
-    rows: int,
+    reading: _Reading,
+    batch: Tensor,
     optimizer: torch.optim.AdamW,
     parameters: list[nn.Parameter],
 ) -> float:
-    """One step on so many `rows` in all, of which this process reads some in `parts`."""
-    total, device = 0.0, parameters[0].device
-    for part in parts:
-        with autocast_bf16(device):
-            share = loss(part) * len(part) / rows
-        share.backward()
-        total += share.item()
+    """One step on a batch (rows, length), of which this process reads its share."""
+    own, rows = ranks.share(batch), len(batch) * ranks.readers(len(batch))
+
+    def added(at_once: int) -> float:
+        """The sum of losses, whose gradients add up. All count alike, however they are read."""
+        optimizer.zero_grad()  # of parts that were read before memory ran out
+        total = 0.0
+        for part in own.split(at_once):
+            with autocast_bf16(parameters[0].device):
+                share = loss(part) * len(part) / rows
+            share.backward()
+            total += share.item()
+        return total
+
+    total = reading(added)
     ranks.add_gradients(parameters)
     total = ranks.mean(total) * ranks.count()
     norm = ranks.clip_gradients(parameters)
@@ -191,16 +226,16 @@ class _Check:
     """Measures the loss on validation text, and keeps a copy of the best parameters."""
 
     def __init__(
-        self, loss: Loss, rows: int, validation: Tensor, parameters: list[nn.Parameter]
+        self, loss: Loss, reading: _Reading, validation: Tensor, parameters: list[nn.Parameter]
     ) -> None:
-        self.loss, self.rows = loss, rows
+        self.loss, self.reading = loss, reading
         self.validation, self.parameters = validation, parameters
         self.seen: list[tuple[int, float]] = []
         self.kept = 0
         self.best: list[Tensor] = []
 
     def __call__(self, step: int) -> None:
-        value = ranks.mean(mean_loss(self.loss, self.validation, self.rows))
+        value = ranks.mean(self.reading(partial(mean_loss, self.loss, self.validation)))
         if value < min((before for _, before in self.seen), default=math.inf):
             self.kept = step
             self.best = [parameter.detach().clone() for parameter in self.parameters]

@@ -20,7 +20,7 @@ from absorb.quantize.formats import Format
 from absorb.quantize.simulate import quantized
 from absorb.runtime import ranks
 from absorb.runtime.losses import mean_kl
-from absorb.runtime.precision import autocast_bf16, free_memory, product_type
+from absorb.runtime.precision import autocast_bf16, free_memory, product_type, with_fewer_rows
 from absorb.runtime.reading import led
 from absorb.runtime.walk import Call, Seen, Walk, behind_layers, layers_as
 from absorb.schema.training import LENGTH, Losses, Recipe
@@ -29,6 +29,7 @@ from absorb.tune.distill import Keeper, train
 from absorb.tune.optimizer import choose
 
 _SHARE = 0.25  # of the free memory, for what is computed with its gradients
+_ROWS = 8  # that the teacher reads at once
 _TOKENS = 512  # whose logits are there at once
 _LOGITS = 5  # copies of them, with what the loss and its gradient make of them
 
@@ -132,13 +133,15 @@ class Targets:
     """The teacher's logits of rows of text (rows, length), without those of its lead."""
 
     def __init__(self, teacher: Decoder, lead: Tensor, rows: Tensor):
-        device = teacher.device
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.few, self.lead = 8, len(lead)
-        parts = [led(part, lead) for part in rows.split(self.few)]
-        self.walk = Walk(teacher, parts, dtype)
-        with autocast_bf16(device):
-            self.walk.through("the teacher reads")
+        def ended(few: int) -> Walk:
+            walk = Walk(teacher, [led(part, lead) for part in rows.split(few)], dtype)
+            with autocast_bf16(teacher.device):
+                walk.through("the teacher reads")
+            return walk
+
+        dtype = torch.bfloat16 if teacher.device.type == "cuda" else torch.float32
+        self.walk, self.lead = with_fewer_rows(ended, _ROWS), len(lead)
+        self.few = len(self.walk.streams[0])
         self.walk.calls.clear()
 
     @contextmanager

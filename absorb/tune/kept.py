@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -10,29 +11,34 @@ from torch import Tensor
 
 from absorb.runtime import ranks
 
-_ERRORS = "errors"  # the entry of the metadata
+_ERRORS, _EXPERTS = "errors", "experts"  # the entries of the metadata
 
 
 class KeptLayer:
     """The file of one layer: whole or not there. It holds no weights where training did not help.
 
-    Processes that train together write the same.
+    Processes that train together write the same. Where an earlier run had memory for another
+    decision about the `experts`, to train them or not, its layer counts as not there.
     """
 
-    def __init__(self, file: Path):
-        self.file = file
-        self.is_there = file.is_file()
+    def __init__(self, file: Path, experts: bool = True):
+        self.file, self.experts = file, experts
+        self.is_there = file.is_file() and self._noted(_EXPERTS) == experts
 
     def write(self, weights: dict[str, Tensor], errors: tuple[float, float]) -> None:
         """Keep weights, and the error of the layer's stream before and after it was trained."""
         partial = self.file.with_suffix(f".{ranks.number()}.partial")
-        save_file(weights, partial, metadata={_ERRORS: json.dumps(errors)})
+        notes = {_ERRORS: errors, _EXPERTS: self.experts}
+        save_file(weights, partial, metadata={n: json.dumps(note) for n, note in notes.items()})
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.replace(self.file)
 
     @property
     def errors(self) -> tuple[float, float]:
-        with safe_open(self.file, "pt") as content:
-            before, after = json.loads(content.metadata()[_ERRORS])
+        before, after = self._noted(_ERRORS)
         return before, after
+
+    def _noted(self, name: str) -> Any:
+        with safe_open(self.file, "pt") as content:
+            return json.loads(content.metadata().get(name, "null"))

@@ -14,7 +14,7 @@ from absorb.models.decoder import Decoder, site_at
 from absorb.models.families import FAMILIES
 from absorb.quantize.grids import INT4_ROW, INT8_ROW, INT8_TENSOR, rounded
 from absorb.quantize.rotation import rotated
-from absorb.runtime.inputs import input_peaks, power_mean, watching_inputs
+from absorb.runtime.inputs import ROWS, input_peaks, power_mean, watching_inputs
 from tests.helpers.tiny import HIDDEN, LAYERS, tiny
 
 LLAMA = FAMILIES["llama"]
@@ -105,13 +105,15 @@ def int8_error(inputs: Tensor, weight: Tensor) -> Tensor:
 
 @ORDERS
 def test_what_is_read_is_measured(tokens: Tensor, order: float) -> None:
+    """However uneven the parts are: there is one row more than is read at once."""
+    rows = torch.cat([tokens, tokens.flip(1), tokens[:1].sort().values])
+    assert len(rows) == ROWS + 1
     model, seen = uneven(), []
     linear = model.get_submodule("model.layers.0.self_attn.q_proj")
     linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
-    found = input_peaks(Decoder(model, LLAMA), tokens, order=order)[
-        "model.layers.0.self_attn.q_proj"
-    ]
-    size = seen[0].abs().amax(0) if order == inf else seen[0].square().mean(0).sqrt()
+    found = input_peaks(Decoder(model, LLAMA), rows, order=order)["model.layers.0.self_attn.q_proj"]
+    read = torch.cat(seen)
+    size = read.abs().amax(0) if order == inf else read.square().mean(0).sqrt()
     assert found.shape == (HIDDEN,)
     torch.testing.assert_close(found, size)
 

@@ -136,11 +136,19 @@ def test_layers_that_come_no_closer_stay_untrained(
     assert all(torch.equal(trained[name], tensor) for name, tensor in untrained.items())
 
 
-def test_layers_that_an_earlier_run_has_trained_are_gone_on_from(
-    in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("family", "experts"), [("llama", True), ("mixtral", False)])
+def test_layers_that_an_earlier_run_has_trained_alike_are_gone_on_from(
+    family: str,
+    experts: bool,
+    in_float32: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It ends while the second layer is trained; the checkpoint is that of a run that does not."""
-    source, text = saved("llama", tmp_path)
+    """It ends while the second layer is trained; the checkpoint is that of a run that does not.
+
+    One that had no memory for experts left layers that are trained anew.
+    """
+    source, text = saved(family, tmp_path)
     monkeypatch.setattr(loading, "free_memory", lambda device: 0)
     monkeypatch.setattr(needs, "end_needs", lambda source, fine_tune: 1e15)
     job = {"text": text, "sink": "logit", "steps": 4, "train": "all"}
@@ -156,11 +164,13 @@ def test_layers_that_an_earlier_run_has_trained_are_gone_on_from(
 
     monkeypatch.setattr(blockwise._Layers, "_trained", ends)
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        absorb.convert(source, out, resume=True, **job)
+    with monkeypatch.context() as short:
+        short.setattr(needs, "experts_fit", lambda source, fine_tune: experts)
+        with pytest.raises(KeyboardInterrupt):
+            absorb.convert(source, out, resume=True, **job)
     assert not out.exists()
     again = absorb.convert(source, out, resume=True, **job)
-    assert calls == [0, 1, *range(1, len(whole.losses.layers))]
+    assert calls == [0, 1, *range(1 if experts else 0, len(whole.losses.layers))]
     assert again.losses == whole.losses
     first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "out"))
     assert first == second
