@@ -28,7 +28,8 @@ _UNTRAINED = 6
 # Where weights are shared out: float32, the gradient, what AdamW remembers and the best step. And
 # of what is whole for a while: as it has come, its copy in bfloat16 and its gradient.
 _SHARDED, _WHOLE = 20, 10
-_SCORES = 12  # tensors of the size of all attention weights, in a fit
+# Tensors of the size of what all heads give, and of all attention weights in one row, in a fit.
+_OUTPUTS, _SCORES = 16, 4
 _LOGITS = 4  # copies of the logits of the tokens that are read at once
 _TOKENS = 512
 # Rows of text that all layers read for a plan, beside text for scales, and where a plan is read;
@@ -105,7 +106,9 @@ def _streamed(source: Source, fine_tune: Recipe) -> int:
     config, decoder = source.model.config, source.decoder
     layer = max(sum(p.numel() for p in one.parameters()) for one in decoder.layers)
     heads = decoder.heads[0]
-    fit = _SCORES * CALIBRATION_ROWS * heads * LENGTH**2 * 4 + _UNTRAINED * layer
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    given, weights = CALIBRATION_ROWS * heads * LENGTH * width, heads * LENGTH**2
+    fit = 4 * (_OUTPUTS * given + _SCORES * weights) + _UNTRAINED * layer
     ends = config.vocab_size * (4 * config.hidden_size + 4 * _LOGITS * _TOKENS)
     work = _work(decoder, fine_tune)
     if fine_tune.train == "all" and not experts_fit(source, fine_tune):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from absorb.fold.sinks import constants, key_bias
 from absorb.fold.sinks.attention import LayerAttention, Rotate
@@ -75,6 +77,31 @@ def test_the_derivatives_are_those_of_autograd(softcap: float | None, apart: boo
         weighted = mine.T * counts
         torch.testing.assert_close(curvature[kv_head], weighted @ mine)
         torch.testing.assert_close(slope[kv_head], weighted @ outputs(parameters).flatten())
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # type: ignore
+        found = operation(*args, **kwargs or {})
+        made = [one for one in pytree.tree_leaves(found) if isinstance(one, Tensor)]
+        self.largest = max([self.largest, *(one.numel() for one in made)])
+        return found
+
+
+def test_the_weights_of_all_rows_are_never_there_at_once(in_float32: None) -> None:
+    """A fit would need most memory for them."""
+    length, rows = 96, 8
+    model = tiny("llama", torch.float32, max_position_embeddings=4 * length)
+    decoder = Decoder(model, FAMILIES["llama"])
+    tokens = torch.randint(0, 60, (rows, length), generator=torch.Generator().manual_seed(0))
+    prefix = prefix_of(decoder, torch.tensor([1]))
+    with Sizes() as sizes:
+        fit_sinks(decoder, prefix, tokens)
+    one = decoder.heads[0] * length**2
+    assert one <= sizes.largest < rows * one / 2  # the mask of all rows is among them
 
 
 def descend(made: LayerAttention, target: Tensor, start: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """One layer's attention on text, taken apart: what the heads see and what they would give."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,6 +40,18 @@ class LayerAttention:
         scores = (self._grouped(self.query) @ keys.mT).view(*self.query.shape[:3], -1)
         scores = scores * self.scaling
         return scores if self.softcap is None else self.softcap * (scores / self.softcap).tanh()
+
+    def of_row(self, row: int) -> "LayerAttention":
+        """The same scene in one row of text."""
+        one = slice(row, row + 1)
+        query, key, value = self.query[one], self.key[one], self.value[one]
+        blocked = self.blocked if len(self.blocked) == 1 else self.blocked[one]
+        rotate = self.rotate.of_row(row)
+        return replace(self, query=query, key=key, value=value, blocked=blocked, rotate=rotate)
+
+    def by_row(self, find: Callable[["LayerAttention"], Tensor]) -> Tensor:
+        """What `find` makes of every row: the weights of all heads in all rows are large."""
+        return torch.cat([find(self.of_row(row)) for row in range(len(self.query))])
 
     def text_scores(self, key_bias: Tensor | None = None) -> Tensor:
         keys = self.key if key_bias is None else self.key + self.rotate(key_bias)
@@ -87,14 +99,34 @@ class LayerAttention:
 
     def with_prefix(self, keys: Tensor, values: Tensor) -> Tensor:
         """The teacher's output (rows, heads, length, head_dim)."""
-        weights = torch.cat([self.prefix_scores(keys), self.text_scores()], -1).softmax(-1)
-        split = keys.shape[1]
-        return self.mix(weights[..., :split], values) + self.mix(weights[..., split:], self.value)
+
+        def out(one: LayerAttention) -> Tensor:
+            weights = torch.cat([one.prefix_scores(keys), one.text_scores()], -1).softmax(-1)
+            first, rest = weights.tensor_split([keys.shape[1]], -1)
+            return one.mix(first, values) + one.mix(rest, one.value)
+
+        return self.by_row(out)
 
     def with_sink(self, logits: Tensor, value: Tensor, key_bias: Tensor) -> Tensor:
         """The student's output for logits (heads,), value and key_bias (kv_heads, head_dim)."""
-        sink, weights = self.weights(logits, self.text_scores(key_bias))
-        return sink * self.spread(value[:, None]) + self.mix(weights, self.value)
+
+        def out(one: LayerAttention) -> Tensor:
+            sink, weights = one.weights(logits, one.text_scores(key_bias))
+            return sink * one.spread(value[:, None]) + one.mix(weights, one.value)
+
+        return self.by_row(out)
+
+    def alone(self, key_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The log-sum-exp of the text's logits, and the output on it: (rows, heads, length, n)."""
+
+        def both(one: LayerAttention) -> Tensor:
+            scores = one.text_scores(key_bias)
+            return torch.cat(
+                [scores.logsumexp(-1, True), one.mix(scores.softmax(-1), one.value)], 3
+            )
+
+        lse, out = self.by_row(both).tensor_split([1], 3)
+        return lse, out
 
     def asked(self, index: Tensor) -> "LayerAttention":
         """The same scene with only the queries at the positions `index` (rows, queries)."""

@@ -37,8 +37,7 @@ class Effect:
 
 def effect_of(scene: LayerAttention, prefix: KeySink) -> Effect:
     """The effect of a prefix on one layer's attention."""
-    text, scores = scene.text_scores(), scene.prefix_scores(prefix.keys)
-    lse, alone = text.logsumexp(-1, keepdim=True), scene.mix(text.softmax(-1), scene.value)
+    (lse, alone), scores = scene.alone(), scene.prefix_scores(prefix.keys)
     share = torch.sigmoid(scores.logsumexp(-1, keepdim=True) - lse)
     # Of no number where all of the prefix has left the window, and its share is zero.
     within = scores.softmax(-1).nan_to_num()

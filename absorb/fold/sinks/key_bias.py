@@ -53,8 +53,7 @@ def shifted(
     turned = torch.stack([one.amin(0) for one in cosines]).amin(0)
     for least in _SLOW:
         bias = -key * (turned >= least)
-        scores = scene.text_scores(bias)
-        lse, alone = scores.logsumexp(-1, keepdim=True), scene.mix(scores.softmax(-1), scene.value)
+        lse, alone = scene.alone(bias)
         tried, less, _ = constants(scene, replace(effect, lse=lse, alone=alone))
         tried[:, -width:] = bias
         won = is_better(less, error, most, scene.groups)
