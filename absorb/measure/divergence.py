@@ -47,7 +47,8 @@ def divergence(teacher: Decoder, student: Decoder, prefix: Tensor, tokens: Tenso
 
     def found(tokens: Tensor) -> Tensor:
         def by(at_once: int) -> Tensor:
-            both = zip(*(logits(subject, tokens, at_once, _LABEL) for subject in read), strict=True)
+            given = (logits(one, tokens, at_once, _LABEL, beside=True) for one in read)
+            both = zip(*given, strict=True)
             rows = (row for target, own in both for row in zip(target, own, strict=True))
             return torch.stack([mean_kl(target[None], own[None]).cpu() for target, own in rows])
 

@@ -85,11 +85,11 @@ def _tallies_by(
     def shown(subject: Subject, tally: Tally) -> Iterator[Tensor]:
         length = len(subject.lead) + held_out.shape[1]
         watched = partial(_watched, subject.decoder, tally, length if inputs else None)
-        return logits(subject, own_rows, at_once, "evaluating", watched)
+        return logits(subject, own_rows, at_once, "evaluating", watched, beside=True)
 
     given = [shown(subject, tally) for subject, tally in zip(subjects, seen, strict=True)]
     if known is None:
-        given.append(logits(teacher, own_rows, at_once, "the teacher"))
+        given.append(logits(teacher, own_rows, at_once, "the teacher", beside=True))
     for tokens, *found in zip(own_rows.split(at_once), *given, strict=True):
         target = found[-1 if known is None else known]
         for tally, own in zip(seen, found, strict=False):

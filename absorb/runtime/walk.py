@@ -35,10 +35,12 @@ def logits(
     at_once: int,
     label: str,
     watching: Callable[[], AbstractContextManager[object]] = nullcontext,
+    beside: bool = False,
 ) -> Iterator[Tensor]:
     """Logits (few, length, vocabulary) of text (rows, length), without those of the lead.
 
-    `watching` is entered while the layers read, and not in between.
+    `watching` is entered while the layers read, and not in between. `beside` others there may be no
+    room for more heads than one, so a head that streams comes and goes with every part.
     """
     decoder, parts = subject.decoder, rows.split(at_once)
     if decoder.streaming is None:
@@ -50,9 +52,11 @@ def logits(
     with watching():
         walk = Walk(decoder, [subject.led(part) for part in parts])
         walk.through(label)
-    with walk.ended():
+    with nullcontext() if beside else walk.ended():
         for place in range(len(parts)):
-            yield walk.logits(place)[:, len(subject.lead) :]
+            with walk.ended():
+                found = walk.logits(place)
+            yield found[:, len(subject.lead) :]
 
 
 class Walk:

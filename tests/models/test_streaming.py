@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import absorb
 from absorb.load import source as loading
+from absorb.models.resting.streaming import Streaming
 from absorb.pipelines import needs
 from absorb.schema.settings import ModelRef, Purpose
 from absorb.schema.training import Recipe
@@ -175,3 +176,25 @@ def test_layers_that_an_earlier_run_has_trained_alike_are_gone_on_from(
     first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "out"))
     assert first == second
     assert not (tmp_path / "out.progress").exists()
+
+
+def test_one_table_of_the_vocabulary_is_at_hand_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 it is the largest thing that a small card holds, and there are two models."""
+    source, text = saved("llama", tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    assert not config["tie_word_embeddings"]
+    fetch, seen, most = Streaming._fetch, set[Streaming](), 0
+
+    def fetched(self: Streaming, unit: torch.nn.Module) -> None:
+        nonlocal most
+        fetch(self, unit)
+        seen.add(self)
+        tables = [p for one in seen for p in one._resting if len(p) == config["vocab_size"]]
+        most = max(most, len(tables))
+
+    monkeypatch.setattr(Streaming, "_fetch", fetched)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 0)
+    converted(source, tmp_path / "out", text)
+    assert most == 1
