@@ -54,6 +54,8 @@ def pages() -> dict[Path, str]:
         "families": list(FAMILIES),
         "inside": list(INSIDE),
         "count": tables.count_of(found["architectures"]),
+        "added": scale.added,
+        "of_one_card": scale.of_one_card,
         **found,
     }
     return {

@@ -3,9 +3,10 @@
 from absorb.show.tables import Row
 from scripts.release.tables import Run
 
+_END = ("the teacher reads", "fine-tuning")
 _STAGES = {
     "fine-tune, layer by layer": ("fine-tuning layer by layer",),
-    "fine-tune, end to end": ("the teacher reads", "fine-tuning"),
+    "fine-tune, end to end": _END,
     "prefix, measuring, fit, scales": (
         "choosing the prefix",
         "measuring the stream",
@@ -36,6 +37,18 @@ def rows_of(runs: dict[str, Run]) -> list[Row]:
         spent = (sum(run["stages"].get(name, 0) for name in names) for run in several)
         rows.append((f"- {stage}", *(f"{seconds:.0f}" for seconds in spent)))
     return [head, *rows]
+
+
+def added(run: Run) -> float:
+    """The seconds that training end to end takes after layers were trained one by one."""
+    return sum(run["stages"].get(name, 0) for name in _END)
+
+
+def of_one_card(runs: dict[str, Run]) -> float:
+    """The time of two cards as a share of that of one, both of one hour, layer by layer."""
+    one = runs["8b, then end to end"]
+    share: float = runs["8b, two cards"]["seconds"] / (one["seconds"] - added(one))
+    return share
 
 
 def _or_all(card: float | None) -> str:
