@@ -40,7 +40,7 @@ def test_pages_and_pictures_show_the_figures_of_their_files() -> None:
 
 def test_a_page_that_shows_other_figures_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = render.figures()
-    found["default"]["100 steps of all"]["converted"]["perplexity"] += 1
+    found["tasks"]["models"][0]["perplexity"] += 1
     monkeypatch.setattr(render, "figures", lambda: found)
     code, said = check()
     assert code == 1

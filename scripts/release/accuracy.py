@@ -1,4 +1,4 @@
-"""Rows of the tables of tasks, from what `absorb eval --tasks --json` printed."""
+"""Rows of tables from what `absorb eval --tasks --json` printed of the demo and two conversions."""
 
 from math import hypot
 from typing import Any
@@ -24,7 +24,7 @@ def accuracies(run: Run) -> list[Row]:
     """Accuracy in each task and their mean, and by how much a conversion is above the original."""
     rows = [
         row
-        for name, model in _named(run).items()
+        for name, model in named(run).items()
         for place, found in model["tasks"].items()
         for row in (
             (f"{name}, {_spoken(place)}", *_cells(found, "")),
@@ -35,18 +35,27 @@ def accuracies(run: Run) -> list[Row]:
     return [("", *_TASKS.values(), "mean"), *rows]
 
 
-def means(run: Run) -> list[Row]:
-    """The mean accuracy in float and in each format."""
-    models = _named(run)
+def headline(run: Run) -> list[Row]:
+    """Perplexity and mean accuracy, each in float and in every format."""
+    models = named(run)
     places = list(models["original"]["tasks"])
     rows = [
-        (name, *(_mean(model["tasks"][place], "") for place in places))
+        (name, *_perplexities(model), *(_mean(model["tasks"][place], "") for place in places))
         for name, model in models.items()
     ]
-    return [("", *map(_spoken, places)), *rows]
+    spoken = [*map(_spoken, places)]
+    return [
+        ("", *(f"perplexity, {one}" for one in spoken), *(f"tasks, {s}" for s in spoken)),
+        *rows,
+    ]
 
 
-def _named(run: Run) -> dict[str, Run]:
+def _perplexities(model: Run) -> Row:
+    return tuple(f"{value:.2f}" for value in (model["perplexity"], *model["formats"].values()))
+
+
+def named(run: Run) -> dict[str, Run]:
+    """The models by what tables call them."""
     original = [model for model in run["models"] if not model["converted"]]
     converted = [model for model in run["models"] if model["converted"]]
     names = ("original", *_CONVERTED)

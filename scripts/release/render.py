@@ -77,7 +77,7 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
     models = {"two CPU cores": found["model_cpu"], "H200": found["model_h200"]}
     rows = {
         "demo": score_rows(report.original, report.converted),
-        "wikitext": tables.wikitext(found["wikitext"], found["default"]),
+        "wikitext": tables.wikitext(found["wikitext"], found["tasks"]),
         "rivals": rival_rows(found["rivals"]),
         "int8": int8_rows(found["int8"]),
         "engines": engine_rows(found["vllm"], found["stranger"]),
@@ -85,6 +85,8 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "stranger": stranger_rows(found["stranger"]),
         "int8_chain": chain_rows(found["int8_chain"]),
         "four_bits": four_bit_rows(found["four_bits"]),
+        "accuracies": accuracy.accuracies(found["tasks"]),
+        "headline": accuracy.headline(found["tasks"]),
         "default": tables.ablation(found["default"]),
         "ablation": tables.ablation(found["ablation"]),
         "sinks": tables.sinks(found["sinks"]),
@@ -111,9 +113,6 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
     if "gated_attention" in found:
         kl = found["gated_attention"]["kl"]
         rows["gated_attention"] = [("", "KL"), *((name, f"{kl[name]:.4f}") for name in kl)]
-    if "tasks" in found:
-        rows["accuracies"] = accuracy.accuracies(found["tasks"])
-        rows["mean_accuracies"] = accuracy.means(found["tasks"])
     return {name: markdown(table) for name, table in rows.items()}
 
 

@@ -4,25 +4,20 @@ from typing import Any
 
 from absorb.show.tables import Row
 from scripts.engines.pairs import cell
+from scripts.release.accuracy import named
 from scripts.trials.architectures import ALIKE
 
 Run = dict[str, Any]
 
 
-def wikitext(cpu: Run, gpu: dict[str, Run]) -> list[Row]:
+def wikitext(cpu: Run, gpu: Run) -> list[Row]:
     """WikiText-2 of the original and of conversions, each beside the original on its machine."""
-    cpu, ours, given = (
-        compared(cpu),
-        gpu["100 steps of all"],
-        gpu["100 steps of all, given text, for INT8"],
-    )
+    cpu = compared(cpu)
     return [
-        ("", "perplexity", "W8A8 static", "clipped", "largest |x|", "massive tokens"),
+        ("", "perplexity", "W8A8 static", "largest |x|", "massive tokens"),
         ("original, on two CPU cores", *score_row(cpu["original"])),
         ("converted there", *score_row(cpu["converted"])),
-        ("original, on an H200", *score_row(ours["original"])),
-        ("converted there", *score_row(ours["converted"])),
-        ("converted there, `--text` C4 `--for int8`", *score_row(given["converted"])),
+        *((f"{name}, on an H200", *score_row(model)) for name, model in named(gpu).items()),
     ]
 
 
@@ -41,7 +36,6 @@ def score_row(score: Run) -> Row:
     return (
         f"{score['perplexity']:.2f}",
         f"{formats['w8a8-static']:.2f}",
-        f"{formats['w8a8-clipped']:.2f}",
         f"{score['stream_peak']:,.0f}",
         f"{score['massive_tokens']}",
     )

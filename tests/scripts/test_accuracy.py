@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from scripts.release.accuracy import accuracies, means
+from scripts.release.accuracy import accuracies, headline
 
 TASKS = ("arc_easy_test", "arc_challenge_test", "piqa_valid", "openbookqa_test")
 
@@ -17,7 +17,8 @@ def found(value: float, error: float) -> dict[str, dict[str, float]]:
 def model(value: float, *, converted: bool) -> dict[str, Any]:
     tasks = {"float": found(value, 0.015), "nvfp4": found(value - 0.1, 0.015)}
     apart = {place: found(-0.01, 0.005) for place in tasks} if converted else {}
-    return {"converted": converted, "tasks": tasks, "task_differences": apart}
+    figures = {"perplexity": 20.0, "formats": {"nvfp4": 30.0}}
+    return {"converted": converted, "tasks": tasks, "task_differences": apart, **figures}
 
 
 RUN = {
@@ -30,12 +31,12 @@ RUN = {
 
 
 def test_a_mean_has_the_interval_of_independent_tasks() -> None:
-    head, original, first, second = means(RUN)
-    assert head == ("", "float", "NVFP4")
+    head, original, first, second = headline(RUN)
+    assert head[1:] == ("perplexity, float", "perplexity, NVFP4", "tasks, float", "tasks, NVFP4")
     # 1.96 * 1.5 % / sqrt(4 tasks)
-    assert original == ("original", "50.0 ± 1.5", "40.0 ± 1.5")
-    assert first == ("converted", "49.0 ± 1.5", "39.0 ± 1.5")
-    assert second[1:] == ("51.0 ± 1.5", "41.0 ± 1.5")
+    assert original == ("original", "20.00", "30.00", "50.0 ± 1.5", "40.0 ± 1.5")
+    assert first[3:] == ("49.0 ± 1.5", "39.0 ± 1.5")
+    assert second[3:] == ("51.0 ± 1.5", "41.0 ± 1.5")
 
 
 def test_a_conversion_has_its_differences_under_it_and_the_original_has_none() -> None:
@@ -54,4 +55,4 @@ def test_a_conversion_has_its_differences_under_it_and_the_original_has_none() -
 
 def test_a_model_too_few_is_no_table() -> None:
     with pytest.raises(ValueError, match="argument 2 is shorter"):
-        means({"models": RUN["models"][:2]})
+        headline({"models": RUN["models"][:2]})
