@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -54,7 +55,7 @@ class Measurement:
     input_peak: dict[str, Tensor]  # (): largest magnitude that a matrix reads, under its name
 
 
-class _Tally:
+class OutlierTally:
     """What the hooks of a measurement collect."""
 
     def __init__(self, decoder: Decoder) -> None:
@@ -144,7 +145,7 @@ class _Tally:
 
 
 @contextmanager
-def _counting(decoder: Decoder, tally: _Tally) -> Iterator[None]:
+def _counting(decoder: Decoder, tally: OutlierTally) -> Iterator[None]:
     family = decoder.family
     layers = range(len(decoder.layers))
     down = [decoder.down(layer).module for layer in layers]
@@ -174,26 +175,24 @@ def _by_layers(decoder: Decoder, attention: Tensor) -> Tensor:
     return every
 
 
+@torch.inference_mode()
 def measure(decoder: Decoder, tokens: Tensor, lead: Tensor) -> Measurement:
     """Measure a model on text `tokens` (rows, length), read after the tokens `lead` (n,)."""
-    return with_fewer_rows(lambda at_once: measure_by(at_once, decoder, tokens, lead), ROWS)
-
-
-@torch.inference_mode()
-def measure_by(
-    at_once: int,
-    decoder: Decoder,
-    tokens: Tensor,
-    lead: Tensor,
-    see: Callable[[Tensor, Tensor], object] | None = None,
-) -> Measurement:
-    """The same by so many rows at once.
-
-    `see` is shown them, lead included, and their logits; without it there are none. Of several
-    processes each reads its share of the rows.
-    """
-    tally = _Tally(decoder)
     rows = led(tokens, lead)
+    return measurement_of(rows, decoder, with_fewer_rows(partial(tally_by, decoder, rows), ROWS))
+
+
+def tally_by(
+    decoder: Decoder,
+    rows: Tensor,
+    at_once: int,
+    see: Callable[[Tensor, Tensor], object] | None = None,
+) -> OutlierTally:
+    """What a model does on this process's share of rows (rows, length), so many at once.
+
+    `see` is shown them and their logits; without it there are none.
+    """
+    tally = OutlierTally(decoder)
     own_rows = ranks.share(rows)
     with _counting(decoder, tally), autocast_bf16(decoder.device):
         if see is None:
@@ -202,6 +201,11 @@ def measure_by(
             given = logits(Subject(decoder=decoder), own_rows, at_once, _LABEL)
             for part, own in zip(own_rows.split(at_once), given, strict=True):
                 see(part.to(own.device), own)
+    return tally
+
+
+def measurement_of(rows: Tensor, decoder: Decoder, tally: OutlierTally) -> Measurement:
+    """What was measured on rows (rows, length), of which every process has tallied its share."""
     tally.join(len(rows))
     return Measurement(
         tokens=rows.cpu(),

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import Source
 from absorb.measure.findings import find, token_weights
-from absorb.measure.outliers import ROWS, Measurement, measure_by
+from absorb.measure.outliers import ROWS, Measurement, OutlierTally, measurement_of, tally_by
 from absorb.runtime import ranks
 from absorb.runtime.losses import row_losses
 from absorb.runtime.precision import with_fewer_rows
@@ -70,20 +70,23 @@ def find_prefix(
     return [*trials, best]
 
 
+@torch.inference_mode()
 def _measured(source: Source, prefix: tuple[int, ...], tokens: Tensor) -> tuple[Trial, Measurement]:
     """A trial, and a measurement of the text behind the prefix, in one pass."""
+    rows = led(tokens, torch.tensor(prefix))
 
-    def measured(at_once: int) -> tuple[Trial, Measurement]:
+    def seen(at_once: int) -> tuple[OutlierTally, list[Tensor]]:
         losses: list[Tensor] = []
 
-        def see(rows: Tensor, logits: Tensor) -> None:
-            losses.append(row_losses(logits[:, len(prefix) :], rows[:, len(prefix) :]))
+        def see(part: Tensor, logits: Tensor) -> None:
+            losses.append(row_losses(logits[:, len(prefix) :], part[:, len(prefix) :]))
 
-        found = measure_by(at_once, source.decoder, tokens, torch.tensor(prefix), see)
-        of_all = ranks.of_all(torch.cat(losses), len(tokens))
-        return Trial(prefix=prefix, loss=of_all.mean().item()), found
+        return tally_by(source.decoder, rows, at_once, see), losses
 
-    return with_fewer_rows(measured, ROWS)
+    tally, own = with_fewer_rows(seen, ROWS)
+    losses = ranks.of_all(torch.cat(own), len(rows))
+    measurement = measurement_of(rows, source.decoder, tally)
+    return Trial(prefix=prefix, loss=losses.mean().item()), measurement
 
 
 def strongest_sink(

@@ -71,13 +71,16 @@ def tallies(
     def seen(at_once: int) -> list[Tally]:
         return _tallies_by(at_once, subjects, teacher, held_out, inputs)
 
-    return with_fewer_rows(seen, _rows(held_out))
+    found = with_fewer_rows(seen, _rows(held_out))
+    for tally in found:
+        tally.join(len(held_out))
+    return found
 
 
 def _tallies_by(
     at_once: int, subjects: Sequence[Subject], teacher: Subject, held_out: Tensor, inputs: bool
 ) -> list[Tally]:
-    """The same by so many rows at once."""
+    """The same of the rows that this process reads, so many at once."""
     own_rows = ranks.share(held_out)
     seen = [Tally() for _ in subjects]
     known = next((i for i, subject in enumerate(subjects) if subject.reads_as(teacher)), None)
@@ -94,8 +97,6 @@ def _tallies_by(
         target = found[-1 if known is None else known]
         for tally, own in zip(seen, found, strict=False):
             tally.see_logits(own, target, tokens.to(target.device))
-    for tally in seen:
-        tally.join(len(held_out))
     return seen
 
 
