@@ -56,22 +56,24 @@ def gates_of(
 
     It is found on text `tokens` (rows, length). No gate reads the channels `outliers`.
     """
-    walk = Walk(student, ranks.share(tokens[:_MOST]).split(ROWS))
+    rows = tokens[:_MOST]
+    walk = Walk(student, ranks.share(rows).split(ROWS))
     found: dict[str, list[Tensor]] = {name: [] for name in gated_norms(student)}
     for layer in tqdm(range(len(student.layers)), desc="setting gates", unit="layer"):
         with _watching(student, layer, outliers) as seen, autocast_bf16(student.device):
             walk.pass_on(layer)
         for name, pairs in seen.items():
-            normed, shares = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-            found[name].append(_rows(normed, shares, outliers, rank, layer).cpu())
-    return {name: torch.stack(rows) for name, rows in found.items()}
+            alone, own = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+            shares = ranks.of_all(own, len(rows))
+            found[name].append(_rows(alone, shares, outliers, rank, layer).cpu())
+    return {name: torch.stack(read) for name, read in found.items()}
 
 
 @contextmanager
 def _watching(
     student: Decoder, layer: int, outliers: Sequence[int]
 ) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """What the norms of a layer give meanwhile, by name: ŷ (tokens, hidden) and a (tokens,)."""
+    """What the norms of a layer give meanwhile: ŷ (tokens, hidden) and a (rows, length)."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in gated_norms(student)}
 
     def after(name: str) -> Callable[..., None]:
@@ -80,7 +82,8 @@ def _watching(
             others[..., outliers] = 0
             alone = norm.forward(others).flatten(0, -2).float()
             alone[:, outliers] = 0
-            seen[name].append((alone, share_of(out.flatten(0, -2).float(), alone)))
+            shares = share_of(out.flatten(0, -2).float(), alone)
+            seen[name].append((alone, shares.view(out.shape[:-1])))
 
         return look
 
@@ -106,11 +109,12 @@ def direction(alone: Tensor, shares: Tensor) -> Tensor:
     """v (hidden,), of which 2 sigmoid(ŷ v) is nearly a, but for a factor that is the same always.
 
     v = (ŶᵀŶ + κ I)⁻¹ Ŷᵀ z with z = logit(a / 2c), of the mean zero. (On the demo, 2 (log a - b) in
-    its place is far off for the few tokens whose a is small.)
+    its place is far off for the few tokens whose a is small.) `alone` is of the tokens that this
+    process has read, and `shares` (rows, length) of all.
     """
     logs = shares.log()
     ends = logs.float().quantile(torch.tensor([_ENDS, 1 - _ENDS], device=logs.device))
-    wanted = _centered(logs.clamp(*ends)).double()
+    wanted = ranks.share(_centered(logs.clamp(*ends))).flatten().double()
     squares = ranks.summed(alone.T.double() @ alone.double())
     squares.diagonal().add_(_DAMPING * squares.diagonal().mean().clamp_min(1e-12))
     found: Tensor = torch.linalg.solve(squares, ranks.summed(alone.T.double() @ wanted))
@@ -118,16 +122,19 @@ def direction(alone: Tensor, shares: Tensor) -> Tensor:
 
 
 def _centered(logs: Tensor) -> Tensor:
-    """logit(a / 2c) for log a (tokens,), with c such that the mean is zero: by Newton's method."""
-    middle = ranks.mean(float(logs.mean()))
+    """logit(a / 2c) for log a, with c such that the mean is zero: by Newton's method."""
+    middle = float(logs.mean())
     for _ in range(_ROUNDS):
         found = torch.logit((logs - middle).exp() / 2, _EDGE)
-        middle += ranks.mean(float(found.mean())) / 2  # the slope is two where a is c
+        middle += float(found.mean()) / 2  # the slope is two where a is c
     return found
 
 
 def _rows(alone: Tensor, shares: Tensor, outliers: Sequence[int], rank: int, seed: int) -> Tensor:
-    """What one gate reads, (rank, hidden): of ŷ each row makes numbers of the mean square one."""
+    """What one gate reads, (rank, hidden): of ŷ each row makes numbers of the mean square one.
+
+    `alone` and `shares` are as `direction` takes them.
+    """
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randn(rank, alone.shape[-1], generator=draw, dtype=torch.float64)
     rows = rows.to(alone.device)
@@ -135,7 +142,8 @@ def _rows(alone: Tensor, shares: Tensor, outliers: Sequence[int], rank: int, see
     if outliers:
         rows[0] = direction(alone, shares)
         rows[1] = -rows[0]
-    squares = ranks.summed((alone.double() @ rows.T).square().mean(0)) / ranks.count()
+    squares = ranks.summed((alone.double() @ rows.T).square().sum(0))
+    squares /= shares.numel() * ranks.readers(len(shares))
     return (rows / squares.sqrt().clamp_min(1e-6)[:, None]).float()
 
 

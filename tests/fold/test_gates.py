@@ -1,9 +1,13 @@
 """Gates begin as nothing, stand for the denominator of a norm, and go along with all folds."""
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from absorb.errors import AbsorbError
@@ -15,12 +19,15 @@ from absorb.fold.smoothing import searched_scales
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.family import Family
+from absorb.runtime import ranks
 from absorb.runtime.precision import as_stored
 from absorb.schema.training import Recipe
 from absorb.text.gather import Texts
 from absorb.tune.distill import distill
+from tests.helpers import warm
 from tests.helpers.plans import neutral_plan
 from tests.helpers.tiny import HEAD_DIM, HIDDEN, LAYERS, VOCABULARY, kv_heads, tiny
+from tests.pipelines.test_ranks import told
 
 OUTLIERS = [7, 30]
 # Norms of every kind: RMSNorm, the same with 1 + w, LayerNorm, and one without a weight.
@@ -192,3 +199,30 @@ def test_gates_learn_what_nothing_else_that_is_trained_can() -> None:
         losses = distill(teacher, student, prefix, texts, recipe, seed=0)
         left.append(min(value for _, value in losses.held_out))
     assert left[1] < 0.8 * left[0]
+
+
+def write_gates(file: Path) -> None:
+    """What gates read of seven rows that processes share, of whom one reads more than others."""
+    family, draw = FAMILIES["llama"], torch.Generator().manual_seed(0)
+    model = tiny("llama", torch.float32)
+    model.get_input_embeddings().weight.data[:, OUTLIERS] = 4.0
+    rows = torch.randint(3, VOCABULARY, (7, 12), generator=draw)
+    with ranks.joined("cpu"):
+        gates = gates_of(graft(Decoder(model, family), neutral_plan(family)), rows, OUTLIERS)
+        if ranks.is_first():
+            save_file(gates, file)
+
+
+@pytest.mark.slow
+def test_three_processes_set_gates_as_one_does(tmp_path: Path) -> None:
+    """To the rounding of float32: a direction solves equations of products of 64 channels."""
+    found = []
+    for count in (1, 3):
+        file = tmp_path / str(count)
+        with ThreadPoolExecutor() as pool:
+            envs = [os.environ | place for place in told(count)]
+            done = [*pool.map(lambda env: warm.call(write_gates, file, env=env), envs)]  # noqa: B023
+        assert [one.returncode for one in done] == [0] * count, done
+        found.append(load_file(file))
+    for name, rows in found[0].items():
+        torch.testing.assert_close(found[1][name], rows, rtol=1e-4, atol=1e-5, msg=name)
