@@ -128,23 +128,27 @@ def _trained(
     """
     texts, prefix = draft.texts, torch.tensor(draft.plan.prefix)
     goal = FORMAT_FOR.get(fine_tune.purpose)
-    if student.streaming and fine_tune.trains:
-        form, source = FORMATS[goal] if goal else None, draft.source.decoder
+    source = draft.source.decoder
+    first: Losses | None = None
+    if (student.streaming or fine_tune.by_layers) and fine_tune.trains:
+        form = FORMATS[goal] if goal else None
         with _scratch(draft, folder) as place:
             if fine_tune.sharded:
                 from absorb.tune.sharded import distill_sharded  # FSDP takes a second to import
 
                 kept = draft.progress.shards if draft.progress else None
                 return distill_sharded(source, student, prefix, texts, fine_tune, seed, kept, place)
-            losses = distill_layers(source, student, draft.plan, texts, fine_tune, form, place)
+            first = distill_layers(source, student, draft.plan, texts, fine_tune, form, place)
         if not fine_tune.end_steps:
-            return losses
-        few = fine_tune.at_the_end
-        more = distill_held(source, student, prefix, texts, few, form, seed, draft.progress)
-        return _joined(losses, more)
+            return first
+        if student.streaming:
+            few = fine_tune.at_the_end
+            more = distill_held(source, student, prefix, texts, few, form, seed, draft.progress)
+            return _joined(first, more)
+        fine_tune = replace(fine_tune, steps=fine_tune.end_steps, by_layers=False, rate=5e-5 if fine_tune.purpose in ("none","int8") else 1e-4)
     with fake_quantized(student, FORMATS[goal], texts.scaling) if goal else nullcontext():
-        teacher = draft.source.decoder
-        return distill(teacher, student, prefix, texts, fine_tune, seed, draft.progress)
+        more = distill(source, student, prefix, texts, fine_tune, seed, draft.progress)
+    return _joined(first, more) if first else more
 
 
 def _joined(first: Losses, more: Losses) -> Losses:

@@ -19,6 +19,7 @@ from absorb.errors import AbsorbError
 from absorb.fold.plan import STREAM, Plan
 from absorb.measure.divergence import divergence
 from absorb.models.decoder import Decoder
+from absorb.models.resting.at_hand import AtHand
 from absorb.models.resting.streaming import Streaming
 from absorb.quantize.formats import Format
 from absorb.quantize.simulate import quantized, quantized_inputs
@@ -44,15 +45,14 @@ def distill_layers(
     form: Format | None,
     scratch: Path,
 ) -> Losses:
-    """Train the layers of a student whose weights stream, which are kept in the folder `scratch`.
+    """Train the layers of a student, which are kept in the folder `scratch`.
 
     Layers that an earlier run has kept there are taken as they are.
     With a format the student computes as if quantised. The layers stay untrained where all of them
     together come no closer to the teacher on validation text. Raises an AbsorbError where the loss
     is not a number any more.
     """
-    streaming = student.streaming
-    assert streaming is not None
+    resting = student.streaming or AtHand(student.layers)
     prefix = torch.tensor(plan.prefix)
     ranges = {} if form is None or form.ranges is None else form.ranges(student, texts.scaling)
 
@@ -63,10 +63,10 @@ def distill_layers(
     before = judged()
     with quantized_inputs(student, form, ranges) if form else nullcontext():
         trained = _Layers(teacher, student, plan, texts, fine_tune, form)
-        errors = tuple(trained.errors(streaming, scratch))
+        errors = tuple(trained.errors(resting, scratch))
     after = judged()
     if after >= before:
-        streaming.unsettle()
+        resting.unsettle()
     steps = fine_tune.steps or 0
     return Losses(
         training=(),
@@ -105,20 +105,20 @@ class _Layers:
         self.inputs = Walk(student, [*parts, *judges], dtype)
         self.targets = Walk(teacher, [led(part, lead) for part in (*parts, *judges)], dtype)
 
-    def errors(self, streaming: Streaming, scratch: Path) -> Iterator[tuple[float, float]]:
+    def errors(self, resting: Streaming | AtHand, scratch: Path) -> Iterator[tuple[float, float]]:
         """Train every layer: the error on validation text before and after, as shares."""
         layers = range(len(self.student.layers))
         for layer in tqdm(layers, desc="fine-tuning layer by layer", unit="layer"):
             self._pass_on(self.targets, layer)
             kept = KeptLayer(scratch / f"{layer}.safetensors")
             if not kept.is_there:
-                with self.student.fetched(layer):
+                with resting.fetched(self.student.layers[layer]):
                     errors = self._trained(layer)
                     better = errors[1] < errors[0]
-                    kept.write(streaming.at_hand(layer) if better else {}, errors)
+                    kept.write(resting.at_hand(layer) if better else {}, errors)
             before, after = kept.errors
             if after < before:
-                streaming.settle(layer, kept.file)
+                resting.settle(layer, kept.file)
             self._pass_on(self.inputs, layer)
             yield before, min(before, after)
 

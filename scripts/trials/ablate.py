@@ -68,6 +68,9 @@ class Choice:
     gates: int = 0  # their rank
     scalar: bool = False  # they are one number for all channels
     penalty: float = 0.0  # on peaks in what Linears read
+    by_layers: int = 0  # steps of each, before all are trained at once
+    layer_rate: float = 2e-4
+    tf32: bool = False
     apart: bool = False  # outlier channels stay in float where norms feed Linears
     formats: tuple[FormatName, ...] = USUAL
 
@@ -133,6 +136,17 @@ CHOICES = {
         for more, penalty in (("", 0.0), (", peaks penalised", 1e-2))
         for name, changes in _GATES.items()
     },
+    **{
+        f"X {text} {purpose} {form} L{layers} r{lr} E{end}{' tf32' if tf32 else ''}": Choice(
+            steps=end, given=given, purpose=purpose, formats=("w8a8-static", "w8a8-clipped", *( [form] if form else [])), by_layers=layers, layer_rate=lr, tf32=tf32
+        )
+        for text, given in (("own", None), ("c4", 0))
+        for purpose, form in (("none", ""), ("int8", ""), ("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("w4a4", "w4a4-hadamard"))
+        for layers in (0, 32, 64, 192)
+        for lr in ((2e-4, 5e-4) if layers else (2e-4,))
+        for end in (0, 50, 100, 300)
+        for tf32 in (False, True)
+    },
     # The most that gates can win.
     "100 steps of all, given text, outliers in float": Choice(
         steps=100, given=0, apart=True, formats=("w8a8-static", *FOUR_BITS)
@@ -173,7 +187,7 @@ class Bench:
     def planned(self, choice: Choice) -> Prepared:
         """A conversion before its fine-tune."""
         scales = choice.scales or choice.purpose
-        found = (choice.sink, choice.seed, choice.given, bool(choice.steps), scales)
+        found = (choice.sink, choice.seed, choice.given, bool(choice.steps or choice.by_layers), scales)
         draft = self.searched(*found)
         plan = replace(draft.plan, gates=gates_for(draft, choice.gates))
         return replace(draft, plan=plan if choice.orders else replace(plan, orders={}))
@@ -209,7 +223,7 @@ class Bench:
         prefix = draft.plan.prefix
         if prefix not in self.originals:
             subject = Subject(decoder=draft.source.decoder, lead=lead_of(draft.source.tokenizer))
-            self.originals[prefix] = self.score(draft, subject, (*USUAL, *FOUR_BITS))
+            self.originals[prefix] = self.score(draft, subject, ("w8a8-static",))
         return self.originals[prefix]
 
     def score(self, draft: Prepared, subject: Subject, formats: tuple[FormatName, ...]) -> Score:
@@ -221,6 +235,8 @@ def trained(draft: Prepared, student: Decoder, choice: Choice) -> int:
     """Fine-tune the student in place: the step that was kept."""
     wish = Distillation(steps=choice.steps, train=choice.train, purpose=choice.purpose)
     fine_tune = recipe(wish, student.device)
+    if choice.by_layers:
+        fine_tune = replace(fine_tune, by_layers=True, steps=choice.by_layers, end_steps=choice.steps, rate=choice.layer_rate)
     if choice.rate is not None:
         fine_tune = replace(fine_tune, rate=choice.rate)
     texts = replace(draft.texts, training=draft.texts.training[: choice.rows])
@@ -231,7 +247,21 @@ def trained(draft: Prepared, student: Decoder, choice: Choice) -> int:
         teacher = Subject(decoder=draft.source.decoder, lead=prefix)
         loss = penalised(teacher, Subject(decoder=student), choice.penalty)
         return train(student.model, loss, texts, fine_tune, choice.seed).kept
-    return fine_tuned(student, replace(draft, texts=texts), fine_tune, choice.seed, Path()).kept
+    if choice.tf32:
+        from absorb.runtime import precision
+        import absorb.tune.distill as d
+        torch.backends.cuda.matmul.allow_tf32 = True
+        off = lambda device: torch.autocast(device.type, torch.bfloat16, enabled=False)
+        was = d.autocast_bf16
+        d.autocast_bf16 = off
+    import tempfile
+    with tempfile.TemporaryDirectory() as place:
+        losses = fine_tuned(student, replace(draft, texts=texts), fine_tune, choice.seed, Path(place))
+    print("LOSSES", losses.held_out, [tuple(round(x, 5) for x in l) for l in losses.layers], file=sys.stderr)
+    if choice.tf32:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        d.autocast_bf16 = was
+    return losses.kept
 
 
 def line(name: str, run: Any) -> Row:
