@@ -200,6 +200,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_shared_out(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def forget_whole(model: torch.nn.Module) -> None:
+    """Let what is whole of a model that FSDP shares out be gathered anew: its parts have changed.
+
+    FSDP leaves what stands outside of the layers whole after a pass, in the type of products.
+    """
+    reshard = getattr(model, "reshard", None)
+    if reshard is not None:
+        reshard()
+
+
 def _together(tensor: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
     if count() == 1:
         return tensor

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from time import monotonic
 from typing import Protocol, TypeVar
 
@@ -36,6 +36,7 @@ class Keeper(Protocol):
 
 
 _CHECKS = 4  # how often the validation divergence is looked at: at every quarter
+_SLOWER = 0.3  # times the rate, from a check on that found the student no closer
 
 
 def distill(
@@ -66,6 +67,8 @@ def train(
 ) -> Losses:
     """Train the student in place, and keep its best step by the loss on validation text.
 
+    Where a check finds it no better than before, it goes on from its best step more slowly: how
+    fast a model may learn depends on how close it is already.
     A keeper may have the state of an earlier run, which is then gone on from. So many rows are read
     `at_once`, or as many as the memory allows, and fewer from when it is short.
     Limited by minutes, no two runs are the same to the bit: how many steps there are, and the
@@ -90,15 +93,15 @@ def train(
         check.go_on(state.training_state, restored(state.tensors, parameters, optimizer))
         state.tensors.clear()  # they are where they belong
     batches = islice(_batches(texts.training, fine_tune.rows, seed), pace.steps, None)
-    schedule = LambdaLR(optimizer, lambda _: rate_at(pace.done, pace.whole))
+    schedule = LambdaLR(optimizer, lambda _: check.rate * rate_at(pace.done, pace.whole))
     with pace.bar:
         while pace.done < pace.whole:
             value = _step(loss, reading, next(batches), optimizer, parameters)
             check_is_due = pace.count()
             losses.append((pace.steps, value))
+            if check_is_due and not check(pace.steps):
+                check.restore()
             schedule.step()
-            if check_is_due:
-                check(pace.steps)
             if keeper and (check_is_due or keeper.is_due()):
                 tensors = snapshot(parameters, check.best, optimizer)
                 keeper.keep_state(State(training_state=check.at(pace, losses), tensors=tensors))
@@ -234,12 +237,21 @@ class _Check:
         self.kept = 0
         self.best: list[Tensor] = []
 
-    def __call__(self, step: int) -> None:
+    def __call__(self, step: int) -> bool:
+        """Whether it is the best so far."""
         value = ranks.mean(self.reading(partial(mean_loss, self.loss, self.validation)))
-        if value < min((before for _, before in self.seen), default=math.inf):
+        is_best = value < min((before for _, before in self.seen), default=math.inf)
+        if is_best:
             self.kept = step
             self.best = [parameter.detach().clone() for parameter in self.parameters]
         self.seen.append((step, value))
+        return is_best
+
+    @property
+    def rate(self) -> float:
+        """The share of the rate that is left after all checks that found nothing better."""
+        lows = accumulate((value for _, value in self.seen), min)
+        return float(_SLOWER ** (len(self.seen) - len(set(lows))))
 
     def at(self, pace: _Pace, losses: list[tuple[int, float]]) -> TrainingState:
         return TrainingState(
@@ -258,3 +270,4 @@ class _Check:
     def restore(self) -> None:
         for parameter, best in zip(self.parameters, self.best, strict=True):
             parameter.copy_(best)
+        ranks.forget_whole(self.reading.student)

@@ -7,12 +7,11 @@ are shared out. The layers come there one after the other, and leave one after t
 
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -131,8 +130,6 @@ class _Twin:
 
     def settle(self, scratch: Path) -> None:
         """Let the student have what was learned: its layers rest in `scratch`."""
-        # FSDP leaves the ends whole after a pass, in the type of products, as they were in it.
-        cast(FSDPModule, self.model).reshard()
         for index, layer in enumerate(tqdm(self.student.layers, desc="gathering", unit="layer")):
             whole = self._gathered(layer)
             kept = KeptLayer(scratch / f"whole-{index}.safetensors")

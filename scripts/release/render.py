@@ -97,6 +97,7 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "model": tables.model(models),
         "scale": scale.rows_of(found["scale"]),
         "gates": tables.ablation(found["gates"]),
+        "layers_first": tables.ablation(found["layers_first"]),
         "for_a_format": tables.ablation(found["for_a_format"]),
         "architectures": tables.architectures(found["architectures"]),
         "float16": reach_rows(from_json(Rescaled, (FIGURES / "float16.json").read_text())),

@@ -101,6 +101,23 @@ def test_the_best_step_is_kept_even_if_it_is_the_untrained_one(
     assert not changed(student, before)
 
 
+def test_a_student_that_came_no_closer_goes_on_from_its_best_step_more_slowly(
+    teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At eight hundred times the usual rate the first check finds it further than it began."""
+
+    def reached(slower: float) -> float:
+        monkeypatch.setattr(module, "_SLOWER", slower)
+        student = twin(Decoder(teacher, FAMILIES["llama"])).model
+        fine_tune = Recipe(steps=80, train="all", rows=8, rate=0.04)
+        losses = distill(*pair(teacher, student), PREFIX, texts(), fine_tune, seed=0)
+        start, first, *later = (value for _, value in losses.held_out)
+        assert first > start
+        return min(later)
+
+    assert reached(0.3) < 0.8 * reached(1.0)
+
+
 def test_no_steps_change_nothing(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     before = {name: value.clone() for name, value in student.named_parameters()}
     nothing = replace(texts(), training=torch.empty(0, 12, dtype=torch.long))
