@@ -40,7 +40,11 @@ def headline(run: Run) -> list[Row]:
     models = named(run)
     places = list(models["original"]["tasks"])
     rows = [
-        (name, *_perplexities(model), *(_mean(model["tasks"][place], "") for place in places))
+        (
+            name,
+            *(f"{_perplexities(model)[place]:.2f}" for place in places),
+            *(_mean(model["tasks"][place], "") for place in places),
+        )
         for name, model in models.items()
     ]
     spoken = [*map(_spoken, places)]
@@ -50,8 +54,8 @@ def headline(run: Run) -> list[Row]:
     ]
 
 
-def _perplexities(model: Run) -> Row:
-    return tuple(f"{value:.2f}" for value in (model["perplexity"], *model["formats"].values()))
+def _perplexities(model: Run) -> dict[str, float]:
+    return {"float": model["perplexity"], **model["formats"]}
 
 
 def named(run: Run) -> dict[str, Run]:
