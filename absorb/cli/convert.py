@@ -7,7 +7,7 @@ import click
 
 from absorb.cli.hub import uploaded_sentence, uploading
 from absorb.cli.options import json_option, options_from, settled
-from absorb.cli.terminal import UserErrors, print_result, say
+from absorb.cli.terminal import SPEAKS, UserErrors, print_result, say
 from absorb.schema.places import Destination, expanded
 from absorb.schema.settings import Job
 
@@ -48,7 +48,7 @@ def convert(
         print_result(to_json(result).rstrip() if as_json else _STORIES[job.to](result, out))
         if isinstance(result, Report):
             warn_of_loss(result)
-    if push_to_hub is not None:
+    if push_to_hub is not None and SPEAKS:
         with uploading():
             uploaded = uploaded_sentence(hub.push(out, Destination(repository=push_to_hub), say))
             (say if as_json else print_result)(uploaded)

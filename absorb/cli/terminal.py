@@ -11,7 +11,7 @@ from absorb.errors import AbsorbError, MisuseError
 
 # torchrun starts several processes, of which one speaks for all.
 _NUMBER = os.environ.get("RANK", "0")
-_SPEAKS = _NUMBER == "0"
+SPEAKS = _NUMBER == "0"
 _LOST = f"absorb: another process than {_NUMBER} of torchrun has ended, so nothing was written"
 
 
@@ -45,7 +45,7 @@ class UserErrors:
             click.echo(f"absorb: {reason}, so nothing was written; check the name", err=True)
             sys.exit(1)
         if _is_out_of_memory(error):
-            where = "" if _SPEAKS else f" of process {_NUMBER}"
+            where = "" if SPEAKS else f" of process {_NUMBER}"
             click.echo(
                 f"absorb: the memory{where} is full, so nothing was written; {self.frugal}",
                 err=True,
@@ -84,13 +84,13 @@ def _unheard(_: Any) -> None:
 
 
 def say(sentence: str) -> None:
-    if _SPEAKS:
+    if SPEAKS:
         click.echo(sentence, err=True)
 
 
 def print_result(result: str) -> None:
     """Results go to stdout. By now whatever was to be written is."""
-    if not _SPEAKS:
+    if not SPEAKS:
         return
     try:
         click.echo(result)

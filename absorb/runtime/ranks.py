@@ -29,7 +29,7 @@ class RefusedByOneError(AbsorbError):
 @contextmanager
 def joined(device: str) -> Iterator[None]:
     """Let the processes of torchrun find each other; `device` is what the user asked for."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if started() == 1:
         yield
         return
     on_gpus = device_of(device).type == "cuda"
@@ -72,6 +72,11 @@ def _give_up_at(heard: int) -> None:
         if number[0] == signal.SIGTERM:
             dist.distributed_c10d._abort_process_group()
     os.close(heard)
+
+
+def started() -> int:
+    """How many processes torchrun has started, whether they have joined or not."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def count() -> int:

@@ -159,6 +159,16 @@ def test_options_that_leave_no_sense_to_each_other_are_misuse(
     assert sentence in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize("to", ["stock", "native"])
+def test_several_processes_are_told_what_one_must_write(
+    to: str, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = convert(original, "--out", tmp_path / "out", "--to", to)
+    assert result.exit_code == 2, result.output
+    assert f"--to {to} is written by one process; start it without torchrun" in result.stderr
+
+
 # A stock architecture that has sinks, in one step
 
 

@@ -1,8 +1,12 @@
 """A checkpoint reaches the Hub whole or not at all, and every refusal there is one sentence."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,8 @@ from absorb.ship.hub import checked_target, upload
 from absorb.ship.staging import digests
 from absorb.ship.verify import verify
 from tests.helpers.fake_hub import TOKEN, USER, FakeHub, Trouble, serving
+from tests.helpers.tiny_tokenizer import letters
+from tests.pipelines.test_ranks import told
 
 pytestmark = pytest.mark.usefixtures("little_text")
 
@@ -111,6 +117,25 @@ def test_a_conversion_is_pushed_when_it_is_written(
     assert "uploaded to" in result.stderr
     assert json.loads(result.stdout)["files"]
     assert arrived(hub, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_pushes_what_they_have_written(
+    hub: FakeHub, original: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(letters(40 * 257))
+    command = [sys.executable, "-m", "absorb", "convert", original, "--out", tmp_path / "out"]
+    command += ["--text", tmp_path / "text.txt", "--steps", "0", "--push-to-hub", REPOSITORY]
+    at_home = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    at_home["HF_HUB_DISABLE_XET"] = "1"
+    with ThreadPoolExecutor() as pool:
+        envs = [at_home | place for place in told(2)]
+        said = {"capture_output": True, "text": True}
+        done = [*pool.map(lambda env: subprocess.run(command, env=env, **said), envs)]
+    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
+    assert arrived(hub, tmp_path / "out")
+    assert hub.requests.count(COMMIT) == 1
+    assert [one.stdout.count("uploaded to") for one in done] == [1, 0]
 
 
 @pytest.mark.parametrize(
