@@ -86,7 +86,7 @@ def help_save(
 ) -> None:
     """Write this process's share of the weights, if it has one, to where the first writes.
 
-    `folder` is its own, and stays empty.
+    Nothing is written to `folder`, which is its own.
     """
     if student.streaming is not None:
         model = whole.shell(student) if whole else student.model

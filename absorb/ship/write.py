@@ -55,7 +55,7 @@ def write(folder: Path, student: Decoder, source: Source, report: Report) -> Rep
 def help_write(folder: Path, student: Decoder, source: Source) -> None:
     """What a process does for the first one, which is in `write`: it writes a share of the weights.
 
-    None where few are to be written. Its own folder stays empty.
+    None where few are to be written, and nothing to its own folder.
     """
     refuse = partial(refuse_non_finite_in, name=_name(source))
     with quiet():

@@ -17,8 +17,9 @@ _ERRORS, _EXPERTS = "errors", "experts"  # the entries of the metadata
 class KeptLayer:
     """The file of one layer: whole or not there. It holds no weights where training did not help.
 
-    Processes that train together write the same. Where an earlier run had memory for another
-    decision about the `experts`, to train them or not, its layer counts as not there.
+    The first of several processes writes it and all read it: if each did, the disk would hold one
+    for each, as what is read stays there. Where an earlier run had memory for another decision
+    about the `experts`, to train them or not, its layer counts as not there.
     """
 
     def __init__(self, file: Path, experts: bool = True):
@@ -26,8 +27,16 @@ class KeptLayer:
         self.is_there = file.is_file() and self._noted(_EXPERTS) == experts
 
     def write(self, weights: dict[str, Tensor], errors: tuple[float, float]) -> None:
-        """Keep weights, and the error of the layer's stream before and after it was trained."""
-        partial = self.file.with_suffix(f".{ranks.number()}.partial")
+        """Keep weights, and the error of the layer's stream before and after it was trained.
+
+        All processes call this with the same, and go on when the file is there.
+        """
+        if ranks.is_first():
+            self._write(weights, errors)
+        ranks.meet()
+
+    def _write(self, weights: dict[str, Tensor], errors: tuple[float, float]) -> None:
+        partial = self.file.with_suffix(".partial")
         notes = {_ERRORS: errors, _EXPERTS: self.experts}
         save_file(weights, partial, metadata={n: json.dumps(note) for n, note in notes.items()})
         with partial.open("rb") as written:

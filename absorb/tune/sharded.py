@@ -133,9 +133,7 @@ class _Twin:
         for index, layer in enumerate(tqdm(self.student.layers, desc="gathering", unit="layer")):
             whole = self._gathered(layer)
             kept = KeptLayer(scratch / f"whole-{index}.safetensors")
-            if ranks.is_first():
-                kept.write(whole, (1.0, 0.0))
-            ranks.meet()
+            kept.write(whole, (1.0, 0.0))
             self.streaming.settle(index, kept.file)
         for unit in self.streaming.ends:
             named = dict(unit.named_parameters())

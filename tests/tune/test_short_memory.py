@@ -43,7 +43,7 @@ def held(teacher: Decoder, student: Decoder, place: Path) -> Weights:
 def one_by_one(teacher: Decoder, student: Decoder, place: Path) -> Weights:
     """The layers as they are kept: those that are better than untrained."""
     plan = neutral_plan(FAMILIES["llama"], prefix=(1,))
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     blockwise.distill_layers(teacher, student, plan, texts(), ALL, None, place)
     kept = {file.stem: load_file(file) for file in place.iterdir()}
     assert any(kept.values())
