@@ -93,6 +93,11 @@ def is_first() -> bool:
     return number() == 0
 
 
+def is_first_here() -> bool:
+    """Whether this is the one that writes what those of its host read."""
+    return count() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def share(rows: Tensor) -> Tensor:
     """The rows that this process reads: all, where there are too few to share them out."""
     return rows if readers(len(rows)) > 1 else rows[number() :: count()]

@@ -17,8 +17,8 @@ _ERRORS, _EXPERTS = "errors", "experts"  # the entries of the metadata
 class KeptLayer:
     """The file of one layer: whole or not there. It holds no weights where training did not help.
 
-    The first of several processes writes it and all read it: if each did, the disk would hold one
-    for each, as what is read stays there. Where an earlier run had memory for another decision
+    The first process of a host writes it and all there read it: if each did, the disk would hold
+    one for each, as what is read stays there. Where an earlier run had memory for another decision
     about the `experts`, to train them or not, its layer counts as not there.
     """
 
@@ -31,12 +31,12 @@ class KeptLayer:
 
         All processes call this with the same, and go on when the file is there.
         """
-        if ranks.is_first():
+        if ranks.is_first_here():
             self._write(weights, errors)
         ranks.meet()
 
     def _write(self, weights: dict[str, Tensor], errors: tuple[float, float]) -> None:
-        partial = self.file.with_suffix(".partial")
+        partial = self.file.with_suffix(f".{ranks.number()}.partial")
         notes = {_ERRORS: errors, _EXPERTS: self.experts}
         save_file(weights, partial, metadata={n: json.dumps(note) for n, note in notes.items()})
         with partial.open("rb") as written:
