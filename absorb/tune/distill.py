@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate, islice
+from itertools import islice
 from time import monotonic
 from typing import Protocol, TypeVar
 
@@ -36,7 +36,7 @@ class Keeper(Protocol):
 
 
 _CHECKS = 4  # how often the validation divergence is looked at: at every quarter
-_SLOWER = 0.3  # times the rate, from a check on that found the student no closer
+_SLOWER = 0.3  # times the rate, from a check on that found the student no closer than untrained
 
 
 def distill(
@@ -67,7 +67,7 @@ def train(
 ) -> Losses:
     """Train the student in place, and keep its best step by the loss on validation text.
 
-    Where a check finds it no better than before, it goes on from its best step more slowly: how
+    Where a check finds it no better than untrained, it goes on from its best step more slowly: how
     fast a model may learn depends on how close it is already.
     A keeper may have the state of an earlier run, which is then gone on from. So many rows are read
     `at_once`, or as many as the memory allows, and fewer from when it is short.
@@ -99,8 +99,10 @@ def train(
             value = _step(loss, reading, next(batches), optimizer, parameters)
             check_is_due = pace.count()
             losses.append((pace.steps, value))
-            if check_is_due and not check(pace.steps):
-                check.restore()
+            if check_is_due:
+                check(pace.steps)
+                if check.is_lost:
+                    check.restore()
             schedule.step()
             if keeper and (check_is_due or keeper.is_due()):
                 tensors = snapshot(parameters, check.best, optimizer)
@@ -237,21 +239,23 @@ class _Check:
         self.kept = 0
         self.best: list[Tensor] = []
 
-    def __call__(self, step: int) -> bool:
-        """Whether it is the best so far."""
+    def __call__(self, step: int) -> None:
         value = ranks.mean(self.reading(partial(mean_loss, self.loss, self.validation)))
-        is_best = value < min((before for _, before in self.seen), default=math.inf)
-        if is_best:
+        if value < min((before for _, before in self.seen), default=math.inf):
             self.kept = step
             self.best = [parameter.detach().clone() for parameter in self.parameters]
         self.seen.append((step, value))
-        return is_best
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the student is no closer than untrained."""
+        return self.seen[-1][1] >= self.seen[0][1]
 
     @property
     def rate(self) -> float:
-        """The share of the rate that is left after all checks that found nothing better."""
-        lows = accumulate((value for _, value in self.seen), min)
-        return float(_SLOWER ** (len(self.seen) - len(set(lows))))
+        """The share of the rate that is left after all checks that found it so."""
+        start, *later = (value for _, value in self.seen)
+        return float(_SLOWER ** sum(value >= start for value in later))
 
     def at(self, pace: _Pace, losses: list[tuple[int, float]]) -> TrainingState:
         return TrainingState(

@@ -101,7 +101,7 @@ def test_the_best_step_is_kept_even_if_it_is_the_untrained_one(
     assert not changed(student, before)
 
 
-def test_a_student_that_came_no_closer_goes_on_from_its_best_step_more_slowly(
+def test_a_student_further_than_untrained_goes_on_from_its_best_step_more_slowly(
     teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At eight hundred times the usual rate the first check finds it further than it began."""

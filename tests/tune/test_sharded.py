@@ -23,12 +23,11 @@ ALL = Recipe(steps=4, train="all", rows=4)
 class Early(module._Check):
     """Looks at all steps, and finds none after the second any good."""
 
-    def __call__(self, step: int) -> bool:
+    def __call__(self, step: int) -> None:
         exact = self.loss
         self.loss = lambda rows: exact(rows) + 10 * (step > 2)
-        is_best = super().__call__(step)
+        super().__call__(step)
         self.loss = exact
-        return is_best
 
 
 def part(family: str, place: Path) -> None:
