@@ -96,6 +96,7 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "attention_h200": tables.attention(found["attention_h200"]),
         "model": tables.model(models),
         "scale": scale.rows_of(found["scale"]),
+        "growth": scale.growth(found["growth"]),
         "gates": tables.ablation(found["gates"]),
         "layers_first": tables.ablation(found["layers_first"]),
         "for_a_format": tables.ablation(found["for_a_format"]),

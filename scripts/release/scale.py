@@ -1,9 +1,14 @@
 """What conversions of large models took, as a table."""
 
+import torch
+
+from absorb.schema.settings import Distillation
 from absorb.show.tables import Row
+from absorb.tune.recipe import recipe
 from scripts.release.tables import Run
 
 _END = ("the teacher reads", "fine-tuning")
+_ROWS_OF_A_STEP = recipe(Distillation(), torch.device("cpu")).rows
 _STAGES = {
     "fine-tune, layer by layer": ("fine-tuning layer by layer",),
     "fine-tune, end to end": _END,
@@ -37,6 +42,24 @@ def rows_of(runs: dict[str, Run]) -> list[Row]:
         spent = (sum(run["stages"].get(name, 0) for name in names) for run in several)
         rows.append((f"- {stage}", *(f"{seconds:.0f}" for seconds in spent)))
     return [head, *rows]
+
+
+def growth(runs: list[Run]) -> list[Row]:
+    """How conversions of one shape grow with its layers and with the text."""
+    rows = [
+        (
+            f"{run['layers']}",
+            f"{run['steps'] * _ROWS_OF_A_STEP}",
+            f"{run['seconds']:.0f}",
+            f"{run['stages']['fine-tuning layer by layer']:.0f}",
+            f"{added(run):.0f}",
+            f"{run['read'] / 1e9:.2f}",
+            f"{run['written'] / 1e9:.2f}",
+        )
+        for run in runs
+    ]
+    head = ("layers", "rows that are trained on", "seconds", "layer by layer", "end to end")
+    return [(*head, "read, GB", "written, GB"), *rows]
 
 
 def added(run: Run) -> float:
