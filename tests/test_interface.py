@@ -17,6 +17,7 @@ import absorb
 from absorb import AbsorbError
 from absorb import api as interface
 from absorb.cli import main as cli
+from absorb.cli import terminal
 from absorb.pipelines import prepare as pipeline
 from absorb.schema.codec import from_json
 from absorb.schema.declared import options_of
@@ -191,3 +192,16 @@ def test_keys_are_advised_where_they_were_not_tried(
     assert "0 (0.91)" in caplog.text
     assert ("--sink auto" in caplog.text) == (sink == "logit")
     assert ("keys do no better" in caplog.text) == (sink == "auto")
+
+
+def test_a_lost_process_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On GPUs both the signal of torchrun and the wait that it ends tell of it."""
+    monkeypatch.setenv("RANK", "0")
+    terminal._say_lost.cache_clear()
+    with pytest.raises(SystemExit):
+        terminal._terminated()
+    with pytest.raises(SystemExit), terminal.UserErrors():
+        raise RuntimeError("NCCL communicator was aborted")
+    assert capsys.readouterr().err.count("of torchrun has ended") == 1

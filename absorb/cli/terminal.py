@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from functools import cache
 from typing import Any, NoReturn
 
 import click
@@ -52,7 +53,7 @@ class UserErrors:
             )
             sys.exit(1)
         if _is_of_others(error):
-            click.echo(_LOST, err=True)
+            _say_lost()
             sys.exit(1)
         if isinstance(error, KeyboardInterrupt):
             click.echo(f"absorb: interrupted; {self.interrupted}", err=True)
@@ -75,8 +76,14 @@ def _is_of_others(error: BaseException | None) -> bool:
 
 def _terminated(*_: Any) -> NoReturn:
     if "RANK" in os.environ:
-        click.echo(_LOST, err=True)
+        _say_lost()
     sys.exit(143)
+
+
+@cache
+def _say_lost() -> None:
+    """Once: on GPUs a signal and the end of a wait both tell of it."""
+    click.echo(_LOST, err=True)
 
 
 def _unheard(_: Any) -> None:
