@@ -67,12 +67,12 @@ def save(
         if whole is None:
             student.model.save_pretrained(folder, max_shard_size=_SHARD)
             return student.model, {}
-    model = whole.shell(student) if whole else student.model
+    writing = _Writing(student, dtype, types, whole)
+    model = writing.model
     model.config.dtype = dtype
     model.save_pretrained(folder, state_dict={})
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    writing = _Writing(student, model, partial(stored_type, dtype=dtype, types=types), whole)
     return model, name_shards(folder, writing.shards(folder, refuse))
 
 
@@ -88,11 +88,9 @@ def help_save(
 
     Nothing is written to `folder`, which is its own.
     """
-    if student.streaming is not None:
-        model = whole.shell(student) if whole else student.model
-        writing = _Writing(student, model, partial(stored_type, dtype=dtype, types=types), whole)
-        if writing.is_shared_out:
-            writing.shards(folder, refuse)
+    writing = _Writing(student, dtype, types, whole)
+    if writing.is_shared_out:
+        writing.shards(folder, refuse)
 
 
 class _Writing:
@@ -105,11 +103,13 @@ class _Writing:
     def __init__(
         self,
         student: Decoder,
-        model: PreTrainedModel,
-        type_of: Callable[[str], torch.dtype | None],
+        dtype: torch.dtype,
+        types: Mapping[str, torch.dtype],
         whole: Whole | None,
     ):
-        self.student, self.model, self.type_of, self.whole = student, model, type_of, whole
+        self.student, self.whole = student, whole
+        self.model = whole.shell(student) if whole else student.model
+        self.type_of = partial(stored_type, dtype=dtype, types=types)
         self.units, self.apart = _units(student)
         several = student.streaming is not None and ranks.share_a_host()
         sizes = [sum(map(self._bytes, own, own.values())) for _, own, _ in self.units]
