@@ -5,13 +5,14 @@ A grid is data: its values in units of a scale, who shares a scale, and what a s
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 _TINY = torch.finfo(torch.float32).tiny
 _E4M3_TOP = 448.0
+_EXPONENT = 0x7F800000  # its bits in a float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +48,37 @@ def rounded(values: Tensor, grid: Grid, peak: Tensor | None = None, tensors: int
     spans = _spans(values.float(), grid.span, tensors)
     peaks = spans.detach().abs().amax(-1, True) if peak is None else peak.float()
     scale = grid.scales(peaks, tensors if peak is None else 1)
-    levels = (spans / scale.clamp_min(_TINY)).clamp(-grid.top, grid.top)
-    whole = grid.nearest(levels.detach())
-    if levels.requires_grad:
-        whole = levels + (whole - levels).detach()
-    rows = (whole * scale).reshape(*values.shape[:-1], -1)
+    find = _StraightThrough.apply if spans.requires_grad else _on_grid
+    rows = find(spans, scale, grid).reshape(*values.shape[:-1], -1)
     return rows[..., : values.shape[-1]].to(values.dtype)
+
+
+def _on_grid(spans: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    return _at(_levels(spans, scale), scale, grid)
+
+
+def _levels(spans: Tensor, scale: Tensor) -> Tensor:
+    return spans / scale.clamp_min(_TINY)
+
+
+def _at(levels: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """The values at levels, which are overwritten."""
+    return grid.nearest(levels.clamp_(-grid.top, grid.top)) * scale
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The same, with a gradient. Only which values were clamped is remembered for it."""
+
+    @staticmethod
+    def forward(ctx: Any, spans: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+        levels = _levels(spans, scale)
+        ctx.save_for_backward(levels.abs() <= grid.top)
+        return _at(levels, scale, grid)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None, None
 
 
 def peaks_of(values: Tensor, grid: Grid) -> Tensor:
@@ -118,13 +144,13 @@ def e4m3(values: Tensor) -> Tensor:
 def e2m1(values: Tensor) -> Tensor:
     """The nearest of ±{0, 0.5, 1, 1.5, 2, 3, 4, 6}, for values up to 6."""
     step = e2m1_step(values)
-    return (values / step).round() * step
+    return (values / step).round_().mul_(step)
 
 
 def e2m1_step(values: Tensor) -> Tensor:
-    """How far apart the two of these are that a value is between."""
-    size = values.abs()
-    return torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    """How far apart the two of these are that a value is between: half its power of two."""
+    power = values.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)
+    return power.clamp_(1, 4).mul_(0.5)
 
 
 def as_is(values: Tensor) -> Tensor:

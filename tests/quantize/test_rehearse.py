@@ -69,7 +69,7 @@ def test_a_student_learns_to_be_quantised(purpose: Purpose) -> None:
                 Decoder(teacher, family), Decoder(model, family), PREFIX, text.validation
             )
 
-    steps = {"nvfp4": 60, "mxfp4": 100}.get(purpose, 30)  # four bits take longer
+    steps = {"nvfp4": 60, "w4a4": 60, "mxfp4": 100}.get(purpose, 30)  # four bits take longer
     fine_tune = recipe(Distillation(steps=steps, train="all", purpose=purpose), student.device)
     original = Decoder(teacher, family)
     distill(original, Decoder(plain, family), PREFIX, text, fine_tune, seed=0)
