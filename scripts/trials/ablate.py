@@ -9,7 +9,7 @@ A row that is in the JSON already is not run again, so an interrupted run goes o
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import click
 import torch
 
-from absorb.fold.gates import RANK
 from absorb.fold.graft import graft
 from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import load
@@ -37,107 +36,16 @@ from absorb.schema.settings import (
     Purpose,
     Sink,
     Thresholds,
-    Train,
 )
 from absorb.show.tables import Row, table
 from absorb.tune.distill import train
 from absorb.tune.recipe import recipe
 from scripts import bench
 from scripts.bench import SEEN, windows
+from scripts.trials.choices import CHOICES, FOUR_BITS, USUAL, Choice
 from scripts.trials.gates import apart, gates_for, outliers_of, penalised, tie_channels
 
-TRAINING_ROWS = 1024
 _AS_A_GPU = torch.device("cuda")  # text is gathered for the longest fine-tune, wherever it runs
-USUAL: tuple[FormatName, ...] = ("w8a8-static", "w8a8-clipped", "w8a8-token")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """A conversion: how it is planned, and how it is trained."""
-
-    steps: int = 0
-    train: Train = "all"
-    purpose: Purpose = "none"
-    scales: Purpose | None = None  # what these and orders are made for, where it is not `purpose`
-    orders: bool = True  # where the purpose brings any
-    rate: float | None = None  # of weights, in place of what the purpose has
-    sink: Sink = "auto"
-    seed: int = 0
-    given: int | None = None  # which of the texts, in place of the model's own samples
-    rows: int = TRAINING_ROWS  # of text to train on
-    gates: int = 0  # their rank
-    scalar: bool = False  # they are one number for all channels
-    penalty: float = 0.0  # on peaks in what Linears read
-    apart: bool = False  # outlier channels stay in float where norms feed Linears
-    formats: tuple[FormatName, ...] = USUAL
-
-
-FOUR_BITS: tuple[FormatName, ...] = ("w4a4-hadamard", "nvfp4", "mxfp4")
-# What each part of the search for a format brings.
-_ARMS: dict[str, dict[str, Any]] = {
-    "": {},
-    ", no orders": {"orders": False},
-    ", scales for INT8": {"scales": "int8"},
-}
-_GATES: dict[str, dict[str, Any]] = {
-    "no gates": {},
-    "scalar gates": {"gates": 2, "scalar": True},  # two ranks make a linear one
-    "gates of rank 16": {"gates": RANK},
-}
-CHOICES = {
-    "untrained": Choice(formats=(*USUAL, *FOUR_BITS)),
-    "12 steps of sinks": Choice(steps=12, train="sinks"),
-    "100 steps of sinks": Choice(steps=100, train="sinks"),
-    "100 steps of sinks and scales": Choice(steps=100, train="scales"),
-    "100 steps of all": Choice(steps=100),
-    "100 steps of all, rate 2e-4": Choice(steps=100, rate=2e-4),
-    "100 steps of all, on 16 rows": Choice(steps=100, rows=16),
-    "400 steps of all": Choice(steps=400, formats=(*USUAL, *FOUR_BITS)),
-    "1600 steps of all": Choice(steps=1600),
-    "100 steps of all, for INT8": Choice(steps=100, purpose="int8"),
-    "400 steps of all, for INT8": Choice(steps=400, purpose="int8"),
-    "100 steps of all, given text, for INT8": Choice(steps=100, purpose="int8", given=0),
-    "100 steps of all, for NVFP4": Choice(steps=100, purpose="nvfp4", formats=("nvfp4",)),
-    "100 steps of all, for NVFP4, rate 3e-4": Choice(
-        steps=100, purpose="nvfp4", rate=3e-4, formats=("nvfp4",)
-    ),
-    "100 steps of all, for W4A4": Choice(steps=100, purpose="w4a4", formats=("w4a4-hadamard",)),
-    "100 steps of all, for W4A4, rate 3e-4": Choice(
-        steps=100, purpose="w4a4", rate=3e-4, formats=("w4a4-hadamard",)
-    ),
-    "100 steps of all, for MXFP4": Choice(steps=100, purpose="mxfp4", formats=("mxfp4",)),
-    "untrained, given text": Choice(given=0, formats=(*USUAL, *FOUR_BITS)),
-    "100 steps of all, given text": Choice(steps=100, given=0),
-    **{
-        f"{name}, given text, for {purpose.upper()}{arm}": Choice(
-            steps=steps, given=0, purpose=purpose, formats=(form,), **changes
-        )
-        for purpose, form in (("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("w4a4", "w4a4-hadamard"))
-        for name, steps in (("untrained", 0), ("100 steps of all", 100))
-        for arm, changes in _ARMS.items()
-    },
-    "untrained, given a second text": Choice(given=1),
-    "untrained, seed 1": Choice(seed=1),
-    "untrained, seed 2": Choice(seed=2),
-    "untrained, logits": Choice(sink="logit"),
-    "untrained, logits, given text": Choice(sink="logit", given=0),
-    "100 steps of all, logits": Choice(sink="logit", steps=100),
-    "100 steps of all, logits, given text, for INT8": Choice(
-        sink="logit", steps=100, purpose="int8", given=0
-    ),
-    "untrained, keys": Choice(sink="key"),
-    **{
-        f"100 steps of all, given text, {name}{more}": Choice(
-            steps=100, given=0, penalty=penalty, formats=("w8a8-static", *FOUR_BITS), **changes
-        )
-        for more, penalty in (("", 0.0), (", peaks penalised", 1e-2))
-        for name, changes in _GATES.items()
-    },
-    # The most that gates can win.
-    "100 steps of all, given text, outliers in float": Choice(
-        steps=100, given=0, apart=True, formats=("w8a8-static", *FOUR_BITS)
-    ),
-}
 
 
 class Bench:
