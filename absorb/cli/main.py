@@ -17,7 +17,7 @@ from absorb.cli.evaluate import evaluate
 from absorb.cli.export import export
 from absorb.cli.hub import push, verify
 from absorb.cli.inspect import inspect
-from absorb.runtime.memory import keep_freed_memory, share_cores
+from absorb.runtime.memory import join_freed_gpu_memory, keep_freed_memory, share_cores
 
 # transformers imports torchao if it is there, which then tells of kernels that this machine cannot
 # use, and of what a later torch will say to it.
@@ -50,6 +50,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):  # a locale may know no more than ASCII
             stream.reconfigure(errors="backslashreplace")
     keep_freed_memory()
+    join_freed_gpu_memory()
     share_cores()
     if os.environ.get("RANK", "0") != "0":  # one process of torchrun speaks for all
         os.environ["TQDM_DISABLE"] = "1"

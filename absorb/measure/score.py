@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from absorb.measure.divergence import rows_at_once
 from absorb.measure.tally import Tally, perplexity_of
 from absorb.models.decoder import Decoder
 from absorb.quantize.formats import FORMATS, Format
@@ -144,11 +145,17 @@ def losses(subject: Subject, rows: Tensor, label: str) -> Tensor:
     """The mean loss in nats of every row's tokens but its first: (rows,), float64."""
     device = subject.decoder.device
     most = max(_rows(rows), ROWS_AT_ONCE[device.type])
+    if device.type == "cuda":
+        most = min(most, rows_at_once(subject.decoder.model, device))
 
     def found(rows: Tensor) -> Tensor:
+        def of(own: Tensor, tokens: Tensor) -> Tensor:
+            return row_losses(own, tokens.to(device)).cpu()
+
         def by(at_once: int) -> Tensor:
-            given = zip(logits(subject, rows, at_once, label), rows.split(at_once), strict=True)
-            return torch.cat([row_losses(own, tokens.to(device)).cpu() for own, tokens in given])
+            # A name would keep the logits of one part while those of the next are made.
+            parts = map(of, logits(subject, rows, at_once, label), rows.split(at_once))
+            return torch.cat([*parts])
 
         return with_fewer_rows(by, most)
 

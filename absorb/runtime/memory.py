@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 # glibc's names for what mallopt sets, from malloc.h, and the most that it takes: blocks that are
@@ -23,6 +24,17 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _LARGEST)
         mallopt(_TRIM_THRESHOLD, _NEVER)
+
+
+def join_freed_gpu_memory() -> None:
+    """Let torch take memory of a GPU in pages, unless the user has said how: call it before torch.
+
+    Otherwise a small tensor that lies where a large one was keeps all of that place: of 5 GB there
+    was no room for the head of an 8B model, which takes 3.
+    """
+    asked = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    if sys.platform == "linux" and not asked:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def release_freed_memory() -> None:

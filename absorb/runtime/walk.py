@@ -40,23 +40,22 @@ def logits(
     """Logits (few, length, vocabulary) of text (rows, length), without those of the lead.
 
     `watching` is entered while the layers read, and not in between. `beside` others there may be no
-    room for more heads than one, so a head that streams comes and goes with every part.
+    room for more heads than one, so a head that streams comes and goes with every part. Nothing
+    here keeps the logits of a part while those of the next are made.
     """
     decoder, parts = subject.decoder, rows.split(at_once)
     if decoder.streaming is None:
         for part in tqdm(parts, desc=label, unit="batch", disable=not label):
             with watching():
-                found = subject.logits(part)
-            yield found
+                given = [subject.logits(part)]
+            yield given.pop()
         return
     with watching():
         walk = Walk(decoder, [subject.led(part) for part in parts])
         walk.through(label)
     with nullcontext() if beside else walk.ended():
         for place in range(len(parts)):
-            with walk.ended():
-                found = walk.logits(place)
-            yield found[:, len(subject.lead) :]
+            yield walk.logits(place)[:, len(subject.lead) :]
 
 
 class Walk:
@@ -160,14 +159,15 @@ class Walk:
 
     @contextmanager
     def ended(self) -> Iterator[None]:
-        """Within it what comes after the layers is at hand, for `logits`."""
+        """Within it what comes after the layers is at hand."""
         with self._at_hand(lambda unit: unit is not self.decoder.model.get_input_embeddings()):
             yield
 
     @torch.no_grad()
     def logits(self, place: int) -> Tensor:
         """Logits (rows, length, vocabulary) of a part that has gone through all layers."""
-        return self.behind(self.waiting(place))
+        with self.ended():
+            return self.behind(self.waiting(place))
 
     def behind(self, stream: Tensor) -> Tensor:
         """Logits (rows, few, vocabulary) of a stream (rows, few, hidden) of the last layer."""

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import absorb
 from absorb.load import source
-from absorb.runtime.memory import keep_freed_memory
+from absorb.runtime.memory import join_freed_gpu_memory, keep_freed_memory
 from absorb.runtime.precision import device_of
 from absorb.schema.training import LENGTH
 from absorb.show.tables import table
@@ -199,6 +199,7 @@ def _name(bar: Any) -> str:
 def conversion(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Convert, and say what it took; for a process of its own."""
     keep_freed_memory()
+    join_freed_gpu_memory()
     log = logging.getLogger("absorb")
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)

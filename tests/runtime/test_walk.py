@@ -1,11 +1,15 @@
 """Text that goes through a model layer by layer comes to the same as in the model itself."""
 
+import weakref
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from absorb.fold.graft import twin
 from absorb.fold.smoothing import norms_of
+from absorb.measure import score
+from absorb.measure.score import losses
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.resting.streaming import Streaming
@@ -93,3 +97,23 @@ def test_norms_of_weights_take_one_walk(in_float32: None) -> None:
     assert norms.keys() == decoder.linears.keys()
     for name, linear in decoder.linears.items():
         assert torch.equal(norms[name], linear.weight.abs().amax(0))
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_logits_of_a_part_are_gone_when_those_of_the_next_are_made(
+    streams: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as figures need nothing of them but losses: on a GPU they take gigabytes."""
+    subject = streamed("llama")
+    if not streams:
+        subject = Subject(decoder=Decoder(tiny("llama", torch.float32), FAMILIES["llama"]))
+    head = subject.decoder.model.get_output_embeddings()
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def look(*_: object) -> None:
+        assert all(logits() is None for logits in made)
+
+    head.register_forward_pre_hook(look)
+    head.register_forward_hook(lambda _, __, given: made.append(weakref.ref(given)))
+    monkeypatch.setattr(score, "_TOKENS", 1)  # lest all rows be read at once
+    assert len(losses(subject, text(), "")) == len(made) == 5
