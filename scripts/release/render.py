@@ -75,6 +75,7 @@ def figures() -> dict[str, Any]:
 def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
     """Every table in Markdown, by its name."""
     models = {"two CPU cores": found["model_cpu"], "H200": found["model_h200"]}
+    gated: dict[str, float] = found["gated_attention"]["kl"]
     rows = {
         "demo": score_rows(report.original, report.converted),
         "wikitext": tables.wikitext(found["wikitext"], found["tasks"]),
@@ -98,6 +99,7 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "growth": scale.growth(found["growth"]),
         "gates": tables.ablation(found["gates"]),
         "gates_later": tables.ablation(found["gates_later"]),
+        "gated_attention": [("", "KL"), *((name, f"{kl:.4f}") for name, kl in gated.items())],
         "layers_first": tables.ablation(found["layers_first"]),
         "for_a_format": tables.ablation(found["for_a_format"]),
         "architectures": tables.architectures(found["architectures"]),
@@ -112,9 +114,6 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         ),
         "onnx_float16": tables.onnx_float16(found["engine_onnx_float16"]),
     }
-    if "gated_attention" in found:
-        kl = found["gated_attention"]["kl"]
-        rows["gated_attention"] = [("", "KL"), *((name, f"{kl[name]:.4f}") for name in kl)]
     return {name: markdown(table) for name, table in rows.items()}
 
 
