@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import reduce
 from typing import TypeVar
 
@@ -80,17 +81,22 @@ def with_fewer_rows(find: Callable[[int], Found], at_once: int) -> Found:
     return Rows(at_once).read(find)
 
 
-def bf16_copy(decoder: Decoder) -> PreTrainedModel:
-    """A copy in bfloat16 where the device multiplies that faster, else the model itself.
+@contextmanager
+def in_bf16(decoder: Decoder) -> Iterator[PreTrainedModel]:
+    """The model in bfloat16 where the device multiplies that faster, else as it is.
 
     It is good enough to sample text and to choose a prefix by. There is no room for another model
-    where weights stream.
+    where weights stream, so they come in bfloat16 for a while; else it is a copy.
     """
-    if decoder.streaming or not _bfloat16_is_fast(decoder.device):
-        return decoder.model
-    sketch = Decoder(copy.deepcopy(decoder.model), decoder.family, is_part=decoder.is_part)
-    as_stored(sketch, torch.bfloat16)  # but no buffer: rotary frequencies stay exact
-    return sketch.model
+    if not _bfloat16_is_fast(decoder.device):
+        yield decoder.model
+    elif decoder.streaming:
+        with decoder.streaming.arriving_in(torch.bfloat16):
+            yield decoder.model
+    else:
+        sketch = Decoder(copy.deepcopy(decoder.model), decoder.family, is_part=decoder.is_part)
+        as_stored(sketch, torch.bfloat16)  # but no buffer: rotary frequencies stay exact
+        yield sketch.model
 
 
 def autocast_bf16(device: torch.device) -> torch.autocast:

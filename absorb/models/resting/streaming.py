@@ -3,8 +3,8 @@
 A model that is larger than the device computes one unit at a time: a unit is a decoder layer, or
 another module with weights of its own (embedding, final norm, head). Its weights rest in the type
 they are stored in: on the device if they fit, else in host memory or in the pages of their files,
-which the system reads when they are asked for. While a unit is at work they are float32 on the
-device. Every forward pass is then one walk through all weights.
+which the system reads when they are asked for. While a unit is at work they are on the device, in
+float32 unless asked for otherwise. Every forward pass is then one walk through all weights.
 """
 
 from collections import Counter
@@ -38,6 +38,7 @@ class Streaming:
         self.fold_end: Callable[[Any], None] | None = None  # and its other units likewise
         self.learned: dict[nn.Parameter, Tensor] = {}  # what takes the place of what has come
         self.edits: list[Edit] = []  # what is done to a layer besides, whenever it has come
+        self.dtype = torch.float32  # of weights at work
         self._settled: dict[int, dict[nn.Parameter, Tensor]] = {}  # and where it rested before
         self._resting: dict[nn.Parameter, Tensor] = {}
         self._users: Counter[nn.Module] = Counter()
@@ -105,6 +106,15 @@ class Streaming:
             self._leave(unit)
 
     @contextmanager
+    def arriving_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """All weights in another type for a while, where nothing is folded into them."""
+        self.dtype, before = dtype, self.dtype
+        try:
+            yield
+        finally:
+            self.dtype = before
+
+    @contextmanager
     def held(self, form: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
         """All weights on the device for a while, each in the `form` that is made of it there.
 
@@ -143,14 +153,20 @@ class Streaming:
             self._resting[parameter] = resting = parameter.data
             # Types are changed on the device: what is smaller arrives sooner.
             there = staged.get(parameter, resting).to(self.device, non_blocking=bool(staged))
-            parameter.data = there.to(torch.float32, copy=there is resting)
+            parameter.data = there.to(self.dtype, copy=there is resting)
+        if staging is not None and layer is not None:
+            staging.taken(layer)
+        # A pass may take its products in bfloat16; what is folded is as exact as where it stays.
+        with torch.autocast(self.device.type, enabled=False):
+            self._change(unit, layer)
+
+    def _change(self, unit: nn.Module, layer: int | None) -> None:
+        """Make what has come what the model has there."""
         if layer is None:
             if self.fold_end is not None:
                 self.fold_end(unit)
             self._learn(unit)
             return
-        if staging is not None:
-            staging.taken(layer)
         if self.fold is not None and layer not in self._settled:
             self.fold(layer)
         self._learn(unit)
