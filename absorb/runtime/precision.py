@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
@@ -126,29 +126,22 @@ def as_stored(
     """Round the weights to the types they are saved in; sinks and scales stay float32.
 
     `types` are those of single parameters by name, and `dtype` is that of all others. Where weights
-    stream, those of a layer are rounded whenever they have come, and what was learned besides now.
+    stream they are rounded whenever they have come, and held as `in_one_type` holds others.
     """
-
-    def rounded(name: str, parameter: Tensor) -> Tensor:
-        like = stored_type(name, dtype, types or {})
-        return parameter.data if like is None else parameter.data.to(like)
-
+    named = decoder.model.named_parameters()
+    every = {parameter: stored_type(name, dtype, types or {}) for name, parameter in named}
+    likes = {parameter: like for parameter, like in every.items() if like is not None}
     if decoder.streaming is None:
-        for name, parameter in decoder.model.named_parameters():
-            parameter.data = rounded(name, parameter)
+        for parameter, like in likes.items():
+            parameter.data = parameter.data.to(like)
     else:
+        widest = reduce(torch.promote_types, {*likes.values()})
 
-        def edit(layer: int) -> None:
-            stem = f"{decoder.family.layers}.{layer}."
-            for name, parameter in decoder.layers[layer].named_parameters():
-                parameter.data = rounded(stem + name, parameter).float()
+        def form(parameter: nn.Parameter) -> Tensor:
+            like = likes.get(parameter)
+            return parameter.data if like is None else parameter.data.to(like).to(widest)
 
-        decoder.streaming.edits.append(edit)
-        learned = decoder.streaming.learned  # outside of layers too
-        for name, parameter in decoder.model.named_parameters():
-            like = stored_type(name, dtype, types or {})
-            if parameter in learned and like is not None:
-                learned[parameter] = learned[parameter].to(like)
+        decoder.streaming.form = form
     decoder.config.dtype = dtype
 
 

@@ -23,10 +23,10 @@ from tests.helpers.tiny_tokenizer import letters, tiny_tokenizer
 pytestmark = pytest.mark.usefixtures("little_text")
 
 
-def saved(family: str, place: Path) -> tuple[Path, Path]:
+def saved(family: str, place: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
     """A tiny model, and a text to convert it on."""
     source, text = place / "source", place / "text.txt"
-    tiny(family, torch.float32, max_position_embeddings=512).save_pretrained(source)
+    tiny(family, dtype, max_position_embeddings=512).save_pretrained(source)
     tiny_tokenizer().save_pretrained(source)
     text.write_text(letters(26_000))
     return source, text
@@ -38,24 +38,29 @@ def converted(source: Path, out: Path, text: Path, **options: str) -> dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("family", "sink", "hastened"),
+    ("family", "sink", "dtype", "hastened"),
     [
-        ("llama", "auto", False),
-        ("gpt2", "logit", True),
-        ("mixtral", "key", True),
+        ("llama", "auto", torch.float32, False),
+        ("gpt2", "logit", torch.float32, True),
+        ("mixtral", "key", torch.bfloat16, True),
         *(
-            pytest.param(family, sink, True, marks=pytest.mark.slow)
+            pytest.param(family, sink, torch.bfloat16, True, marks=pytest.mark.slow)
             for family in ("llama", "gemma2", "gpt_neox", "mixtral", "olmo2", "qwen3")
             for sink in ("logit", "key")
         ),
     ],
 )
 def test_weights_that_stream_become_what_others_do_to_the_bit(
-    family: str, sink: str, hastened: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    sink: str,
+    dtype: torch.dtype,
+    hastened: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And all that is reported is the same, whether products are taken in bfloat16 or not."""
     monkeypatch.setattr(precision, "_bfloat16_is_fast", lambda device: hastened)
-    source, text = saved(family, tmp_path)
+    source, text = saved(family, tmp_path, dtype)
     resident = converted(source, tmp_path / "resident", text, sink=sink)
     monkeypatch.setattr(loading, "free_memory", lambda device: 0)
     streamed = converted(source, tmp_path / "streamed", text, sink=sink)
