@@ -154,15 +154,15 @@ def _counting(decoder: Decoder, tally: OutlierTally) -> Iterator[None]:
         for layer in layers
     ]
     reads = [site.module for name in family.reads for site in decoder.sites(name)]
-    last = decoder.named(family.final_norm).module
     with ExitStack() as stack:
         stack.enter_context(watching(decoder.layers, tally.stream))
         stack.enter_context(watching_neurons(down, tally.activation))
         stack.enter_context(watching(down, tally.down))
         stack.enter_context(watching([written[-1] for written in writes], tally.written))
         # Inside a layer a channel may be larger than in what the layer hands on.
-        stack.enter_context(watching([*reads, last], tally.channels, inputs=True))
-        stack.enter_context(watching(chain(*writes), tally.channels))
+        stack.enter_context(watching(reads, tally.channels, inputs=True))
+        # Where weights stream, no norm may read what the last layer gives.
+        stack.enter_context(watching(chain(*writes, decoder.layers[-1:]), tally.channels))
         stack.enter_context(watching_inputs(decoder, tally.inputs))
         stack.enter_context(watching_attention(decoder, tally.weights))
         yield

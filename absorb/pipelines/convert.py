@@ -193,11 +193,10 @@ def left_before_text(student: Decoder, draft: Prepared) -> tuple[Lead, ...]:
 def before_and_after(student: Decoder, draft: Prepared, purpose: Purpose) -> tuple[Score, Score]:
     """The original and the student on held-out text, both as they are stored."""
     source, goal = draft.source, FORMAT_FOR.get(purpose)
-    as_stored(student, source.dtype, source.types)
-    if not source.streaming:  # where it does, they are as stored already
-        as_stored(source.decoder, source.dtype, source.types)  # lest rounding count for one alone
-        for model in (source.model, student.model):
-            in_one_type(model)
+    for decoder in (student, source.decoder):  # lest rounding count for one alone
+        as_stored(decoder, source.dtype, source.types)
+        if not decoder.streaming:
+            in_one_type(decoder.model)
     original, converted = evaluate(
         [
             Subject(decoder=source.decoder, lead=lead_of(source.tokenizer)),

@@ -109,7 +109,8 @@ def _streamed(source: Source, fine_tune: Recipe) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     given, weights = CALIBRATION_ROWS * heads * LENGTH * width, heads * LENGTH**2
     fit = 4 * (_OUTPUTS * given + _SCORES * weights) + _UNTRAINED * layer
-    ends = config.vocab_size * (4 * config.hidden_size + 4 * _LOGITS * _TOKENS)
+    scored = 4 * config.hidden_size + 4 * _LOGITS * _TOKENS
+    ends = config.vocab_size * max(scored, _UNTRAINED * config.hidden_size)
     work = _work(decoder, fine_tune)
     if fine_tune.train == "all" and not experts_fit(source, fine_tune):
         work = _work(decoder, fine_tune, experts=False)

@@ -26,7 +26,7 @@ from absorb.pipelines.needs import (
 )
 from absorb.pipelines.survey import inspection_from_plan, survey
 from absorb.prove.prove import proved
-from absorb.runtime.precision import bf16_copy, device_of
+from absorb.runtime.precision import device_of, in_bf16
 from absorb.schema.findings import Trial
 from absorb.schema.proof import sentence
 from absorb.schema.report import Inspection
@@ -216,8 +216,9 @@ def read(job: Job, source: Source, training_rows: int | None) -> tuple[Texts, li
     """The text, and the prefixes that were tried on it: none where a plan has the prefix."""
     text = job.calibration.prefix
     wish = None if text is None else encoded(source, text)  # refused before any text is sampled
-    sketch = replace(source, model=bf16_copy(source.decoder))
-    texts = gather(sketch, job.calibration, training_rows).of_first()
-    if job.plan is not None:
-        return texts, []
-    return texts, find_prefix(sketch, wish, texts.calibration, job.thresholds)
+    with in_bf16(source.decoder) as model:
+        sketch = replace(source, model=model)
+        texts = gather(sketch, job.calibration, training_rows).of_first()
+        if job.plan is not None:
+            return texts, []
+        return texts, find_prefix(sketch, wish, texts.calibration, job.thresholds)

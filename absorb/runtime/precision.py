@@ -2,13 +2,14 @@
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import reduce
 from typing import TypeVar
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from absorb.errors import AbsorbError
@@ -80,17 +81,22 @@ def with_fewer_rows(find: Callable[[int], Found], at_once: int) -> Found:
     return Rows(at_once).read(find)
 
 
-def bf16_copy(decoder: Decoder) -> PreTrainedModel:
-    """A copy in bfloat16 where the device multiplies that faster, else the model itself.
+@contextmanager
+def in_bf16(decoder: Decoder) -> Iterator[PreTrainedModel]:
+    """The model in bfloat16 where the device multiplies that faster, else as it is.
 
     It is good enough to sample text and to choose a prefix by. There is no room for another model
-    where weights stream.
+    where weights stream, so they come in bfloat16 for a while; else it is a copy.
     """
-    if decoder.streaming or not _bfloat16_is_fast(decoder.device):
-        return decoder.model
-    sketch = Decoder(copy.deepcopy(decoder.model), decoder.family, is_part=decoder.is_part)
-    as_stored(sketch, torch.bfloat16)  # but no buffer: rotary frequencies stay exact
-    return sketch.model
+    if not _bfloat16_is_fast(decoder.device):
+        yield decoder.model
+    elif decoder.streaming:
+        with decoder.streaming.arriving_in(torch.bfloat16):
+            yield decoder.model
+    else:
+        sketch = Decoder(copy.deepcopy(decoder.model), decoder.family, is_part=decoder.is_part)
+        as_stored(sketch, torch.bfloat16)  # but no buffer: rotary frequencies stay exact
+        yield sketch.model
 
 
 def autocast_bf16(device: torch.device) -> torch.autocast:
@@ -120,29 +126,22 @@ def as_stored(
     """Round the weights to the types they are saved in; sinks and scales stay float32.
 
     `types` are those of single parameters by name, and `dtype` is that of all others. Where weights
-    stream, those of a layer are rounded whenever they have come, and what was learned besides now.
+    stream they are rounded whenever they have come, and held as `in_one_type` holds others.
     """
-
-    def rounded(name: str, parameter: Tensor) -> Tensor:
-        like = stored_type(name, dtype, types or {})
-        return parameter.data if like is None else parameter.data.to(like)
-
+    named = decoder.model.named_parameters()
+    every = {parameter: stored_type(name, dtype, types or {}) for name, parameter in named}
+    likes = {parameter: like for parameter, like in every.items() if like is not None}
     if decoder.streaming is None:
-        for name, parameter in decoder.model.named_parameters():
-            parameter.data = rounded(name, parameter)
+        for parameter, like in likes.items():
+            parameter.data = parameter.data.to(like)
     else:
+        widest = reduce(torch.promote_types, {*likes.values()})
 
-        def edit(layer: int) -> None:
-            stem = f"{decoder.family.layers}.{layer}."
-            for name, parameter in decoder.layers[layer].named_parameters():
-                parameter.data = rounded(stem + name, parameter).float()
+        def form(parameter: nn.Parameter) -> Tensor:
+            like = likes.get(parameter)
+            return parameter.data if like is None else parameter.data.to(like).to(widest)
 
-        decoder.streaming.edits.append(edit)
-        learned = decoder.streaming.learned  # outside of layers too
-        for name, parameter in decoder.model.named_parameters():
-            like = stored_type(name, dtype, types or {})
-            if parameter in learned and like is not None:
-                learned[parameter] = learned[parameter].to(like)
+        decoder.streaming.form = form
     decoder.config.dtype = dtype
 
 

@@ -59,14 +59,16 @@ def logits(
 
 
 class Walk:
-    """What goes into the layer that comes next, of every part (rows, length) of a text."""
+    """What goes into the layer that comes next, of every part (rows, length) of a text.
 
-    def __init__(
-        self, decoder: Decoder, parts: Sequence[Tensor], dtype: torch.dtype = torch.float32
-    ):
+    It waits in the type `dtype`, or else in the one that the model computes it in.
+    """
+
+    def __init__(self, decoder: Decoder, parts: Sequence[Tensor], dtype: torch.dtype | None = None):
         self.decoder, self.dtype, self.parts = decoder, dtype, list(parts)
         self._others: int | None = None  # what a layer gives besides the stream; None: no tuple
-        size = sum(part.numel() for part in parts) * decoder.config.hidden_size * dtype.itemsize
+        size = (dtype or torch.float32).itemsize * decoder.config.hidden_size
+        size *= sum(part.numel() for part in parts)
         self._stays = size < _SHARE * free_memory(decoder.device)
         self.calls: list[list[Call]] = []  # of every part, by layer: what is given besides
         self.streams: list[Tensor] = []  # (rows, length, hidden)
@@ -111,17 +113,19 @@ class Walk:
 
         with layers_as(self.decoder, note), suppress(Seen):
             self.decoder.model(part.to(self.decoder.device), use_cache=False)
+        self._computed = beginning[0].dtype
         return calls, beginning[0]
 
     def _room_for(self, stream: Tensor) -> Tensor:
+        dtype = self.dtype or stream.dtype
         if self._stays or stream.device.type != "cuda":
-            return torch.empty_like(stream, dtype=self.dtype)
-        return torch.empty(stream.shape, dtype=self.dtype, pin_memory=True)
+            return torch.empty_like(stream, dtype=dtype)
+        return torch.empty(stream.shape, dtype=dtype, pin_memory=True)
 
     def waiting(self, place: int) -> Tensor:
-        """What goes into the next layer of a part: on the device, in float32."""
+        """What goes into the next layer of a part: on the device, in the type of the model."""
         stream = self.streams[place].to(self.decoder.device, non_blocking=True)
-        return stream.to(torch.float32)
+        return stream.to(self._computed)
 
     def given(self, layer: int, place: int) -> Tensor:
         """What a layer makes of a part, on the device, while its weights are there."""

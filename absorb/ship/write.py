@@ -96,7 +96,10 @@ def _probe(student: Decoder) -> Probe:
 
     Weights that stream come to their device all the same, as a CPU takes minutes for so many.
     """
-    if not student.streaming:
+    if student.streaming:
+        stored = student.streaming.form
+        student.streaming.form = lambda weight: stored(weight).float()
+    else:
         nn.Module.to(student.model, "cpu", torch.float32)
     tokens = probe_tokens(student.config.vocab_size)
     logits = logits_after(student.model, tokens, student.device)

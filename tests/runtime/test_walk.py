@@ -1,6 +1,7 @@
 """Text that goes through a model layer by layer comes to the same as in the model itself."""
 
 import weakref
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,11 +10,14 @@ from torch.testing import assert_close
 from absorb.fold.graft import twin
 from absorb.fold.smoothing import norms_of
 from absorb.measure import score
+from absorb.measure.outliers import measure
 from absorb.measure.score import losses
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
 from absorb.models.resting.streaming import Streaming
+from absorb.runtime import precision
 from absorb.runtime.hooks import watching, watching_attention
+from absorb.runtime.precision import in_bf16
 from absorb.runtime.reading import Subject
 from absorb.runtime.walk import logits, read
 from tests.helpers.tiny import tiny
@@ -42,6 +46,36 @@ def test_logits_are_those_of_the_model(family: str, in_float32: None) -> None:
     expected = torch.cat([subject.logits(part) for part in text().split(2)])
     found = torch.cat([*logits(subject, text(), 2, "")])
     assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.no_grad()
+def test_in_bfloat16_logits_are_those_of_a_copy(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_bfloat16_is_fast", lambda device: True)
+    with in_bf16(Decoder(tiny(family, torch.float32), FAMILIES[family])) as copy:
+        resident = Subject(decoder=Decoder(copy, FAMILIES[family]))
+        expected = torch.cat([*logits(resident, text(), 2, "")])
+    subject = replace(streamed(family), lead=resident.lead)
+    with in_bf16(subject.decoder):
+        found = torch.cat([*logits(subject, text(), 2, "")])
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+    [after] = logits(subject, text(), 5, "")
+    assert after.dtype == torch.float32
+
+
+@pytest.mark.parametrize("hastened", [False, True])
+@torch.no_grad()
+def test_what_is_measured_is_the_same(hastened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the last layer gives too, though no norm reads that where weights stream."""
+    monkeypatch.setattr(precision, "_bfloat16_is_fast", lambda device: hastened)
+    subject = streamed("llama")
+    resident = Decoder(tiny("llama", torch.float32), FAMILIES["llama"])
+    first, second = (measure(one, text(), subject.lead) for one in (resident, subject.decoder))
+    for field in fields(first):
+        assert_close(getattr(second, field.name), getattr(first, field.name), rtol=0, atol=0)
 
 
 @torch.no_grad()

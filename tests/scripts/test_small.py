@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import absorb
 from absorb.load.opening.tokenizer import lead_of
@@ -129,6 +130,21 @@ def test_it_can_be_absorbed(made: tuple[str, Path, str], tmp_path: Path) -> None
     report = absorb.convert(out, tmp_path / "converted", steps=0, text=out / "calibration.jsonl")
     ratio = report.converted.perplexity / report.original.perplexity
     assert ratio == pytest.approx(1, abs=0.02)
+
+
+def test_it_becomes_the_same_to_the_bit_where_its_weights_stream(
+    made: tuple[str, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = made
+    job = {"steps": 0, "sink": "logit", "text": out / "calibration.jsonl", "device": "cpu"}
+    absorb.convert(out, tmp_path / "resident", **job)
+    monkeypatch.setattr("absorb.load.source.free_memory", lambda device: 0)
+    absorb.convert(out, tmp_path / "streamed", **job)
+    resident, streamed = (
+        load_file(tmp_path / way / "model.safetensors") for way in ("resident", "streamed")
+    )
+    assert streamed.keys() == resident.keys()
+    assert all(torch.equal(streamed[name], tensor) for name, tensor in resident.items())
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 A model that is larger than the device computes one unit at a time: a unit is a decoder layer, or
 another module with weights of its own (embedding, final norm, head). Its weights rest in the type
 they are stored in: on the device if they fit, else in host memory or in the pages of their files,
-which the system reads when they are asked for. While a unit is at work they are float32 on the
-device. Every forward pass is then one walk through all weights.
+which the system reads when they are asked for. While a unit is at work they are on the device, in
+float32 unless asked for otherwise. Every forward pass is then one walk through all weights.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from absorb.models.resting.staging import Staging
 
 Edit = Callable[[int], None]
+Form = Callable[[nn.Parameter], Tensor]
 
 
 def units_of(model: nn.Module, layers: list[Any]) -> list[nn.Module]:
@@ -37,7 +39,9 @@ class Streaming:
         self.fold: Edit | None = None  # what makes a student's layer of the original's
         self.fold_end: Callable[[Any], None] | None = None  # and its other units likewise
         self.learned: dict[nn.Parameter, Tensor] = {}  # what takes the place of what has come
+        self.form: Form = attrgetter("data")  # what is made of a weight that has come
         self.edits: list[Edit] = []  # what is done to a layer besides, whenever it has come
+        self.dtype = torch.float32  # that weights come in
         self._settled: dict[int, dict[nn.Parameter, Tensor]] = {}  # and where it rested before
         self._resting: dict[nn.Parameter, Tensor] = {}
         self._users: Counter[nn.Module] = Counter()
@@ -105,7 +109,16 @@ class Streaming:
             self._leave(unit)
 
     @contextmanager
-    def held(self, form: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
+    def arriving_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """All weights in another type for a while, where nothing is folded into them."""
+        self.dtype, before = dtype, self.dtype
+        try:
+            yield
+        finally:
+            self.dtype = before
+
+    @contextmanager
+    def held(self, form: Form) -> Iterator[None]:
         """All weights on the device for a while, each in the `form` that is made of it there.
 
         Then a pass may have gradients.
@@ -122,6 +135,9 @@ class Streaming:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
+            exact = getattr(module, "scalar_embed_scale", None)  # Gemma's
+            if exact is not None:  # in the type of the files it is rounded
+                module._buffers["embed_scale"] = torch.tensor(exact, device=device)
 
     def _pin_ends(self) -> None:
         """Page-lock what is asked for in every pass: a GPU takes it twenty times as fast."""
@@ -143,24 +159,27 @@ class Streaming:
             self._resting[parameter] = resting = parameter.data
             # Types are changed on the device: what is smaller arrives sooner.
             there = staged.get(parameter, resting).to(self.device, non_blocking=bool(staged))
-            parameter.data = there.to(torch.float32, copy=there is resting)
+            parameter.data = there.to(self.dtype, copy=there is resting)
+        if staging is not None and layer is not None:
+            staging.taken(layer)
+        # A pass may take its products in bfloat16; what is folded is as exact as where it stays.
+        with torch.autocast(self.device.type, enabled=False):
+            self._change(unit, layer)
+
+    def _change(self, unit: nn.Module, layer: int | None) -> None:
+        """Make what has come what the model has there."""
         if layer is None:
             if self.fold_end is not None:
                 self.fold_end(unit)
-            self._learn(unit)
-            return
-        if staging is not None:
-            staging.taken(layer)
-        if self.fold is not None and layer not in self._settled:
+        elif self.fold is not None and layer not in self._settled:
             self.fold(layer)
-        self._learn(unit)
-        for edit in self.edits:
-            edit(layer)
-
-    def _learn(self, unit: nn.Module) -> None:
         for parameter in self._weights_of(unit):
             if parameter in self.learned:
                 parameter.copy_(self.learned[parameter])
+            parameter.data = self.form(parameter)
+        if layer is not None:
+            for edit in self.edits:
+                edit(layer)
 
     def _weights_of(self, first: nn.Module) -> list[nn.Parameter]:
         """Those of a unit, and of others that are tied to it."""

@@ -27,7 +27,7 @@ from absorb.measure.score import quantized_losses
 from absorb.models.decoder import Decoder
 from absorb.quantize.formats import FORMATS
 from absorb.runtime.hooks import watching
-from absorb.runtime.precision import as_stored, bf16_copy, device_of
+from absorb.runtime.precision import as_stored, device_of, in_bf16
 from absorb.runtime.reading import Subject, led
 from absorb.schema.codec import from_json
 from absorb.schema.report import Report
@@ -98,13 +98,15 @@ def bench_of(original: str, folder: Path, calibration: Path, device: str) -> Ben
     report = from_json(Report, (folder / REPORT).read_text())
     settings = report.inspection.job.calibration
     wish = Calibration(text=calibration if settings.text else None, seed=settings.seed)
-    sketch = replace(source, model=bf16_copy(source.decoder))
+    with in_bf16(source.decoder) as model:
+        sketch = replace(source, model=model)
+        texts = gather(sketch, wish, report.recipe.training_rows)
     return Bench(
         source=source,
         converted=converted,
         plan=plan,
         report=report,
-        texts=gather(sketch, wish, report.recipe.training_rows),
+        texts=texts,
         known=windows(source, calibration, SEARCHED),
     )
 
