@@ -38,6 +38,7 @@ from scripts.engines.table import (
     vllm_rows,
 )
 from scripts.release import accuracy, scale, tables
+from scripts.trials import noise
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "model_cards" / "smollm2-135m-absorbed"
@@ -102,6 +103,7 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "gated_attention": [("", "KL"), *((name, f"{kl:.4f}") for name, kl in gated.items())],
         "layers_first": tables.ablation(found["layers_first"]),
         "for_a_format": tables.ablation(found["for_a_format"]),
+        "noise": noise.rows_of(found["noise"]),
         "architectures": tables.architectures(found["architectures"]),
         "float16": reach_rows(from_json(Rescaled, (FIGURES / "float16.json").read_text())),
         "windows": tables.windows(found["window"]),
