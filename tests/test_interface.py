@@ -1,6 +1,7 @@
 """The Python interface does what the commands do, and converted models load by `import absorb`."""
 
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -246,7 +247,19 @@ def test_a_lost_process_is_told_of_once(
     monkeypatch.setenv("RANK", "0")
     terminal._say_lost.cache_clear()
     with pytest.raises(SystemExit):
-        terminal._terminated()
+        terminal._terminated(signal.SIGTERM, None)
     with pytest.raises(SystemExit), terminal.UserErrors():
         raise RuntimeError("NCCL communicator was aborted")
     assert capsys.readouterr().err.count("of torchrun has ended") == 1
+
+
+def test_what_nohup_has_said_stands() -> None:
+    before = {one: signal.getsignal(one) for one in (signal.SIGHUP, signal.SIGTERM)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with terminal.UserErrors():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == terminal._terminated
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
