@@ -5,11 +5,17 @@ what is refused raises an AbsorbError.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from inspect import Parameter, getdoc, signature
+from os import PathLike
 from pathlib import Path
+from threading import RLock
 from typing import Any, TypedDict, TypeVar, Unpack
 
+import torch
+
+from absorb.errors import MisuseError
 from absorb.pipelines import convert as conversion
 from absorb.pipelines import export as exporting
 from absorb.pipelines import inspect as inspection
@@ -39,6 +45,7 @@ from absorb.schema.settings import (
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _say = logging.getLogger("absorb").info
+_turn = RLock()
 
 
 class InspectOptions(TypedDict, total=False):
@@ -129,7 +136,30 @@ def taking_options_of(kind: type) -> Callable[[Function], Function]:
     return shown
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """With torch as a new process has it, whatever its caller has set, and one call at a time.
+
+    torch and transformers keep for the whole process much of what a call sets.
+    """
+    dtype, elsewhere = torch.get_default_dtype(), torch.get_default_device().type != "cpu"
+    with (
+        _turn,
+        torch.device("cpu") if elsewhere else nullcontext(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
 @taking_options_of(Job)
+@_undisturbed()
 def convert(
     model: str | Path,
     out: str | Path,
@@ -145,7 +175,7 @@ def convert(
     warns where the result is worse in float.
     """
     given = asked(Job, options)
-    job = filled(Job, {"name": str(model), "out": Path(out), **given})
+    job = filled(Job, {"name": _named(model, "model"), "out": Path(_named(out, "out")), **given})
     made = produce(job, _say, resume)
     if isinstance(made, Report):
         conversion.warn_of_loss(made)
@@ -153,21 +183,24 @@ def convert(
 
 
 @taking_options_of(Survey)
+@_undisturbed()
 def inspect(model: str | Path, **options: Unpack[InspectOptions]) -> Inspection:
     """Find the outliers of a model, and how they would be absorbed; writes nothing."""
     given = asked(Survey, options)
-    job = filled(Job, {"name": str(model), "out": Path(), **given})
+    job = filled(Job, {"name": _named(model, "model"), "out": Path(), **given})
     return inspection.inspect(job, _say)
 
 
 @taking_options_of(Evaluation)
+@_undisturbed()
 def evaluate(model: str | Path, **options: Unpack[EvaluateOptions]) -> Comparison:
     """Measure models, originals and converted ones, side by side on one text."""
     given = asked(Evaluation, options)
-    return compare(filled(Evaluation, {"model": str(model), **given}), _say)
+    return compare(filled(Evaluation, {"model": _named(model, "model"), **given}), _say)
 
 
 @taking_options_of(Export)
+@_undisturbed()
 def export(folder: str | Path, out: str | Path, **options: Unpack[ExportOptions]) -> Exported:
     """Write a converted checkpoint as one that other engines know, complete or not at all.
 
@@ -175,7 +208,8 @@ def export(folder: str | Path, out: str | Path, **options: Unpack[ExportOptions]
     from the converted model than is allowed.
     """
     given = asked(Export, options)
-    request = filled(Export, {"folder": Path(folder), "out": Path(out), **given})
+    places = {"folder": Path(_named(folder, "folder")), "out": Path(_named(out, "out"))}
+    request = filled(Export, {**places, **given})
     return exporting.export(request, _say)
 
 
@@ -192,10 +226,20 @@ def asked(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settled(option: Option, value: Any) -> Any:
-    if value is None:
-        return None
+    """What the settings want; they refuse what has a type that they do not know."""
+    is_path = isinstance(value, str | PathLike)
     if option.many:
+        if is_path or not isinstance(value, Iterable):
+            return value
         return tuple(map(str, value) if option.kind is str else value)
-    if option.is_there:
+    if option.is_there and is_path:
         return text_named(value, option.name)
-    return Path(value) if option.kind is Path else value
+    return Path(value) if option.kind is Path and is_path else value
+
+
+def _named(value: str | Path, argument: str) -> str:
+    """The name or path that a caller gives, who may have a model at hand and give that."""
+    if not isinstance(value, str | PathLike):
+        kind = type(value).__name__
+        raise MisuseError("{0} is of type {kind} and must be a name or path", argument, kind=kind)
+    return str(value)

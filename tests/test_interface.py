@@ -1,9 +1,11 @@
 """The Python interface does what the commands do, and converted models load by `import absorb`."""
 
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+import torch
 from click import Command
 
 import absorb
@@ -103,6 +106,16 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> No
     refused("minutes is nan and must be a number", minutes=float("nan"))
     refused("residual_target is 0 and must be a number from 0.001", residual_target=0)
     refused("seed is -1 and must be a whole number from 0 to 1e+09", seed=-1)
+    refused("device is device(type='cpu') and must be text", device=torch.device("cpu"))
+    refused("thresholds is {} and must be Thresholds", thresholds={})
+    refused("prefix is [1] and must be text", prefix=[1])
+    refused("force is 'no' and must be True or False", force="no")
+    refused("text is ['a b'] and must be a path", text=["a b"])
+    refused("a b a b  is no file to read text from", text="a b " * 100)
+    with pytest.raises(AbsorbError, match="model is of type Linear and must be a name or path"):
+        absorb.inspect(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(AbsorbError, match="out is of type NoneType"):
+        absorb.export("nothing", None)  # type: ignore[arg-type]
     with pytest.raises(AbsorbError, match="the name of a model is empty"):
         absorb.inspect("")
     with pytest.raises(AbsorbError, match="token_ratio is -1 and must be a number from 0"):
@@ -111,13 +124,46 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> No
         Thresholds(sink_weight=float("inf"))
     for options, sentence in (
         ({"formats": ["int3"]}, "formats is 'int3'"),
-        ({"formats": "fp8"}, "formats is 'f'"),
+        ({"formats": "fp8"}, "formats is 'fp8' and must be a list"),
+        ({"against": "demo"}, "against is 'demo' and must be a list"),
+        ({"windows": "2"}, "windows is '2' and must be a whole number"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"limit": 0}, "limit is 0 and must be a whole number from 1"),
         ({"limit": 5}, "limit is of the questions of tasks; add some"),
     ):
         with pytest.raises(AbsorbError, match=sentence):
             absorb.evaluate("nothing", **options)  # type: ignore[arg-type]
+
+
+def test_what_the_caller_has_set_of_torch_changes_nothing(
+    original: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def divergence(name: str) -> float:
+        options: Any = {"text": text_file, "steps": 1, "train": "all"}
+        return absorb.convert(original, tmp_path / name, **options).converted.divergence
+
+    usual = divergence("usual")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert divergence("inside") == usual
+        assert torch.is_inference_mode_enabled()
+        assert torch.is_autocast_enabled("cpu")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert divergence("float64") == usual
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_calls_from_several_threads_take_turns(
+    original: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def converted(name: str) -> Any:
+        return absorb.convert(original, tmp_path / name, text=text_file, steps=0)
+
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(converted, ("one", "other"))
+    assert one.converted == other.converted
 
 
 LOAD = """
@@ -201,7 +247,19 @@ def test_a_lost_process_is_told_of_once(
     monkeypatch.setenv("RANK", "0")
     terminal._say_lost.cache_clear()
     with pytest.raises(SystemExit):
-        terminal._terminated()
+        terminal._terminated(signal.SIGTERM, None)
     with pytest.raises(SystemExit), terminal.UserErrors():
         raise RuntimeError("NCCL communicator was aborted")
     assert capsys.readouterr().err.count("of torchrun has ended") == 1
+
+
+def test_what_nohup_has_said_stands() -> None:
+    before = {one: signal.getsignal(one) for one in (signal.SIGHUP, signal.SIGTERM)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with terminal.UserErrors():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == terminal._terminated
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

@@ -28,8 +28,10 @@ class UserErrors:
         self.interrupted = interrupted
 
     def __enter__(self) -> None:
-        # Unlike the default of SIGTERM, an exception lets every `finally` clean up.
+        # Unlike the default of a signal, an exception lets every `finally` clean up.
         signal.signal(signal.SIGTERM, _terminated)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which is what nohup does
+            signal.signal(signal.SIGHUP, _terminated)  # a terminal is closed
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         if error is not None and "RANK" in os.environ:
@@ -74,10 +76,10 @@ def _is_of_others(error: BaseException | None) -> bool:
     )
 
 
-def _terminated(*_: Any) -> NoReturn:
+def _terminated(number: int, _: Any) -> NoReturn:
     if "RANK" in os.environ:
         _say_lost()
-    sys.exit(143)
+    sys.exit(128 + number)
 
 
 @cache

@@ -192,8 +192,8 @@ def completed(draft: Prepared, purpose: Purpose = "none") -> Prepared:
 
 def _nats(inspection: Inspection) -> str:
     only = inspection.logit_divergence
-    more = "" if only is None else f" (with logits in all layers: {only:.4f})"
-    return f"{inspection.divergence:.4f} nats per token{more}"
+    more = "" if only is None else f" (with logits in all layers: {only:z.4f})"
+    return f"{inspection.divergence:z.4f} nats per token{more}"
 
 
 def warn_of_misfits(inspection: Inspection) -> None:

@@ -13,6 +13,9 @@ _NEVER, _LARGEST = 2**31 - 1, 2**25
 _SPINS = "2000"
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
+# Where a user tells torch how to take memory of a GPU. The last is AMD's.
+_ALLOC_CONF = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+
 
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed, for what is asked for next; nothing happens elsewhere.
@@ -32,8 +35,7 @@ def join_freed_gpu_memory() -> None:
     Otherwise a small tensor that lies where a large one was keeps all of that place: of 5 GB there
     was no room for the head of an 8B model, which takes 3.
     """
-    asked = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
-    if sys.platform == "linux" and not asked:
+    if sys.platform == "linux" and not _ALLOC_CONF & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 

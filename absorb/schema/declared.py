@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from absorb.errors import MisuseError
 
 Settings = TypeVar("Settings")
+_TYPES = {bool: "True or False", str: "text", Path: "a path"}  # for people
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +59,26 @@ class Option:
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     def refuse_strange(self, value: Any) -> None:
-        """Raise a MisuseError for what is out of range or none of the choices."""
+        """Raise a MisuseError for what is out of range, none of the choices or of another type."""
         if value is None and self.default is None:
             return
+        if self.many and not isinstance(value, tuple):
+            raise _strange(self.name, value, "a list")
         for part in value if self.many else (value,):
             if self.range is not None and part not in self.range:
                 raise _strange(self.name, part, f"{self.range}")
             if self.choices and part not in self.choices:
                 raise _strange(self.name, part, f"one of {', '.join(map(repr, self.choices))}")
+            if not (self.choices or self.range or isinstance(part, self._types)):
+                raise _strange(self.name, part, self._told_type)
+
+    @property
+    def _types(self) -> Any:
+        return Path | str if self.is_there else self.kind
+
+    @property
+    def _told_type(self) -> str:
+        return "a path" if self.is_there else _TYPES.get(self.kind) or f"{self.kind.__name__}"
 
     def words(self, value: Any) -> list[str]:
         """What to type to get this value, which is not the default."""

@@ -12,6 +12,7 @@ _DATASET = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.+-]+(?:\[[\d:%]*\])?))?")
 # A name that ends so is meant as a file, there or not.
 _ENDINGS = "txt text md rst py json jsonl ndjson jsonlines jl csv tsv parquet arrow"
 _ENDINGS += " gz bz2 xz zst zip pdf gguf safetensors"
+_LONG = 200  # letters of a name that is refused
 
 
 class Dataset(str):
@@ -46,9 +47,17 @@ def text_named(name: str | Path, option: str) -> Path | Dataset:
     if isinstance(name, str) and is_dataset(name):
         return Dataset(name)
     path = Path(name)
-    if not path.exists() or path.is_dir():  # a pipe will do
-        raise MisuseError("{value} is no file to read text from; check {0}", option, value=name)
+    if not _is_readable(path):
+        value = f"{name}"[:_LONG]  # which may be the text itself
+        raise MisuseError("{value} is no file to read text from; check {0}", option, value=value)
     return path
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        return path.exists() and not path.is_dir()  # a pipe will do
+    except OSError:  # no name is so long
+        return False
 
 
 def expanded(name: str | Path) -> Path:

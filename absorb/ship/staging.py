@@ -36,6 +36,7 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
         try:
             partial.mkdir()
             yield partial
+            _let_read(partial)
             _flush(partial)
             _swap(partial, out, force)
         finally:
@@ -154,6 +155,15 @@ def _refuse_occupied(out: Path, force: bool) -> None:
             f"{out} is not empty and has no {REPORT}, so absorb did not write it and will not "
             "replace it; choose another --out"
         )
+
+
+def _let_read(folder: Path) -> None:
+    """Let those read every file whom the umask lets: safetensors 0.8 writes for its user alone."""
+    allowed = folder.stat().st_mode & 0o666  # of a new folder, which has what the umask leaves
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with suppress(OSError):  # some file systems keep no modes
+                path.chmod(path.stat().st_mode | allowed)
 
 
 def _flush(folder: Path) -> None:

@@ -36,7 +36,7 @@ model = {auto}.from_pretrained(name, **safely)
 
 It needs transformers 5.16 or newer. `trust_remote_code=True` runs `modeling_absorb.py` of this
 repository, and `revision`, the id of a commit, makes sure that it is the code you read. `absorb
-verify PATH_OR_REPO` checks that it is that of absorb, and the files those that were written.{known}
+verify PATH_OR_REPO` checks that it is that of absorb, and the files those that were written.
 {registered}
 
 ## Before and after
@@ -113,21 +113,20 @@ _PURPOSES = {
     "nvfp4": "It was trained for NVFP4, weights and activations.",
     "mxfp4": "It was trained for MXFP4, weights and activations.",
 }
-
-
-# How a model is loaded that reads text alone, and one that reads pictures too.
-_TEXT = {
-    "auto": "AutoModelForCausalLM",
-    "reader": "AutoTokenizer",
-    "reads": "tokenizer",
-    "known": " After\n`import absorb` neither is needed.",
-}
+# A model that reads text alone, and one that reads pictures too.
+_TEXT = {"auto": "AutoModelForCausalLM", "reader": "AutoTokenizer", "reads": "tokenizer"}
 _PICTURES = {
     "auto": "AutoModelForImageTextToText",
     "reader": "AutoProcessor",
     "reads": "processor",
-    "known": "",
 }
+
+
+def _registered(inspection: Inspection) -> str:
+    """What `import absorb` spares: nothing where pictures are read or an entry was derived."""
+    if inspection.proof is not None:
+        return _PROVED
+    return "" if inspection.whole else _REGISTERED
 
 
 def card(report: Report) -> str:
@@ -140,7 +139,7 @@ def card(report: Report) -> str:
         title=_title(inspection),
         model=f"[{model}](https://huggingface.co/{model})" if _is_on_hub(inspection) else model,
         version=inspection.versions["absorb"],
-        registered=_REGISTERED if inspection.proof is None else _PROVED,
+        registered=_registered(inspection),
         form=_FORMS[inspection.job.sink],
         prefix=_prefix(inspection),
         scores=markdown(score_rows(report.original, report.converted)),
@@ -235,14 +234,14 @@ def _limits(report: Report) -> list[str]:
     if inspection.by_logits:
         limits.append(
             "A sink logit does not depend on the query, as the prefix's did: right after the graft "
-            f"that cost {inspection.divergence:.4f} nats per token."
+            f"that cost {inspection.divergence:z.4f} nats per token."
         )
     if inspection.handing_on:
         limits.append(
             f"{len(inspection.handing_on)} of {len(inspection.layers)} layers hand on a state "
             "instead of attending: they are as they were, but for residual and smoothing scales, "
             "and what the prefix left in their state is gone. Right after the graft all of it cost "
-            f"{inspection.divergence:.4f} nats per token."
+            f"{inspection.divergence:z.4f} nats per token."
         )
     if inspection.whole is not None:
         limits.append(

@@ -16,7 +16,7 @@ def score_rows(original: Score, converted: Score) -> list[Row]:
     mark = f" ({loss:+.1%})" if loss > WORSE else ""
     figures = (
         ("perplexity", "perplexity", "{:.3f}"),
-        ("KL from the teacher, nats", "divergence", "{:.4f}"),
+        ("KL from the teacher, nats", "divergence", "{:z.4f}"),
         ("largest |x| in the stream", "stream_peak", "{:,.0f}"),
         ("  as a multiple of the median", "stream_ratio", "{:,.0f} x"),
         ("massive-activation tokens", "massive_tokens", "{:d}"),
@@ -70,7 +70,7 @@ def _gates(inspection: Inspection) -> list[Row]:
 
 def _divergence(inspection: Inspection) -> str:
     only = inspection.logit_divergence
-    return f"{inspection.divergence:.4f}" + (f"; {only:.4f} with logits alone" if only else "")
+    return f"{inspection.divergence:z.4f}" + (f"; {only:z.4f} with logits alone" if only else "")
 
 
 def _origin(inspection: Inspection) -> list[Row]:
@@ -216,7 +216,7 @@ def comparison_rows(comparison: Comparison) -> list[Row]:
     figures: list[tuple[str, Callable[[ModelScore], str]]] = [
         ("perplexity", lambda m: f"{m.perplexity:.3f}"),
         ("  95 % interval", lambda m: "{:.2f} to {:.2f}".format(*m.interval)),
-        (f"KL from {reference}, nats", lambda m: f"{m.divergence:.4f}"),
+        (f"KL from {reference}, nats", lambda m: f"{m.divergence:z.4f}"),
         ("  the same first choice", lambda m: f"{m.agreement:.1%}"),
         ("largest |x| in the stream", lambda m: f"{m.stream_peak:,.0f}"),
         ("  as a multiple of the median", lambda m: f"{m.stream_ratio:,.0f} x"),

@@ -8,6 +8,7 @@ import signal
 import struct
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ STAGES = (
     "writing",
 )
 ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+CASES = [*product(STAGES, ENDS), ("fine-tuning", signal.SIGHUP)]  # a terminal that is closed
+ENDS[signal.SIGHUP] = 129
 
 pytestmark = pytest.mark.usefixtures("little_text")
 
@@ -89,8 +92,7 @@ def run(log: Path, words: list[str], largest: int | None = None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "number"), CASES)
 def test_a_signal_at_any_stage_leaves_nothing(
     stage: str, number: signal.Signals, model: Path, tmp_path: Path
 ) -> None:

@@ -1,12 +1,13 @@
 """What commands do about memory, and what they tell of it."""
 
+import os
 import platform
 import resource
 import sys
 
 import pytest
 
-from absorb.runtime.memory import start_peak
+from absorb.runtime.memory import _ALLOC_CONF, join_freed_gpu_memory, start_peak
 from tests.helpers import warm
 
 MEGABYTE = 2**20
@@ -39,6 +40,23 @@ def test_what_a_command_frees_it_uses_again() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_what_was_kept_can_be_given_back() -> None:
     assert _held("release_freed_memory()") < _held("pass") - 50 * MEGABYTE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has no such pages elsewhere")
+@pytest.mark.parametrize("said", ["", *sorted(_ALLOC_CONF)])
+def test_what_a_user_has_said_of_gpu_memory_stands(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in _ALLOC_CONF:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that it is as it was afterwards
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    if said:
+        monkeypatch.setenv(said, "max_split_size_mb:64")
+    join_freed_gpu_memory()
+    found = {name: os.environ[name] for name in _ALLOC_CONF if name in os.environ}
+    usual = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert found == ({said: "max_split_size_mb:64"} if said else usual)
 
 
 def _held(after: str) -> int:

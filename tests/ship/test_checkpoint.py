@@ -8,7 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from absorb.errors import AbsorbError
 from absorb.ship import staging as checkpoint
@@ -73,6 +75,14 @@ def test_what_the_block_writes_becomes_the_folder(out: Path) -> None:
         assert not out.exists()
     assert (out / "assets" / "file").read_text() == "text"
     assert names(out.parent) == ["model"]
+
+
+def test_whoever_the_umask_lets_reads_every_file(out: Path) -> None:
+    with staged(out, force=False) as partial:
+        (partial / "plain").touch()
+        save_file({"scale": torch.ones(1)}, partial / "weights.safetensors")
+    modes = {path.stat().st_mode for path in out.iterdir()}
+    assert modes == {(out / "plain").stat().st_mode}
 
 
 @pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt, SystemExit, AbsorbError])

@@ -12,6 +12,7 @@ from absorb.cli import main as cli
 from absorb.cli.options import settled
 from absorb.pipelines.convert import warn_of_loss
 from absorb.schema.codec import from_json
+from absorb.schema.proof import Proof
 from absorb.schema.report import Report, verdict
 from absorb.schema.settings import Job
 from absorb.show.card import card, command
@@ -29,6 +30,19 @@ def record() -> Report:
 def test_a_card_is_made_of_the_report_alone(converted: Path) -> None:
     report = from_json(Report, (converted / "absorb.json").read_text())
     assert card(report) == (converted / "README.md").read_text()
+
+
+def test_only_of_what_an_import_registers_is_said_that_it_does(record: Report) -> None:
+    said = "After `import absorb` neither is needed."
+    assert card(record).count(said) == 1
+    proof = Proof(entry="", learned_positions=False, checks=(), left_out=())
+    for more in ({"whole": "qwen2_vl"}, {"proof": proof}):
+        assert said not in card(replace(record, inspection=replace(record.inspection, **more)))
+
+
+def test_no_figure_is_less_than_nothing(record: Report) -> None:
+    tiny = replace(record.converted, divergence=-1e-6)
+    assert "-0.0" not in card(replace(record, converted=tiny))
 
 
 def test_the_hub_reads_the_metadata(record: Report) -> None:
