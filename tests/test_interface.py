@@ -4,8 +4,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -251,6 +252,31 @@ def test_a_lost_process_is_told_of_once(
     with pytest.raises(SystemExit), terminal.UserErrors():
         raise RuntimeError("NCCL communicator was aborted")
     assert capsys.readouterr().err.count("of torchrun has ended") == 1
+
+
+@pytest.mark.parametrize("ending", [SystemExit(143), RuntimeError("Connection closed by peer")])
+def test_a_signal_does_not_stop_what_cleans_up(
+    ending: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun sends one to a process that has found another lost, and may send two."""
+    monkeypatch.setenv("RANK", "0")
+    before = signal.signal(signal.SIGTERM, terminal._terminated)
+    cleaned: list[str] = []
+
+    @contextmanager
+    def cleaning() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append("all")
+
+    try:
+        with pytest.raises(type(ending)), cleaning():
+            raise ending
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert cleaned == ["all"]
 
 
 def test_what_nohup_has_said_stands() -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -76,7 +76,11 @@ def _is_of_others(error: BaseException | None) -> bool:
     )
 
 
-def _terminated(number: int, _: Any) -> NoReturn:
+def _terminated(number: int, _: Any) -> None:
+    """End, unless that has begun: torchrun's signal would keep a folder from being removed."""
+    ending = sys.exc_info()[1]
+    if isinstance(ending, SystemExit) or _is_of_others(ending):
+        return
     if "RANK" in os.environ:
         _say_lost()
     sys.exit(128 + number)
