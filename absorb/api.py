@@ -142,20 +142,20 @@ def _undisturbed() -> Iterator[None]:
 
     torch and transformers keep for the whole process much of what a call sets.
     """
-    dtype, elsewhere = torch.get_default_dtype(), torch.get_default_device().type != "cpu"
-    with (
-        _turn,
-        torch.device("cpu") if elsewhere else nullcontext(),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
+    with _turn:  # what another call has set is not the caller's
+        dtype, elsewhere = torch.get_default_dtype(), torch.get_default_device().type != "cpu"
+        with (
+            torch.device("cpu") if elsewhere else nullcontext(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            torch.set_default_dtype(torch.float32)
+            try:
+                yield
+            finally:
+                torch.set_default_dtype(dtype)
 
 
 @taking_options_of(Job)

@@ -162,8 +162,13 @@ def test_calls_from_several_threads_take_turns(
     def converted(name: str) -> Any:
         return absorb.convert(original, tmp_path / name, text=text_file, steps=0)
 
-    with ThreadPoolExecutor() as pool:
-        one, other = pool.map(converted, ("one", "other"))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with ThreadPoolExecutor() as pool:
+            one, other = pool.map(converted, ("one", "other"))
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert one.converted == other.converted
 
 
