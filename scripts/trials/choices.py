@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from absorb.fold.gates import RANK
+from absorb.quantize.training import FORMAT_FOR
 from absorb.schema.settings import FormatName, Purpose, Sink, Train
 
 TRAINING_ROWS = 1024
@@ -43,11 +44,7 @@ _TRAINED: dict[str, dict[str, Any]] = {
     ", rate 2e-4": {"rate": 2e-4},
     ", rate 4e-4": {"rate": 4e-4},
 }
-_FORMATS: tuple[tuple[Purpose, FormatName], ...] = (
-    ("nvfp4", "nvfp4"),
-    ("mxfp4", "mxfp4"),
-    ("w4a4", "w4a4-hadamard"),
-)
+_PURPOSES: tuple[Purpose, ...] = ("nvfp4", "mxfp4", "w4a4")
 _GATES: dict[str, dict[str, Any]] = {
     "no gates": {},
     "scalar gates": {"gates": 2, "scalar": True},  # two ranks make a linear one
@@ -78,9 +75,9 @@ CHOICES: dict[str, Choice] = {
     "400 steps of all, given text, for INT8": Choice(steps=400, given=0, purpose="int8"),
     **{
         f"{name}, given text, for {purpose.upper()}{arm}": Choice(
-            steps=steps, given=0, purpose=purpose, formats=(form,), **changes
+            steps=steps, given=0, purpose=purpose, formats=(FORMAT_FOR[purpose],), **changes
         )
-        for purpose, form in _FORMATS
+        for purpose in _PURPOSES
         for name, steps, arms in (
             ("untrained", 0, _UNTRAINED),
             ("100 steps of all", 100, _TRAINED),

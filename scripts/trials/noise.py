@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from absorb.load.source import load
-from absorb.measure.score import losses, quantized_losses
+from absorb.measure.score import perplexity, quantized_losses
+from absorb.measure.tally import perplexity_of
 from absorb.quantize.formats import FORMATS, Format
 from absorb.quantize.grids import FLOAT32, Grid, rounded, unit
 from absorb.runtime.reading import Subject
@@ -71,18 +72,13 @@ def costs(folder: Path, name: FormatName, text: Path, count: int) -> dict[str, A
     source = load(ModelRef(name=str(folder)), measured=True)
     subject, rows = Subject(decoder=source.decoder), windows(source, text, count)
 
-    def perplexity(form: Format | None) -> float:
-        found = (
-            losses(subject, rows, "")
-            if form is None
-            else quantized_losses(subject, form, rows, rows)
-        )
-        return float(found.mean().exp())
+    def in_format(form: Format) -> float:
+        return perplexity_of(quantized_losses(subject, form, rows, rows))
 
-    whole = perplexity(None)
+    whole = perplexity(subject, rows, "in float")
     ratios = {
         kind: {
-            part: perplexity(part_of(FORMATS[name], is_of, change)) / whole
+            part: in_format(part_of(FORMATS[name], is_of, change)) / whole
             for part, is_of in _PARTS.items()
         }
         for kind, change in (("rounded", lambda grid: grid), ("noise", noisy))
@@ -95,7 +91,8 @@ def rows_of(found: dict[str, Any]) -> list[Row]:
     """For each format what rounding costs and what noise does."""
     rows: list[Row] = [("", *_PARTS)]
     for name, cost in found.items():
-        for kind, label in (("rounded", name), ("noise", f"{name}, noise in its place")):
+        spoken = name.upper()
+        for kind, label in (("rounded", spoken), ("noise", f"{spoken}, noise in its place")):
             rows.append((label, *(f"{cost['ratios'][kind][part]:.3f}" for part in _PARTS)))
     return rows
 
