@@ -1,12 +1,13 @@
 """Evaluation → Comparison: models side by side on one text, as stored and in every format."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from absorb.errors import AbsorbError
 from absorb.load.opening.tokenizer import lead_of
@@ -33,7 +34,7 @@ _RESAMPLES = 2000
 # as they were before they were rounded.
 _HELD, _HELD_ONCE = 4, 4
 
-_Answered = dict[str, dict[str, Answers]]  # in float and in each format, by task
+Answered = dict[str, dict[str, Answers]]  # in float and in each format, by task
 
 
 @torch.no_grad()
@@ -72,7 +73,7 @@ def compare(wish: Evaluation, say: Callable[[str], None]) -> Comparison:
         for source, subject, tally, speed in zip(sources, subjects, seen, took, strict=True)
     ]
     answers = [
-        _asked(source, subject, score, texts.calibration, tasks, wish.limit)
+        asked(subject, source.tokenizer, _finite(score), texts.calibration, tasks, wish.limit)
         for source, subject, score in zip(sources, subjects, scores, strict=True)
     ]
     return Comparison(
@@ -164,28 +165,37 @@ def _standing(
     )
 
 
-def _asked(
-    source: Source,
+def _finite(score: ModelScore) -> list[FormatName]:
+    """The formats in which the perplexity is a number."""
+    return [name for name, perplexity in score.formats.items() if perplexity is not None]
+
+
+@torch.no_grad()
+def asked(
     subject: Subject,
-    score: ModelScore,
+    tokenizer: PreTrainedTokenizerBase,
+    formats: Iterable[FormatName],
     calibration: Tensor,
     tasks: list[Task],
     limit: int | None,
-) -> _Answered:
-    """The tasks in float, and in each format in which the perplexity is a number."""
+) -> Answered:
+    """The tasks in float, and in each of the formats; none where there is no task.
+
+    Fixed ranges are those of `calibration`, (rows, length) of token ids.
+    """
     if not tasks:
         return {}
-    rows = ROWS_AT_ONCE[source.decoder.device.type]
-    ask = partial(answered, source.model, source.tokenizer, tasks, limit)
-    found: _Answered = {"float": ask(rows)}
-    for name in (name for name, perplexity in score.formats.items() if perplexity is not None):
+    rows = ROWS_AT_ONCE[subject.decoder.device.type]
+    ask = partial(answered, subject.decoder.model, tokenizer, tasks, limit)
+    found: Answered = {"float": ask(rows)}
+    for name in formats:
         form = FORMATS[name]
         with in_format(subject, form, calibration):
             found[name] = ask(1 if form.minds_padding else rows)
     return found
 
 
-def _with_answers(score: ModelScore, own: _Answered, reference: _Answered) -> ModelScore:
+def _with_answers(score: ModelScore, own: Answered, reference: Answered) -> ModelScore:
     tasks = {at: {task: found.metrics for task, found in own[at].items()} for at in own}
     differences: TaskResults = {}
     if own is not reference:

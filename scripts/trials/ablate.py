@@ -21,12 +21,14 @@ from absorb.fold.graft import graft
 from absorb.load.opening.tokenizer import lead_of
 from absorb.load.source import load
 from absorb.measure.score import evaluate, perplexity
+from absorb.measure.tasks import tasks_of
 from absorb.models.decoder import Decoder
+from absorb.pipelines.compare import asked
 from absorb.pipelines.convert import fine_tuned
 from absorb.pipelines.prepare import Prepared, completed, prepare
 from absorb.runtime.precision import as_stored
 from absorb.runtime.reading import Subject
-from absorb.schema.scores import Score
+from absorb.schema.scores import Score, TaskResults
 from absorb.schema.settings import (
     Calibration,
     Distillation,
@@ -45,6 +47,7 @@ from scripts.bench import SEEN, windows
 from scripts.trials.choices import CHOICES, FOUR_BITS, USUAL, Choice
 from scripts.trials.gates import apart, gates_for, outliers_of, penalised, tie_channels
 
+_QUESTIONS = 1000  # of each task
 _AS_A_GPU = torch.device("cuda")  # text is gathered for the longest fine-tune, wherever it runs
 
 
@@ -52,9 +55,15 @@ class Bench:
     """Converts a model as it is told to, and measures what comes out on one text."""
 
     def __init__(
-        self, model: str, text: Path, given: tuple[Path, ...], count: int, device: str
+        self,
+        model: str,
+        text: Path,
+        given: tuple[Path, ...],
+        count: int,
+        device: str,
+        tasks: tuple[str, ...],
     ) -> None:
-        self.model, self.given, self.device = model, given, device
+        self.model, self.given, self.device, self.tasks = model, given, device, tasks_of(tasks)
         source = load(ModelRef(name=model))
         self.rows, self.seen = windows(source, text, count), windows(source, given[0], SEEN)
         self.originals: dict[tuple[int, ...], Score] = {}
@@ -94,6 +103,7 @@ class Bench:
         kept = trained(draft, student, choice)
         seconds = time.perf_counter() - start
         as_stored(student, draft.source.dtype)
+        tasks = self.asked(draft, Subject(decoder=student), choice)
         with apart(student, draft.plan, outliers_of(draft)) if choice.apart else nullcontext():
             converted = self.score(draft, Subject(decoder=student), choice.formats)
         again = Subject(decoder=student, lead=lead_of(draft.source.tokenizer))
@@ -110,6 +120,7 @@ class Bench:
             "ratios": {name: value / original.perplexity for name, value in ratios.items()},
             "original": asdict(original),
             "converted": asdict(converted),
+            "tasks": tasks,
         }
 
     def original(self, draft: Prepared) -> Score:
@@ -123,6 +134,16 @@ class Bench:
     def score(self, draft: Prepared, subject: Subject, formats: tuple[FormatName, ...]) -> Score:
         teacher = Subject(decoder=draft.source.decoder, lead=torch.tensor(draft.plan.prefix))
         return evaluate([subject], teacher, self.rows, self.seen, Thresholds(), formats)[0]
+
+    def asked(self, draft: Prepared, subject: Subject, choice: Choice) -> TaskResults:
+        """Accuracy in each task, in float and in the formats that the choice names."""
+        if choice.asked is None:
+            return {}
+        given = (draft.source.tokenizer, choice.asked, self.seen, self.tasks, _QUESTIONS)
+        return {
+            place: {task: found.metrics for task, found in answers.items()}
+            for place, answers in asked(subject, *given).items()
+        }
 
 
 def trained(draft: Prepared, student: Decoder, choice: Choice) -> int:
@@ -159,6 +180,7 @@ def line(name: str, run: Any) -> Row:
 @bench.texts(32, several=True)
 @bench.device
 @click.option("--row", "names", type=click.Choice(list(CHOICES)), multiple=True, help="Only these.")
+@click.option("--tasks", default="", help="Also ask these, as `absorb eval` does: comma-separated.")
 @bench.kept_figures
 def main(
     model: str,
@@ -167,6 +189,7 @@ def main(
     calibration: tuple[Path, ...],
     device: str,
     names: tuple[str, ...],
+    tasks: str,
     out: Path,
 ) -> None:
     """Convert MODEL once for every row, and compare what comes out on the same text."""
@@ -174,8 +197,9 @@ def main(
     known = [name for name, choice in CHOICES.items() if (choice.given or 0) < len(calibration)]
     if unknown := set(names).difference(known):
         raise click.UsageError(f"the row {min(unknown)!r} needs one more --calibration")
+    questions = tuple(filter(None, tasks.split(",")))
     wanted = [name for name in names or known if name not in done]
-    made = Bench(model, text, calibration, count, device) if wanted else None
+    made = Bench(model, text, calibration, count, device, questions) if wanted else None
     for name in wanted:
         click.echo(f"=== {name}", err=True)
         assert made is not None

@@ -30,6 +30,7 @@ class Choice:
     penalty: float = 0.0  # on peaks in what Linears read
     apart: bool = False  # outlier channels stay in float where norms feed Linears
     formats: tuple[FormatName, ...] = USUAL
+    asked: tuple[FormatName, ...] | None = None  # formats to ask tasks in, besides float
 
 
 FOUR_BITS: tuple[FormatName, ...] = ("w4a4-hadamard", "nvfp4", "mxfp4")
@@ -97,7 +98,12 @@ CHOICES: dict[str, Choice] = {
     "untrained, keys": Choice(sink="key"),
     **{
         f"100 steps of all, given text, {name}{more}": Choice(
-            steps=100, given=0, penalty=penalty, formats=("w8a8-static", *FOUR_BITS), **changes
+            steps=100,
+            given=0,
+            penalty=penalty,
+            formats=("w8a8-static", *FOUR_BITS),
+            asked=("w8a8-static", "nvfp4"),
+            **changes,
         )
         for more, penalty in (("", 0.0), (", peaks penalised", 1e-2))
         for name, changes in _GATES.items()
