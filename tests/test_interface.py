@@ -16,13 +16,16 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 from click import Command
+from click.testing import CliRunner
 
 import absorb
 from absorb import AbsorbError
 from absorb import api as interface
 from absorb.cli import main as cli
 from absorb.cli import terminal
+from absorb.load import source
 from absorb.pipelines import prepare as pipeline
+from absorb.runtime import precision
 from absorb.schema.codec import from_json
 from absorb.schema.declared import options_of
 from absorb.schema.report import Report
@@ -154,6 +157,23 @@ def test_what_the_caller_has_set_of_torch_changes_nothing(
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_call_learns_as_the_command_does(
+    original: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    monkeypatch.setattr(precision, "_bfloat16_is_fast", lambda device: True)
+    if streams:
+        monkeypatch.setattr(source, "free_memory", lambda device: 0)
+    options: Any = {"text": text_file, "steps": 4, "train": "all"}
+    called = absorb.convert(original, tmp_path / "called", **options)
+    said = [str(original), "--text", str(text_file), "--steps", "4", "--train", "all"]
+    done = CliRunner().invoke(cli.convert, [*said, "--out", str(tmp_path / "said")])
+    assert done.exit_code == 0, done.output
+    report = from_json(Report, (tmp_path / "said" / "absorb.json").read_text())
+    assert called.losses == report.losses
+    assert len(called.losses.layers) == 3 * streams
 
 
 def test_calls_from_several_threads_take_turns(

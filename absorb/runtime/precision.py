@@ -103,8 +103,11 @@ def autocast_bf16(device: torch.device) -> torch.autocast:
     """Within it products are taken in bfloat16 where the device does that faster.
 
     The residual stream stays float32. A measured figure may be off by a few parts in a thousand.
+    No weight in bfloat16 is remembered: within another autocast torch would do so until that one
+    ends, whatever the weight has become by then.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=_bfloat16_is_fast(device))
+    fast = _bfloat16_is_fast(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
 def product_type(device: torch.device) -> torch.dtype:

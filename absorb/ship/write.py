@@ -98,7 +98,8 @@ def _probe(student: Decoder) -> Probe:
     """
     if student.streaming:
         stored = student.streaming.form
-        student.streaming.form = lambda weight: stored(weight).float()
+        # In place, as there may be no room for one more of the embedding.
+        student.streaming.form = lambda weight: weight.data.copy_(stored(weight))
     else:
         nn.Module.to(student.model, "cpu", torch.float32)
     tokens = probe_tokens(student.config.vocab_size)

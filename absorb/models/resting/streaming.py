@@ -156,15 +156,20 @@ class Streaming:
         staging = self._staging if layer is not None else None
         staged = {} if staging is None or layer is None else staging.take(layer)
         for parameter in self._weights_of(unit):
-            self._resting[parameter] = resting = parameter.data
-            # Types are changed on the device: what is smaller arrives sooner.
-            there = staged.get(parameter, resting).to(self.device, non_blocking=bool(staged))
-            parameter.data = there.to(self.dtype, copy=there is resting)
+            self._resting[parameter] = parameter.data
+            parameter.data = self._arrived(parameter.data, staged.get(parameter))
         if staging is not None and layer is not None:
             staging.taken(layer)
         # A pass may take its products in bfloat16; what is folded is as exact as where it stays.
         with torch.autocast(self.device.type, enabled=False):
             self._change(unit, layer)
+
+    def _arrived(self, resting: Tensor, staged: Tensor | None) -> Tensor:
+        """A weight on the device; no name here keeps what came until it is changed further."""
+        here = resting if staged is None else staged
+        there = here.to(self.device, non_blocking=staged is not None)
+        # Types are changed on the device: what is smaller arrives sooner.
+        return there.to(self.dtype, copy=there is resting)
 
     def _change(self, unit: nn.Module, layer: int | None) -> None:
         """Make what has come what the model has there."""
