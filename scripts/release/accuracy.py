@@ -54,6 +54,14 @@ def headline(run: Run) -> list[Row]:
     ]
 
 
+def means(runs: dict[str, Run]) -> list[Row]:
+    """The mean accuracy of each row of a trial that was asked, in float and in formats."""
+    asked = {name: run["tasks"] for name, run in runs.items() if run["tasks"]}
+    places = list(next(iter(asked.values())))
+    rows = [(name, *(_mean(found[place], "") for place in places)) for name, found in asked.items()]
+    return [("", *map(_spoken, places)), *rows]
+
+
 def _perplexities(model: Run) -> dict[str, float]:
     return {"float": model["perplexity"], **model["formats"]}
 

@@ -99,7 +99,7 @@ def drawn(found: dict[str, Any], report: Report) -> dict[str, str]:
         "scale": scale.rows_of(found["scale"]),
         "growth": scale.growth(found["growth"]),
         "gates": tables.ablation(found["gates"]),
-        "gates_later": tables.ablation(found["gates_later"]),
+        "gates_asked": accuracy.means(found["gates"]),
         "gated_attention": [("", "KL"), *((name, f"{kl:.4f}") for name, kl in gated.items())],
         "layers_first": tables.ablation(found["layers_first"]),
         "for_a_format": tables.ablation(found["for_a_format"]),

@@ -75,7 +75,7 @@ def of_one_card(runs: dict[str, Run]) -> float:
 
 
 def _or_all(card: float | None) -> str:
-    return "all" if card is None else f"{card:.0f}"
+    return "all" if card is None else f"{card:g}"
 
 
 def _peak(taken: int | None) -> str:
