@@ -65,7 +65,7 @@ class Walk:
     """
 
     def __init__(self, decoder: Decoder, parts: Sequence[Tensor], dtype: torch.dtype | None = None):
-        self.decoder, self.dtype, self.parts = decoder, dtype, list(parts)
+        self.decoder, self.dtype = decoder, dtype
         self._others: int | None = None  # what a layer gives besides the stream; None: no tuple
         size = (dtype or torch.float32).itemsize * decoder.config.hidden_size
         size *= sum(part.numel() for part in parts)
@@ -80,26 +80,30 @@ class Walk:
                 self.streams.append(self._room_for(stream).copy_(stream))
 
     def split(self, rows: int) -> None:
-        """Let no part have more rows than that from now on, wherever all of them are."""
-        parts = [piece for part in self.parts for piece in part.split(rows)]
-        with self._beginning():
-            self.calls = [self._begin(part)[0] for part in parts]
+        """Let no part have more rows than that from now on, wherever all of them are.
+
+        What layers are given besides the stream depends on places alone, so the embedding is not
+        asked for: memory is short where this is called.
+        """
         self.streams = [piece for stream in self.streams for piece in stream.split(rows)]
-        self.parts = parts
+        places = range(len(self.streams))
+        self.calls = [self._noted(inputs_embeds=self.waiting(place))[0] for place in places]
 
     def _beginning(self) -> AbstractContextManager[None]:
         return self._at_hand(lambda unit: unit is self.decoder.model.get_input_embeddings())
 
     def _begin(self, part: Tensor) -> tuple[list[Call], Tensor]:
         """What each layer is given of a part besides the stream, and the stream of the first."""
+        tokens = part.to(self.decoder.device)
         try:
-            return self._noted(part)
+            return self._noted(input_ids=tokens)
         except ValueError:  # the model unpacks what a layer gives
             self._others = 1
-            return self._noted(part)
+            return self._noted(input_ids=tokens)
 
     @torch.no_grad()
-    def _noted(self, part: Tensor) -> tuple[list[Call], Tensor]:
+    def _noted(self, **given: Tensor) -> tuple[list[Call], Tensor]:
+        """The same of tokens (`input_ids`) or of their embedding (`inputs_embeds`)."""
         calls: list[Call] = []
         beginning: list[Tensor] = []
 
@@ -112,7 +116,7 @@ class Walk:
             return self._formed(stream)
 
         with layers_as(self.decoder, note), suppress(Seen):
-            self.decoder.model(part.to(self.decoder.device), use_cache=False)
+            self.decoder.model(**given, use_cache=False)
         self._computed = beginning[0].dtype
         return calls, beginning[0]
 
