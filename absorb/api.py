@@ -46,6 +46,7 @@ from absorb.schema.settings import (
 Function = TypeVar("Function", bound=Callable[..., Any])
 _say = logging.getLogger("absorb").info
 _turn = RLock()
+_RESUME = Option(help="", name="resume", kind=bool, default=False)  # of no settings
 
 
 class InspectOptions(TypedDict, total=False):
@@ -174,6 +175,7 @@ def convert(
     an Exported, with `to` stock a Rescaled. Raises an AbsorbError for what cannot be converted, and
     warns where the result is worse in float.
     """
+    _RESUME.refuse_strange(resume)
     given = asked(Job, options)
     job = filled(Job, {"name": _named(model, "model"), "out": Path(_named(out, "out")), **given})
     made = produce(job, _say, resume)

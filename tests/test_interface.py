@@ -113,6 +113,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> No
     refused("device is device(type='cpu') and must be text", device=torch.device("cpu"))
     refused("thresholds is {} and must be Thresholds", thresholds={})
     refused("prefix is [1] and must be text", prefix=[1])
+    refused("resume is 'no' and must be True or False", resume="no")
     refused("force is 'no' and must be True or False", force="no")
     refused("text is ['a b'] and must be a path", text=["a b"])
     refused("a b a b  is no file to read text from", text="a b " * 100)
@@ -120,6 +121,9 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> No
         absorb.inspect(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(AbsorbError, match="out is of type NoneType"):
         absorb.export("nothing", None)  # type: ignore[arg-type]
+    for named in (absorb.inspect, partial(absorb.convert, "nothing")):
+        with pytest.raises(AbsorbError, match=r"aaa\.\.\. is too long for a path"):
+            named("a" * 300)
     with pytest.raises(AbsorbError, match="the name of a model is empty"):
         absorb.inspect("")
     with pytest.raises(AbsorbError, match="token_ratio is -1 and must be a number from 0"):

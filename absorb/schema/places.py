@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from errno import ENAMETOOLONG
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -63,12 +64,18 @@ def _is_readable(path: Path) -> bool:
 def expanded(name: str | Path) -> Path:
     """The path that a user means, who may begin it with `~` or `~somebody`."""
     try:
-        return Path(name).expanduser()
+        path = Path(name).expanduser()
+        path.stat()
+    except OSError as error:
+        if error.errno == ENAMETOOLONG:
+            raise AbsorbError(f"{str(name)[:_LONG]}... is too long for a path") from None
+        return path
     except RuntimeError:
         home = Path(name).parts[0]
         raise AbsorbError(
             f"{name}: there is no home folder {home}; write ./{home} for a folder of that name"
         ) from None
+    return path
 
 
 def _is_address(url: str) -> bool:

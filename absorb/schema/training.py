@@ -71,7 +71,7 @@ class Recipe:
         limit = "" if self.minutes is None else f"{self.minutes:g} minutes of "
         rounding = "" if self.purpose == "none" else f", for {self.purpose.upper()}"
         size = f"{self.rows} x {LENGTH} tokens"
-        order = f", layer by layer{self._end}" if self.by_layers else ""
+        order = f", layer by layer{self._end}" if self.by_layers and self.trains else ""
         if self.sharded:
             order = f", end to end, with weights shared out among {self.sharded} processes"
         less = "" if self.experts else " but experts"
