@@ -99,15 +99,19 @@ def in_bf16(decoder: Decoder) -> Iterator[PreTrainedModel]:
         yield sketch.model
 
 
-def autocast_bf16(device: torch.device) -> torch.autocast:
+@contextmanager
+def autocast_bf16(device: torch.device) -> Iterator[None]:
     """Within it products are taken in bfloat16 where the device does that faster.
 
     The residual stream stays float32. A measured figure may be off by a few parts in a thousand.
-    No weight in bfloat16 is remembered: within another autocast torch would do so until that one
-    ends, whatever the weight has become by then.
     """
-    fast = _bfloat16_is_fast(device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
+    with torch.autocast(device.type, torch.bfloat16, enabled=_bfloat16_is_fast(device)):
+        try:
+            yield
+        finally:
+            # Within another autocast torch would remember weights in bfloat16 until that one ends,
+            # whatever they have become by then.
+            torch.clear_autocast_cache()
 
 
 def product_type(device: torch.device) -> torch.dtype:
