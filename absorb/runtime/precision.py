@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -122,7 +122,8 @@ def as_in_a_new_process() -> Iterator[None]:
     """
     dtype, strict = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: Any = torch.backends
+    products = (backends.cuda.matmul, backends.mkldnn.matmul)
     kinds = [kind.fp32_precision for kind in products]
     try:
         named = torch.get_float32_matmul_precision()
