@@ -347,6 +347,22 @@ def test_a_lost_process_is_told_of_once(
     assert capsys.readouterr().err.count("of torchrun has ended") == 1
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+    ],
+)
+def test_a_full_memory_is_told_in_a_sentence_whoever_finds_it_full(
+    said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit), terminal.UserErrors():
+        raise RuntimeError(said)
+    assert "the memory is full, so nothing was written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ending", [SystemExit(143), RuntimeError("Connection closed by peer")])
 def test_a_signal_does_not_stop_what_cleans_up(
     ending: BaseException, monkeypatch: pytest.MonkeyPatch
