@@ -187,4 +187,5 @@ def _root(squares: Tensor) -> Tensor:
     whole = torch.linalg.cholesky(whole)  # by one name, so that none is kept beside the next
     whole = torch.cholesky_inverse(whole)
     whole = torch.linalg.cholesky(whole, upper=True)
-    return whole.float()
+    root: Tensor = whole.float()
+    return root
