@@ -4,6 +4,7 @@ What is being done goes to the logger `absorb`, as a warning where the result ma
 what is refused raises an AbsorbError.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,7 @@ from absorb.pipelines import export as exporting
 from absorb.pipelines import inspect as inspection
 from absorb.pipelines.compare import compare
 from absorb.pipelines.produce import Produced, produce
+from absorb.runtime.precision import as_in_a_new_process
 from absorb.schema.declared import Option, filled, options_of
 from absorb.schema.exported import Exported
 from absorb.schema.places import text_named
@@ -144,19 +146,38 @@ def _undisturbed() -> Iterator[None]:
     torch and transformers keep for the whole process much of what a call sets.
     """
     with _turn:  # what another call has set is not the caller's
-        dtype, elsewhere = torch.get_default_dtype(), torch.get_default_device().type != "cpu"
+        elsewhere = torch.get_default_device().type != "cpu"
         with (
+            _gpus_left_alone(),
             torch.device("cpu") if elsewhere else nullcontext(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
+            as_in_a_new_process(),
         ):
-            torch.set_default_dtype(torch.float32)
-            try:
-                yield
-            finally:
-                torch.set_default_dtype(dtype)
+            yield
+
+
+@contextmanager
+def _gpus_left_alone() -> Iterator[None]:
+    """The current GPU stays so, and models that are gone give their memory back first and last.
+
+    Weights that stream are in cycles, and so is what holds the models of a call that failed.
+    """
+    current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    _collect()
+    try:
+        yield
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.set_device(current)
+        _collect()
+
+
+def _collect() -> None:
+    if torch.cuda.is_initialized():
+        gc.collect()  # half a second; where nothing but a CPU is in use Python does it in time
 
 
 @taking_options_of(Job)

@@ -1,5 +1,6 @@
 """The Python interface does what the commands do, and converted models load by `import absorb`."""
 
+import logging
 import re
 import signal
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 import torch
 from click import Command
 from click.testing import CliRunner
+from torch import distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import absorb
 from absorb import AbsorbError
@@ -163,6 +166,71 @@ def test_what_the_caller_has_set_of_torch_changes_nothing(
         torch.set_default_dtype(torch.float32)
 
 
+class Products(logging.Handler):
+    """How exact a product is, and how free torch is in its algorithms, whenever absorb speaks."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.seen: set[tuple[bool, bool]] = set()
+
+    def emit(self, _: logging.LogRecord) -> None:
+        numbers = torch.linspace(1, 2, 64 * 64).view(64, 64)
+        exact = numbers.double() @ numbers.double()
+        is_exact = torch.allclose((numbers @ numbers).double(), exact, rtol=1e-5)
+        self.seen.add((is_exact, torch.are_deterministic_algorithms_enabled()))
+
+
+@pytest.mark.parametrize("kind", [None, torch.backends.mkldnn.matmul], ids=["named", "by kind"])
+def test_products_are_as_exact_as_in_a_new_process(kind: Any, original: Path) -> None:
+    """A trainer may have hastened them, in the old way or in the new one."""
+    logger, products = logging.getLogger("absorb"), Products()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(products)
+    if kind is None:
+        torch.set_float32_matmul_precision("medium")
+    else:
+        kind.fp32_precision = "bf16"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with pytest.raises(AbsorbError):
+            absorb.inspect(original, text=__file__, revision="main")
+        assert products.seen == {(True, False)}
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        assert kind is not None or torch.get_float32_matmul_precision() == "medium"
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        if kind is not None:
+            kind.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        logger.removeHandler(products)
+        logger.setLevel(level)
+
+
+def test_processes_that_a_caller_has_joined_are_left_alone(
+    original: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of those that trained may convert what they have: the others may wait for it."""
+
+    def converted(name: str) -> Report:
+        made = absorb.convert(original, tmp_path / name, text=text_file, steps=1, train="sinks")
+        assert isinstance(made, Report)
+        return made
+
+    usual = converted("usual")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        assert converted("beside").losses == usual.losses
+        assert absorb.evaluate(original, text=text_file, windows=2, length=32).rows == 2
+        assert dist.get_world_size() == 2
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_call_learns_as_the_command_does(
     original: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
@@ -281,6 +349,22 @@ def test_a_lost_process_is_told_of_once(
     with pytest.raises(SystemExit), terminal.UserErrors():
         raise RuntimeError("NCCL communicator was aborted")
     assert capsys.readouterr().err.count("of torchrun has ended") == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+    ],
+)
+def test_a_full_memory_is_told_in_a_sentence_whoever_finds_it_full(
+    said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit), terminal.UserErrors():
+        raise RuntimeError(said)
+    assert "the memory is full, so nothing was written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ending", [SystemExit(143), RuntimeError("Connection closed by peer")])

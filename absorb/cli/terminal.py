@@ -66,7 +66,8 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     """Whether Python, a GPU or, by its words alone, torch on a CPU has no more memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")  # of a CPU, page-locked, of cuBLAS
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _is_of_others(error: BaseException | None) -> bool:

@@ -18,6 +18,8 @@ from absorb.fold.plan import STREAM, Plan
 from absorb.models.decoder import Decoder, Site, is_linear
 from absorb.models.family import Family
 
+_ROWS = 4096  # that are reordered at once: a copy of a whole embedding takes gigabytes
+
 
 def write(student: Decoder, plan: Plan, layer: int) -> None:
     """Let a layer have its channels in the orders of a plan. Nothing may be written after it."""
@@ -136,7 +138,8 @@ def reorder_input(site: Site, order: Tensor) -> None:
     if site.is_norm:
         _reorder_vectors(site, order)
     else:
-        site.weight.copy_(reordered(site.weight, order, -1))
+        for rows in site.weight.split(_ROWS, -2):
+            rows.copy_(reordered(rows, order, -1))
 
 
 def reorder_output(site: Site, order: Tensor) -> None:

@@ -48,15 +48,20 @@ def divergence(teacher: Decoder, student: Decoder, prefix: Tensor, tokens: Tenso
     def found(tokens: Tensor) -> Tensor:
         def by(at_once: int) -> Tensor:
             given = (logits(one, tokens, at_once, _LABEL, beside=True) for one in read)
-            both = zip(*given, strict=True)
-            rows = (row for target, own in both for row in zip(target, own, strict=True))
-            return torch.stack([mean_kl(target[None], own[None]).cpu() for target, own in rows])
+            # A name would keep the logits of one part while the next are made, and so would zip.
+            return torch.cat([*map(_by_row, *given)])
 
         most = rows_at_once(student.model, student.device)
         return with_fewer_rows(by, min(most, len(tokens)))
 
     mean = float(ranks.by_row(tokens, found).double().mean())
     return max(0.0, finite(mean))  # rounding may bring it below
+
+
+def _by_row(teacher: Tensor, student: Tensor) -> Tensor:
+    """What `mean_kl` gives of each row of logits (rows, length, vocabulary): (rows,)."""
+    pairs = zip(teacher.split(1), student.split(1), strict=True)
+    return torch.stack([mean_kl(*pair).cpu() for pair in pairs])
 
 
 @torch.no_grad()

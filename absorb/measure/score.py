@@ -1,5 +1,6 @@
 """Models and held-out text → Tallies and Scores, side by side in one pass over the same tokens."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -94,10 +95,15 @@ def _tallies_by(
     given = [shown(subject, tally) for subject, tally in zip(subjects, seen, strict=True)]
     if known is None:
         given.append(logits(teacher, own_rows, at_once, "the teacher", beside=True))
-    for tokens, *found in zip(own_rows.split(at_once), *given, strict=True):
+
+    def see(*read: Tensor) -> None:
+        *found, tokens = read
         target = found[-1 if known is None else known]
         for tally, own in zip(seen, found, strict=False):
             tally.see_logits(own, target, tokens.to(target.device))
+
+    # A name would keep the logits of one part while those of the next are made, and so would zip.
+    deque(map(see, *given, own_rows.split(at_once)), maxlen=0)
     return seen
 
 

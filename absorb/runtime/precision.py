@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -33,7 +33,10 @@ def device_of(request: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise AbsorbError(f"--device {request} cannot be used here ({reason}); try auto") from None
-    return torch.device(request)
+    device = torch.device(request)
+    if device.index is not None:  # events and streams that are told of none are of the current one
+        torch.cuda.set_device(device)
+    return device
 
 
 def free_memory(device: torch.device) -> int:
@@ -112,6 +115,35 @@ def autocast_bf16(device: torch.device) -> Iterator[None]:
             # Within another autocast torch would remember weights in bfloat16 until that one ends,
             # whatever they have become by then.
             torch.clear_autocast_cache()
+
+
+@contextmanager
+def as_in_a_new_process() -> Iterator[None]:
+    """What torch keeps for the whole process, and a caller may have set, as it is at first.
+
+    Trainers let float32 products be hastened, and then folds are no better than bfloat16; and where
+    they want no algorithm that adds up in any order, a GPU refuses medians and sums of rows.
+    """
+    dtype, strict = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    backends: Any = torch.backends
+    products = (backends.cuda.matmul, backends.mkldnn.matmul)
+    kinds = [kind.fp32_precision for kind in products]
+    try:
+        named = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for one kind of products
+        named = "highest"
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        torch.set_float32_matmul_precision(named)
+        for kind, before in zip(products, kinds, strict=True):
+            kind.fp32_precision = before
 
 
 def product_type(device: torch.device) -> torch.dtype:

@@ -22,13 +22,21 @@ from absorb.runtime.precision import device_of
 T = TypeVar("T")
 
 
+# Whether the processes have joined here: a caller may have joined them for work of its own.
+_joined = False
+
+
 class RefusedByOneError(AbsorbError):
     """What one process had to refuse, as all of them raise it."""
 
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Let the processes of torchrun find each other; `device` is what the user asked for."""
+    """Let the processes of torchrun find each other; `device` is what the user asked for.
+
+    Where a caller has let them find each other already, this one works alone.
+    """
+    global _joined
     if started() == 1:
         yield
         return
@@ -41,6 +49,7 @@ def joined(device: str) -> Iterator[None]:
             raise AbsorbError(f"there are {there} GPUs here; pass --nproc-per-node {there}")
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if on_gpus else "gloo")
+    _joined = True
     with _hearing_the_end() if on_gpus else nullcontext():
         try:
             yield  # where it fails the others are waiting, and torchrun ends them
@@ -48,6 +57,7 @@ def joined(device: str) -> Iterator[None]:
             meet()  # or torchrun would end one that is still clearing up
             raise
     dist.destroy_process_group()
+    _joined = False
 
 
 @contextmanager
@@ -75,17 +85,18 @@ def _give_up_at(heard: int) -> None:
 
 
 def started() -> int:
-    """How many processes torchrun has started, whether they have joined or not."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes torchrun has started for this, whether they have joined or not."""
+    is_of_caller = dist.is_initialized() and not _joined
+    return 1 if is_of_caller else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def count() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _joined else 1
 
 
 def number() -> int:
     """Which of them this is."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _joined else 0
 
 
 def is_first() -> bool:

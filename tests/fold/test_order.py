@@ -5,17 +5,19 @@ Tolerances are those of test_identity.py, and for its reason: norms and routers 
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from absorb.fold import order
 from absorb.fold.graft import graft
 from absorb.fold.order import stays_as
 from absorb.fold.plan import STREAM
 from absorb.fold.smoothing import smoothing_scales
-from absorb.models.decoder import Decoder, site_at
+from absorb.models.decoder import Decoder, Site, site_at
 from absorb.models.families import FAMILIES, INSIDE
 from absorb.models.family import Family
 from absorb.schema.findings import Removal, SpikeNeuron
@@ -131,3 +133,26 @@ def test_a_stream_that_pictures_enter_stays_as_it_is() -> None:
     assert stays_as(decoder) is None
     decoder.is_part = True
     assert "pictures" in str(stays_as(decoder))
+
+
+class Largest(TorchDispatchMode):
+    """How many entries the largest tensor has that an operation gives."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out):
+            self.entries = max(self.entries, out.numel())
+        return out
+
+
+@torch.no_grad()
+def test_a_table_is_reordered_few_rows_at_once() -> None:
+    """In float32 that of a large vocabulary takes two gigabytes, and so would a copy of it."""
+    table, by = nn.Embedding(10_000, 8), shuffled(8)
+    wanted = table.weight[:, by]
+    with Largest() as largest:
+        order.reorder_input(Site(table), by)
+    assert torch.equal(table.weight, wanted)
+    assert largest.entries == order._ROWS * 8

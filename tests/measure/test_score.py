@@ -1,6 +1,7 @@
 """Scores agree with computations that share no code with them."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from absorb.fold.graft import twin
+from absorb.measure.divergence import divergence
 from absorb.measure.score import evaluate
 from absorb.models.decoder import Decoder
 from absorb.models.families import FAMILIES
@@ -112,3 +114,27 @@ def test_a_neutral_twin_scores_like_its_original(model: PreTrainedModel, tokens:
     )
     assert converted.perplexity == pytest.approx(original.perplexity, rel=1e-5)
     assert converted.quantized == pytest.approx(original.quantized, rel=1e-3)
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["compared", "scored"])
+def test_logits_of_one_part_are_gone_before_the_next_are_made(
+    scored: bool, model: PreTrainedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of two models meet. Of a large vocabulary more than these may not fit."""
+    made, alive, give = list[weakref.ref[Tensor]](), list[int](), Subject.logits
+
+    def logits(subject: Subject, part: Tensor) -> Tensor:
+        alive.append(sum(one() is not None for one in made))
+        found = give(subject, part)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Subject, "logits", logits)
+    monkeypatch.setattr("absorb.measure.score._TOKENS", tokens.shape[1])
+    monkeypatch.setattr("absorb.measure.divergence.rows_at_once", lambda *_: 1)
+    decoder = Decoder(model, LLAMA)
+    if scored:
+        score(model, tokens, NOTHING, Subject(decoder=decoder, lead=BOS))
+    else:
+        divergence(decoder, decoder, BOS, tokens)
+    assert alive == [0, 1] * len(tokens)

@@ -99,3 +99,22 @@ def test_every_linear_errs_less_on_text_that_it_was_not_nudged_on(
 
 def test_what_is_rotated_or_has_other_grids_is_not_nudged() -> None:
     assert {name for name, form in FORMATS.items() if nudges(form)} == {"nvfp4", "mxfp4"}
+
+
+def test_what_does_not_fit_beside_a_layer_is_found_on_the_cpu(
+    draw: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(8, 64, generator=draw)
+    inputs = torch.randn(100, 64, generator=draw)
+    squares = inputs.T @ inputs
+    usual, cholesky, asked = nudged(weight, squares, NVFP4), torch.linalg.cholesky, list[Tensor]()
+
+    def full(matrix: Tensor, **options: bool) -> Tensor:
+        asked.append(matrix)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError
+        return cholesky(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "cholesky", full)
+    assert torch.equal(nudged(weight, squares, NVFP4), usual)
+    assert len(asked) == 3
