@@ -1,6 +1,8 @@
 # Sourced by the other scripts: steps into the checkout and gives them `environment_for`.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Where it is set, each of some fifty processes compiles torch and transformers anew, for seconds.
+unset PYTHONDONTWRITEBYTECODE
 
 refuse() {
     echo "$0: $1" >&2

@@ -3,6 +3,7 @@
 The process that hands out the tests reads this too, so that torch is imported in fixtures alone.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 # Tiny models gain nothing from threads, and on a busy machine waiting for them costs minutes. torch
 # looks here when it is imported, in the processes that tests start as well.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """All that is imported by now stays: a collection need not look through torch every time."""
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

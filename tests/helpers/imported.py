@@ -3,6 +3,7 @@
 absorb is not among it, so that a process with this behind it is still a stranger.
 """
 
+import gc
 import re
 from pathlib import Path
 
@@ -33,3 +34,6 @@ _NAMED = {
 }
 for _name in _NAMED & STOCK.keys():
     getattr(transformers, STOCK[_name])
+
+# All of this stays: a collection in a process forked from here would copy every page of it.
+gc.freeze()

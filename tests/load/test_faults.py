@@ -42,9 +42,16 @@ STAGES = (
     "evaluating",
     "writing",
 )
-ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
-CASES = [*product(STAGES, ENDS), ("fine-tuning", signal.SIGHUP)]  # a terminal that is closed
-ENDS[signal.SIGHUP] = 129
+ENDS = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+    signal.SIGKILL: -signal.SIGKILL,
+    signal.SIGHUP: 129,
+}
+# What cleans up is the same for signals that can be caught: each stage is interrupted by one.
+SOME = ("loading", "fine-tuning", "writing")
+CASES = [*product(STAGES, [signal.SIGINT]), *product(SOME, [signal.SIGTERM, signal.SIGKILL])]
+CASES += [("fine-tuning", signal.SIGHUP)]  # a terminal that is closed
 
 pytestmark = pytest.mark.usefixtures("little_text")
 

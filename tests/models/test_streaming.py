@@ -46,7 +46,7 @@ def converted(source: Path, out: Path, text: Path, **options: str) -> dict[str, 
         *(
             pytest.param(family, sink, torch.bfloat16, True, marks=pytest.mark.slow)
             for sink, families in (
-                ("logit", ("llama", "gpt_neox", "qwen3")),
+                ("logit", ("gpt_neox", "qwen3")),
                 ("key", ("gemma2", "olmo2")),
             )
             for family in families

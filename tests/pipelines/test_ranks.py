@@ -1,6 +1,7 @@
 """Several processes convert to what one does, and end together. Here they share a CPU (gloo).
 
-Where they are to end, torchrun starts them; elsewhere they are started as it does.
+Where they are to end, torchrun starts them; elsewhere they are started as it does, and warm:
+torchrun and two new processes import for a quarter of a minute.
 """
 
 import json
@@ -30,9 +31,12 @@ pytestmark = pytest.mark.slow
 # first takes its time to clear up.
 PROGRAM = """
 import os, shutil, sys, time
+import pytest
 from absorb.load import source
 from absorb.runtime import precision
 from absorb.ship import staging, weights
+from tests.conftest import shorten_texts
+shorten_texts(pytest.MonkeyPatch())
 precision._bfloat16_is_fast = lambda device: False
 rank, way = os.environ.get("RANK", "0"), sys.argv.pop(1)
 if way != "resident":
@@ -53,11 +57,7 @@ main()
 """
 # All weights of a model that does not fit are shared out among processes.
 TRAINED = {"resident": "all", "streamed": "scales", "sharded": "all", "damaged": "scales"}
-SHORT = """
-import pytest
-from tests.conftest import shorten_texts
-shorten_texts(pytest.MonkeyPatch())
-"""
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -79,15 +79,20 @@ def arguments(source: Path, out: str, way: str) -> list[str]:
     ]
 
 
-def converted(source: Path, way: str, processes: int) -> tuple[dict[str, torch.Tensor], dict]:
-    out = f"{way}-{processes}"
-    command = [sys.executable, "-c", SHORT + PROGRAM, *arguments(source, out, way)]
+def run(words: list[str], processes: int) -> subprocess.CompletedProcess[str]:
+    """The first of so many processes, all of which end well."""
+    command = [sys.executable, "-c", PROGRAM, *words]
     with ThreadPoolExecutor() as pool:
         places = told(processes)
         ranks = [*pool.map(lambda place: warm.run(command, env=os.environ | place), places)]
     for done in ranks:
         assert done.returncode == 0, done.stderr
-    report = json.loads(ranks[0].stdout)
+    return ranks[0]
+
+
+def converted(source: Path, way: str, processes: int) -> tuple[dict[str, torch.Tensor], dict]:
+    out = f"{way}-{processes}"
+    report = json.loads(run(arguments(source, out, way), processes).stdout)
     assert report["files"] == digests(source.parent / out)
     return weights_of(source.parent / out), report
 
@@ -114,16 +119,26 @@ def told(processes: int) -> list[dict[str, str]]:
 
 # Of three processes not all read the same number of rows of a step.
 @pytest.mark.parametrize(
-    ("one", "several", "processes"),
-    [("resident", "resident", 2), ("streamed", "streamed", 3), ("resident", "sharded", 2)],
+    ("one", "several"),
+    [("resident", {"resident": 2, "sharded": 2}), ("streamed", {"streamed": 3})],
+    ids=["resident", "streamed"],
 )
 def test_several_processes_come_to_what_one_does(
-    one: str, several: str, processes: int, source: Path
+    one: str, several: dict[str, int], source: Path
+) -> None:
+    alone = converted(source, one, 1)
+    for way, processes in several.items():
+        is_that_of_one(alone, converted(source, way, processes), way)
+
+
+def is_that_of_one(
+    one: tuple[dict[str, torch.Tensor], dict],
+    several: tuple[dict[str, torch.Tensor], dict],
+    way: str,
 ) -> None:
     """Sums of gradients in another order: AdamW turns differences of gradients near zero into
     steps, of which there are three of at most 2e-4."""
-    alone, first = converted(source, one, 1)
-    together, second = converted(source, several, processes)
+    (alone, first), (together, second) = one, several
     assert together.keys() == alone.keys()
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
@@ -131,7 +146,7 @@ def test_several_processes_come_to_what_one_does(
         assert second["inspection"][key] == first["inspection"][key]
     assert second["losses"]["kept"] == first["losses"]["kept"] > 0
     layers = second["losses"]["layers"]
-    assert len(layers) == (LAYERS if several == "streamed" else 0)
+    assert len(layers) == (LAYERS if way == "streamed" else 0)
     assert all(after < before for before, after in layers)
     for ours, theirs in zip(layers, first["losses"]["layers"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -146,7 +161,7 @@ def test_several_processes_come_to_what_one_does(
 
 def test_what_one_process_may_not_write_ends_all_with_one_sentence(source: Path) -> None:
     words = arguments(source, "out", "damaged")
-    done = subprocess.run(by_torchrun(source, words), capture_output=True, text=True)
+    done = subprocess.run(by_torchrun(source, words), env=found(), capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stderr.count("the model converted from source has NaN or infinity in ") == 1
     assert "has ended" not in done.stderr
@@ -156,7 +171,7 @@ def test_what_one_process_may_not_write_ends_all_with_one_sentence(source: Path)
 
 def test_a_process_that_is_killed_ends_all_and_another_number_goes_on(source: Path) -> None:
     words = [*arguments(source, "out", "streamed"), "--resume"]
-    words[words.index("--steps") + 1] = "80"
+    words[words.index("--steps") + 1] = "40"
     kept = source.parent / "out.progress" / "layers"
     killed(source, words, lambda: (kept / "0.safetensors").exists())
     trained = load_file(kept / "0.safetensors")
@@ -175,8 +190,7 @@ def test_weights_that_are_shared_out_are_gone_on_from(source: Path) -> None:
     words[words.index("--steps") + 1] = "8"
     kept = source.parent / "out.progress" / "shards"
     killed(source, words, lambda: (kept / "2").exists())
-    done = subprocess.run(by_torchrun(source, words), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run(words, 2)
     assert "resumed" in done.stderr
     assert "with weights shared out among 2 processes" in done.stderr
     assert "fine-tuning:  25%" in done.stderr
@@ -193,13 +207,18 @@ def by_torchrun(source: Path, words: list[str]) -> list[str]:
     ]
 
 
+def found() -> dict[str, str]:
+    """An environment in which new processes find the tests."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+
+
 def killed(source: Path, words: list[str], there: Callable[[], bool]) -> None:
     """A conversion by two processes, of which one is killed when something is `there`."""
     log = source.parent / "log"
     with (
         log.open("w") as said,
         subprocess.Popen(
-            by_torchrun(source, words), stderr=said, stdout=subprocess.DEVNULL
+            by_torchrun(source, words), env=found(), stderr=said, stdout=subprocess.DEVNULL
         ) as both,
     ):
         deadline = time.monotonic() + 120
