@@ -107,7 +107,7 @@ def test_processes_that_a_caller_has_joined_are_left_alone(
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("streams", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_call_learns_as_the_command_does(
     original: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
 ) -> None:

@@ -125,7 +125,7 @@ def test_a_signal_at_any_stage_leaves_nothing(
     assert not [*tmp_path.glob("out*")]
 
 
-@pytest.mark.parametrize("largest", [2_000, 20_000])
+@pytest.mark.parametrize("largest", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_a_disk_that_takes_no_more_is_one_sentence(
     largest: int, model: Path, tmp_path: Path
 ) -> None:

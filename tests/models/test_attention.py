@@ -491,9 +491,10 @@ def test_checkpointed_layers_give_the_same_gradients(form: str) -> None:
     ("backend", "form"),
     [
         ("aot_eager", "key"),
-        pytest.param("inductor", "logit", marks=pytest.mark.slow),  # it begins as aot_eager does
+        ("inductor", "logit"),  # it begins as aot_eager does
     ],
 )
+@pytest.mark.slow
 def test_a_model_compiles_without_a_break(backend: str, form: str) -> None:
     torch.compiler.reset()
     model = sinked("llama", form, num_hidden_layers=1)

@@ -115,10 +115,11 @@ def test_generation_shows_what_it_computed(family: str, form: str) -> None:
     ("family", "form", "settings"),
     [
         ("llama", "key", {"num_hidden_layers": 1}),
-        (
+        pytest.param(
             "gemma2",
             "logit",
             {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+            marks=pytest.mark.slow,
         ),
     ],
 )

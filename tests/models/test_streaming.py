@@ -80,7 +80,12 @@ def test_weights_that_stream_become_what_others_do_to_the_bit(
 
 
 @pytest.mark.parametrize(
-    ("family", "purpose"), [("llama", "none"), ("mixtral", "int8"), ("llama", "mxfp4")]
+    ("family", "purpose"),
+    [
+        ("llama", "none"),
+        pytest.param("mixtral", "int8", marks=pytest.mark.slow),
+        pytest.param("llama", "mxfp4", marks=pytest.mark.slow),
+    ],
 )
 def test_layers_that_stream_learn_one_after_the_other(
     family: str, purpose: Purpose, in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -105,6 +110,7 @@ def test_layers_that_stream_learn_one_after_the_other(
     assert again[0] == pytest.approx(report.probe.logits[0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_experts_stay_as_they_are_where_a_layer_with_them_is_too_large(
     in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +155,9 @@ def test_layers_that_come_no_closer_stay_untrained(
     assert all(torch.equal(trained[name], tensor) for name, tensor in untrained.items())
 
 
-@pytest.mark.parametrize(("family", "experts"), [("llama", True), ("mixtral", False)])
+@pytest.mark.parametrize(
+    ("family", "experts"), [("llama", True), pytest.param("mixtral", False, marks=pytest.mark.slow)]
+)
 def test_layers_that_an_earlier_run_has_trained_alike_are_gone_on_from(
     family: str,
     experts: bool,

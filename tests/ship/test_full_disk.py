@@ -119,6 +119,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_output_that_cannot_be_printed_is_one_sentence(converted: Path) -> None:
     done = warm.run([sys.executable, "-c", PRINT, "verify", converted])
