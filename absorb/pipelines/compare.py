@@ -195,14 +195,18 @@ def asked(
     return found
 
 
+def metrics_of(answers: Answered) -> TaskResults:
+    """What the harness says of each task, without the marks of single questions."""
+    return {at: {task: one.metrics for task, one in found.items()} for at, found in answers.items()}
+
+
 def _with_answers(score: ModelScore, own: Answered, reference: Answered) -> ModelScore:
-    tasks = {at: {task: found.metrics for task, found in own[at].items()} for at in own}
     differences: TaskResults = {}
     if own is not reference:
         for at in (at for at in own if at in reference):
             pairs = ((task, found, reference[at][task]) for task, found in own[at].items())
             differences[at] = {task: found.minus(other) for task, found, other in pairs}
-    return replace(score, tasks=tasks, task_differences=differences)
+    return replace(score, tasks=metrics_of(own), task_differences=differences)
 
 
 def interval(losses: Tensor) -> tuple[float, float]:

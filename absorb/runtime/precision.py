@@ -34,9 +34,8 @@ def device_of(request: str) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise AbsorbError(f"--device {request} cannot be used here ({reason}); try auto") from None
     device = torch.device(request)
-    if (
-        device.type == "cuda" and device.index is not None
-    ):  # events and streams that are told of none are of the current one
+    if device.type == "cuda" and device.index is not None:
+        # Events and streams that are told of no device are of the current one.
         torch.cuda.set_device(device)
     return device
 

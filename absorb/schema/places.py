@@ -65,17 +65,22 @@ def expanded(name: str | Path) -> Path:
     """The path that a user means, who may begin it with `~` or `~somebody`."""
     try:
         path = Path(name).expanduser()
-        path.stat()
-    except OSError as error:
-        if error.errno == ENAMETOOLONG:
-            raise AbsorbError(f"{str(name)[:_LONG]}... is too long for a path") from None
-        return path
     except RuntimeError:
         home = Path(name).parts[0]
         raise AbsorbError(
             f"{name}: there is no home folder {home}; write ./{home} for a folder of that name"
         ) from None
+    if _is_too_long(path):
+        raise AbsorbError(f"{str(name)[:_LONG]}... is too long for a path; check the name")
     return path
+
+
+def _is_too_long(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == ENAMETOOLONG
+    return False
 
 
 def _is_address(url: str) -> bool:

@@ -23,7 +23,7 @@ from absorb.load.source import load
 from absorb.measure.score import evaluate, perplexity
 from absorb.measure.tasks import tasks_of
 from absorb.models.decoder import Decoder
-from absorb.pipelines.compare import asked
+from absorb.pipelines.compare import asked, metrics_of
 from absorb.pipelines.convert import fine_tuned
 from absorb.pipelines.prepare import Prepared, completed, prepare
 from absorb.runtime.precision import as_stored
@@ -140,10 +140,7 @@ class Bench:
         if choice.asked is None:
             return {}
         given = (draft.source.tokenizer, choice.asked, self.seen, self.tasks, _QUESTIONS)
-        return {
-            place: {task: found.metrics for task, found in answers.items()}
-            for place, answers in asked(subject, *given).items()
-        }
+        return metrics_of(asked(subject, *given))
 
 
 def trained(draft: Prepared, student: Decoder, choice: Choice) -> int:
